@@ -1,0 +1,32 @@
+// Reading the offsets of a batch sorted by expert: rows [offsets[e], offsets[e + 1]) belong to expert e.
+#pragma once
+
+#include "common/tensor.h"
+
+namespace moe {
+
+// The offsets as int64, checked against the batch: E + 1 of them, from 0 to `rows`, never decreasing.
+inline std::vector<int64_t> read_offsets(const Tensor& offsets, int64_t num_experts, int64_t rows) {
+  MOE_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == num_experts + 1,
+            "offsets must be int32 of shape [", num_experts + 1, "], got ",
+            torch::headeronly::toString(offsets.scalar_type()), " with ", offsets.numel(), " elements");
+  const Tensor dense = as_contiguous(offsets);
+  const int32_t* o = data<int32_t>(dense);
+  std::vector<int64_t> out(o, o + num_experts + 1);
+  MOE_CHECK(out.front() == 0 && out.back() == rows, "offsets must run from 0 to the number of rows ", rows, ", got ",
+            out.front(), " to ", out.back());
+  for (int64_t e = 0; e < num_experts; ++e) {
+    MOE_CHECK(out[e] <= out[e + 1], "offsets must not decrease, got ", out[e], " then ", out[e + 1], " at expert ", e);
+  }
+  return out;
+}
+
+// Calls f(expert, first_row, count) for every expert that has rows.
+template <class F>
+void for_each_expert(const std::vector<int64_t>& offsets, F&& f) {
+  for (size_t e = 0; e + 1 < offsets.size(); ++e) {
+    if (offsets[e + 1] > offsets[e]) f(static_cast<int64_t>(e), offsets[e], offsets[e + 1] - offsets[e]);
+  }
+}
+
+}  // namespace moe

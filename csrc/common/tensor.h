@@ -1,0 +1,101 @@
+// What every operator needs of a tensor, once: aliases, checks, allocation, the dtype switch, calls into ATen.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+namespace moe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+// Throws an error that reads as one line and, in Python, is a ValueError.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+#define MOE_CHECK(condition, ...) \
+  do {                            \
+    if (!(condition)) ::moe::fail(__VA_ARGS__); \
+  } while (0)
+
+inline Shape shape(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+inline Tensor new_tensor(const Tensor& like, const Shape& sizes, std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// Calls the ATen operator `name.overload`, e.g. the vendor GEMM behind aten::linear.out.
+template <size_t n_out = 1, class... Args>
+auto call_aten(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  static_assert(n_out <= sizeof...(Args));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  if constexpr (n_out == 1) {
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  } else {
+    std::array<Tensor, n_out> out;
+    for (size_t i = 0; i < n_out; ++i) out[i] = torch::stable::detail::to<Tensor>(stack[i]);
+    return out;
+  }
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// The arithmetic type of a storage type: 16-bit floats are computed in float.
+template <class T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename Accumulate<T>::type;
+
+// Calls f with a value of the C++ type that `dtype` names.
+template <class F>
+void dispatch_float(ScalarType dtype, const char* argument, F&& f) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{});
+    default:
+      fail(argument, " must be float64, float32, bfloat16 or float16, got ",
+           torch::headeronly::toString(dtype));
+  }
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+}  // namespace moe

@@ -1,0 +1,62 @@
+"""Checks of user input: one-line errors that name the argument, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
+
+
+def ndim(name: str, x: Tensor, expected: int) -> None:
+    if x.ndim != expected:
+        raise ValueError(f"{name} must have {expected} dimensions, got shape {list(x.shape)}")
+
+
+def shape(name: str, x: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
+    """None in `expected` admits any size."""
+    if x.ndim != len(expected) or any(e is not None and e != s for e, s in zip(expected, x.shape, strict=True)):
+        wanted = ["*" if e is None else e for e in expected]
+        raise ValueError(f"{name} must be {meaning}, here {wanted}, got shape {list(x.shape)}")
+
+
+def floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
+
+
+def same_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Device equal, and dtype equal or about to be made so by autocast."""
+    floating(other_name, other)
+    same_device(name, x, other_name, other)
+    floating(name, x)
+    if x.dtype != other.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+
+
+def indices(name: str, x: Tensor, like: Tensor, *, ndim: int) -> None:
+    if x.dtype != torch.int32 or x.ndim != ndim:
+        raise ValueError(f"{name} must be an int32 tensor with {ndim} dimension(s), got {x.dtype} {list(x.shape)}")
+    same_device(name, x, "x", like)
+
+
+def offsets(x: Tensor, num_experts: int, like: Tensor) -> None:
+    if x.dtype != torch.int32 or x.ndim != 1 or x.shape[0] != num_experts + 1:
+        raise ValueError(f"offsets must be int32 of shape [{num_experts + 1}] (E + 1), got {_describe(x)}")
+    same_device("offsets", x, "x", like)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device (float64 is left alone), else as they are."""
+    first = tensors[0]
+    assert first is not None
+    device = first.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors  # type: ignore[return-value]
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[misc]

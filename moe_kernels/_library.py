@@ -1,0 +1,66 @@
+"""Registers the operators torch.ops.moe_kernels.* and loads the libraries that implement them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "moe_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Defines one operator from its schema, its shape rule and, where it is differentiable, its backward."""
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    name = schema.split("(")[0]
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
+        )
+    return getattr(torch.ops.moe_kernels, name).default
+
+
+def vjp(
+    reference: Callable[..., Any], inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Differentiable vector-Jacobian product of a plain-torch function: the double backward of ops that need it.
+
+    `needed[i]` says whether inputs[i] wants a gradient; the result has one entry per input.
+    """
+    with torch.enable_grad():
+        leaves = [x.view_as(x) if want else x for x, want in zip(inputs, needed, strict=True)]
+        outputs = reference(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+        wanted = [x for x, want in zip(leaves, needed, strict=True) if want]
+        result = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            )
+        )
+    return tuple(next(result) if want else None for want in needed)
+
+
+def load() -> None:
+    """Loads the CPU library and, under a CUDA build of torch, the CUDA library."""
+    try:
+        from moe_kernels import _C  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the kernels are not built ({error}); run `pip install -e .` in the repository") from error
+    cuda = cuda_library()
+    if torch.version.cuda is not None and cuda is not None:
+        torch.ops.load_library(str(cuda))
+
+
+def cuda_library() -> Path | None:
+    """The built CUDA library, if there is one."""
+    return next(iter(sorted(Path(__file__).parent.glob("_cuda*.so"))), None)

@@ -1,0 +1,50 @@
+"""Sums over the rows of each expert, and over rows that share an index: the adjoints of a bias and of a gather."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_kernels._library import define
+
+
+def expert_of_row(offsets: Tensor, num_rows: int) -> Tensor:
+    """int32 [num_rows]: the expert that each sorted row belongs to."""
+    row = torch.arange(num_rows, dtype=offsets.dtype, device=offsets.device)
+    return torch.searchsorted(offsets[1:].contiguous(), row, right=True, out_int32=True)
+
+
+def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offsets = inputs
+    ctx.num_rows = x.shape[0]
+    ctx.save_for_backward(offsets)
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (offsets,) = ctx.saved_tensors
+    return grad.index_select(0, expert_of_row(offsets, ctx.num_rows)), None
+
+
+expert_sum = define(
+    "expert_sum(Tensor x, Tensor offsets) -> Tensor",
+    lambda x, offsets: x.new_empty(offsets.shape[0] - 1, x.shape[1]),
+    setup_context=_sum_setup_context,
+    backward=_sum_backward,
+)
+
+
+def _index_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _index_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (index,) = ctx.saved_tensors
+    return grad.index_select(0, index), None, None
+
+
+index_sum = define(
+    "index_sum(Tensor x, Tensor index, SymInt num_rows) -> Tensor",
+    lambda x, index, num_rows: x.new_empty(num_rows, x.shape[1]),
+    setup_context=_index_setup_context,
+    backward=_index_backward,
+)
