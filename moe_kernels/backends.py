@@ -1,5 +1,6 @@
 """The only place that chooses between the implementations of an operator."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ def choose(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def is_implemented(op: str, device: str) -> bool:
     """Whether the native operator has a kernel for this device type in the libraries that are loaded."""
     key = DISPATCH_KEYS.get(device)
