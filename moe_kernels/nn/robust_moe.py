@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-
 from moe_kernels.nn.experts import ExpertList, ExpertMLP
 from moe_kernels.nn.routing import Routing
+from torch import Tensor, nn
+
 from moe_kernels.ops import combine, group_by_expert
 
 
