@@ -52,7 +52,7 @@ def offsets(x: Tensor, num_experts: int, like: Tensor) -> None:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device (float64 is left alone), else as they are."""
+    """The tensors in autocast's dtype where autocast is on for their device; float64 is left alone."""
     first = tensors[0]
     assert first is not None
     device = first.device.type
