@@ -304,6 +304,20 @@ def check_repeats(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
         assert torch.equal(first, second)
 
 
+def check_threads(function: Callable[[], Sequence[Tensor]]) -> None:
+    """One thread and two give bitwise equal results."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
 def check_gradcheck(case: Case) -> None:
     """First and second derivatives in fp64 equal finite differences."""
     args = case.arguments(torch.float64)
