@@ -128,33 +128,44 @@ ROUTINGS: dict[str, tuple[int, int, int]] = {
 
 
 def _topk_route_cases() -> list[Case]:
-    def case(name: str, sizes: tuple[int, int, int], gate: str, renormalize: bool | None, strided: bool) -> Case:
+    def case(
+        gate: str, name: str, sizes: tuple[int, int, int], renormalize: bool | None = None, strided: bool = False
+    ) -> Case:
         rows, experts, k = sizes
-        return Case(
-            "topk_route",
-            f"{gate}_{name}",
-            lambda s: ((s.strided if strided else lambda x: x)(s.randn(rows, experts)), k, gate, renormalize),
-            gradcheck=gate != "straight_through",
-        )
 
-    gates = ("softmax", "sigmoid", "hard", "straight_through")
-    cases = [case(name, sizes, gate, None, False) for gate in gates for name, sizes in ROUTINGS.items()]
-    for gate in gates:
-        cases += [
-            case("plain", (7, 5, 2), gate, False, False),
-            case("renormalized_top_1", (7, 4, 1), gate, True, False),
-            case("strided", (7, 5, 2), gate, None, True),
-        ]
-    return [*cases, case("all_experts", (5, 3, 3), "soft", None, False)]
+        def make(s: Source) -> tuple[Any, ...]:
+            logits = s.randn(rows, experts)
+            return s.strided(logits) if strided else logits, k, gate, renormalize
+
+        return Case("topk_route", f"{gate}_{name}", make, gradcheck=gate != "straight_through")
+
+    def backward(gate: str, renormalize: bool) -> Case:
+        def make(s: Source) -> tuple[Any, ...]:
+            logits = s.randn(4, 3)
+            weights, experts = reference.topk_route(logits, 2)
+            return s.randn(4, 2).to(weights.dtype), logits, experts, gate, renormalize
+
+        return Case("topk_route_backward", f"{gate}_{'renormalized' if renormalize else 'as_is'}", make)
+
+    cases = [case("softmax", name, sizes) for name, sizes in ROUTINGS.items()]
+    for gate in ("sigmoid", "hard", "straight_through"):
+        cases += [case(gate, name, ROUTINGS[name]) for name in ("top_1", "top_2", "odd_sizes")]
+    return [
+        *cases,
+        *(backward(gate, renormalize) for gate in ("softmax", "sigmoid") for renormalize in (False, True)),
+        *(case(gate, "top_2_as_is", (7, 4, 2), False) for gate in ("softmax", "sigmoid", "straight_through")),
+        case("softmax", "renormalized_top_1", (7, 4, 1), True),
+        case("softmax", "strided", (7, 5, 2), strided=True),
+        case("soft", "all_experts", ROUTINGS["all_experts"]),
+    ]
 
 
 def _group_by_expert_cases() -> list[Case]:
-    def case(name: str, make: Callable[[Source], Tensor], num_experts: int) -> Case:
-        return Case("group_by_expert", name, lambda s: (make(s), num_experts), dtypes=(torch.float32,))
+    def case(name: str, experts: Callable[[Source], Tensor], num_experts: int) -> Case:
+        return Case("group_by_expert", name, lambda s: (experts(s), num_experts), dtypes=(torch.float32,))
 
-    cases = [case(name, lambda s, n=rows, e=e, k=k: s.randint(e, n, k), e) for name, (rows, e, k) in ROUTINGS.items()]
     return [
-        *cases,
+        *(case(name, lambda s, r=r, e=e, k=k: s.randint(e, r, k), e) for name, (r, e, k) in ROUTINGS.items()),
         case("flat_int64", lambda s: s.randint(4, 9).long(), 4),
         case("one_expert_takes_all", lambda s: s.randint(1, 6, 2) + 2, 4),
         case("strided", lambda s: s.randint(4, 2, 9).T, 4),
@@ -163,8 +174,8 @@ def _group_by_expert_cases() -> list[Case]:
 
 
 def _combine_cases() -> list[Case]:
-    def case(name: str, rows: int, k: int, width: tuple[int, ...], strided: bool = False) -> list[Case]:
-        def make(s: Source, op: str) -> tuple[Tensor, ...]:
+    def case(op: str, name: str, rows: int, k: int, width: tuple[int, ...], strided: bool = False) -> Case:
+        def make(s: Source) -> tuple[Tensor, ...]:
             lay = s.strided if strided else lambda x: x
             position = s.rand(rows * k, dtype=torch.float64).argsort().int().view(rows, k)
             weights = lay(s.rand(rows, k, dtype=torch.promote_types(s.dtype, torch.float32)))
@@ -175,13 +186,23 @@ def _combine_cases() -> list[Case]:
                 "combine_weight_grad": (grad, y, position),
             }[op]
 
-        ops = ("combine", "combine_input_grad", "combine_weight_grad")
-        return [Case(op, name, lambda s, op=op: make(s, op)) for op in ops]
+        return Case(op, name, make)
 
-    cases = [
-        c for name, (rows, _, k) in ROUTINGS.items() for c in case(name, rows, k, (300 if name == "odd_sizes" else 3,))
+    return [
+        *(
+            c
+            for op in ("combine", "combine_input_grad", "combine_weight_grad")
+            for c in (
+                case(op, "no_rows", 0, 2, (3,)),
+                case(op, "odd_sizes", 63, 3, (300,)),
+                case(op, "images", 3, 2, (2, 3, 3)),
+                case(op, "strided", 4, 2, (5,), strided=True),
+            )
+        ),
+        case("combine", "one_row", 1, 2, (3,)),
+        case("combine", "top_1", 7, 1, (3,)),
+        case("combine", "scalars", 4, 2, ()),
     ]
-    return [*cases, *case("images", 3, 2, (2, 3, 3)), *case("scalars", 4, 2, ()), *case("strided", 4, 2, (5,), True)]
 
 
 CASES: list[Case] = [
@@ -281,6 +302,20 @@ def check_repeats(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     args = case.arguments(dtype, device)
     for first, second in zip(as_tuple(operator(case)(*args)), as_tuple(operator(case)(*args)), strict=True):
         assert torch.equal(first, second)
+
+
+def check_threads(function: Callable[[], Sequence[Tensor]]) -> None:
+    """One thread and two give bitwise equal results."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
 
 
 def check_gradcheck(case: Case) -> None:

@@ -5,7 +5,7 @@ from moe_kernels.ops.combine import combine, combine_input_grad, combine_weight_
 from moe_kernels.ops.expert_linear import expert_linear
 from moe_kernels.ops.expert_sum import expert_sum, index_sum
 from moe_kernels.ops.group_by_expert import group_by_expert
-from moe_kernels.ops.topk_route import topk_route
+from moe_kernels.ops.topk_route import topk_route, topk_route_backward
 
 load()
 
@@ -18,4 +18,5 @@ __all__ = [
     "group_by_expert",
     "index_sum",
     "topk_route",
+    "topk_route_backward",
 ]

@@ -4,7 +4,7 @@ from moe_kernels.reference.combine import combine, combine_input_grad, combine_w
 from moe_kernels.reference.expert_linear import expert_linear, expert_linear_weight_grad
 from moe_kernels.reference.expert_sum import expert_sum, index_sum
 from moe_kernels.reference.group_by_expert import group_by_expert
-from moe_kernels.reference.topk_route import topk_route
+from moe_kernels.reference.topk_route import topk_route, topk_route_backward
 
 __all__ = [
     "combine",
@@ -16,4 +16,5 @@ __all__ = [
     "group_by_expert",
     "index_sum",
     "topk_route",
+    "topk_route_backward",
 ]
