@@ -4,20 +4,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_kernels._library import memory_format
-
 
 def mask_relu(x: Tensor) -> Tensor:
     return torch.relu(x)
 
 
 def mask_relu_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    layout = memory_format(x)
-    stored = x.movedim(1, -1) if layout == torch.channels_last else x
-    passes = ~(stored.detach() <= 0).flatten()
+    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    passes = ~(x.movedim(1, -1) if channels_last else x).le(0).flatten()
     padded = F.pad(passes.int(), (0, -passes.numel() % 8)).view(-1, 8)
     powers = 2 ** torch.arange(8, dtype=torch.int32, device=x.device)
-    return torch.relu(x).contiguous(memory_format=layout), (padded * powers).sum(1).to(torch.uint8)
+    return torch.relu(x), (padded * powers).sum(1).to(torch.uint8)
 
 
 def mask_relu_backward(grad: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
