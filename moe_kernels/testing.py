@@ -302,7 +302,6 @@ CASES: list[Case] = [
     *_mask_relu_cases(),
     *_topk_route_cases(),
 ]
-]
 
 
 def cases(op: str) -> list[Case]:
