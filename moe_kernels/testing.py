@@ -34,6 +34,11 @@ class Source:
         self.dtype, self.device = dtype, device
         self.generator = torch.Generator().manual_seed(seed)
 
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of statistics and parameters beside 16-bit inputs."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Drawn in fp64, so that every dtype sees the same numbers up to its own rounding."""
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -178,7 +183,7 @@ def _expert_batch_norm_cases() -> list[Case]:
         layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x,
     ) -> Case:
         def make(s: Source) -> tuple[Any, ...]:
-            x, table, dtype = s.randn(sum(counts), *shape), (len(counts), shape[0]), torch.float32 if fp32 else None
+            x, table, dtype = s.randn(sum(counts), *shape), (len(counts), shape[0]), s.wide if fp32 else None
             weight, bias = (s.randn(*table, dtype=dtype), s.randn(*table, dtype=dtype)) if affine else (None, None)
             mean, var = (s.randn(*table, dtype=dtype), s.rand(*table, dtype=dtype) + 0.5)
             running = (mean, var) if statistics else (None, None)

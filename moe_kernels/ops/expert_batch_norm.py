@@ -119,7 +119,8 @@ def _forward_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, 
     x_needs, weight_needs, bias_needs = needed[:3]
     if torch.is_grad_enabled():
         # An x that was not saved is one that no wanted gradient depends on: any other stands in for it.
-        inputs = (torch.zeros_like(grad) if x is None else x, weight, bias, mean, var, offsets, ctx.training, ctx.eps)
+        x = torch.zeros_like(grad).requires_grad_() if x is None else x
+        inputs = (x, weight, bias, mean, var, offsets, ctx.training, ctx.eps)
         return vjp(reference.expert_batch_norm_forward, inputs, (grad, None, None), needed)
     dx = dweight = dbias = None
     batch_statistics = x_needs and ctx.training
