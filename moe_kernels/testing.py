@@ -34,6 +34,11 @@ class Source:
         self.dtype, self.device = dtype, device
         self.generator = torch.Generator().manual_seed(seed)
 
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of statistics and parameters beside 16-bit inputs."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Drawn in fp64, so that every dtype sees the same numbers up to its own rounding."""
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -55,6 +60,9 @@ class Source:
         gaps[..., ::2] = x
         return gaps[..., ::2]
 
+    def channels_last(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -68,6 +76,7 @@ class Case:
     make: Callable[[Source], tuple[Any, ...]]
     dtypes: tuple[torch.dtype, ...] = DTYPES
     gradcheck: bool = True
+    buffers: tuple[int, ...] = ()  # floating arguments that take no gradient
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -113,6 +122,110 @@ def _expert_sum_cases() -> list[Case]:
         ]
 
     return [c for name, counts in GROUPS.items() for c in case(name, counts, 300 if name == "odd_sizes" else 5)]
+
+
+def _expert_conv2d_cases() -> list[Case]:
+    def case(
+        name: str,
+        counts: tuple[int, ...],
+        c: int = 2,
+        o: int = 2,
+        *,
+        size: tuple[int, int] = (3, 2),
+        kernel: tuple[int, int] = (3, 3),
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 1,
+        bias: bool = True,
+        layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x,
+    ) -> Case:
+        def make(s: Source) -> tuple[Any, ...]:
+            x = layout(s, s.randn(sum(counts), c, *size))
+            weight = s.randn(len(counts), o, c, *kernel).div((c * kernel[0] * kernel[1]) ** 0.5)
+            return x, weight, s.randn(len(counts), o) if bias else None, s.offsets(counts), stride, padding
+
+        return Case("expert_conv2d", name, make)
+
+    groups = GROUPS | {"one_expert_takes_all": (0, 3, 0), "an_expert_gets_none": (1, 0, 2), "single_expert": (2,)}
+    groups["odd_sizes"] = (9, 5, 7)
+    cases = [case(name, counts, *((7, 9) if name == "odd_sizes" else (2, 2))) for name, counts in groups.items()]
+    cases += [
+        case("1x1", (1, 0, 2), kernel=(1, 1), padding=0),
+        case("1x1_stride_2", (1, 0, 2), kernel=(1, 1), stride=2, padding=0, bias=False),
+        case("stride_2", (1, 0, 2), stride=2),
+        case("not_square", (1, 0, 2), kernel=(1, 3), stride=(1, 2), padding=(0, 2)),
+        case("channels_last", (1, 0, 2), layout=Source.channels_last),
+        case(
+            "channels_last_stride_2_odd_sizes",
+            (9, 5, 7),
+            17,
+            33,
+            size=(9, 7),
+            kernel=(3, 5),
+            stride=2,
+            layout=Source.channels_last,
+        ),
+        case("channels_last_no_rows", (0, 0), layout=Source.channels_last),
+        case("one_channel_channels_last", (2, 1), 1, 2, layout=Source.channels_last),
+        case("strided", (1, 0, 2), layout=Source.strided),
+    ]
+    return cases
+
+
+def _expert_batch_norm_cases() -> list[Case]:
+    def case(
+        name: str,
+        counts: tuple[int, ...],
+        *shape: int,
+        training: bool = True,
+        affine: bool = True,
+        statistics: bool = True,
+        fp32: bool = False,
+        layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x,
+    ) -> Case:
+        def make(s: Source) -> tuple[Any, ...]:
+            x, table, dtype = s.randn(sum(counts), *shape), (len(counts), shape[0]), s.wide if fp32 else None
+            weight, bias = (s.randn(*table, dtype=dtype), s.randn(*table, dtype=dtype)) if affine else (None, None)
+            mean, var = (s.randn(*table, dtype=dtype), s.rand(*table, dtype=dtype) + 0.5)
+            running = (mean, var) if statistics else (None, None)
+            return layout(s, x), weight, bias, *running, s.offsets(counts), training, 0.1, 1e-3
+
+        return Case("expert_batch_norm", name, make, DTYPES[2:] if fp32 else DTYPES, buffers=(3, 4))
+
+    cases = []
+    for name, counts in GROUPS.items():
+        cases += [
+            case(name, counts, 3),
+            case(f"images_{name}", counts, *((7, 5, 9) if name == "odd_sizes" else (2, 2, 2))),
+            case(f"eval_{name}", counts, 3, training=False),
+        ]
+    cases += [
+        case("channels_last", (2, 0, 3), 3, 2, 2, layout=Source.channels_last),
+        case("channels_last_odd_sizes", (9, 5, 7), 65, 7, 5, layout=Source.channels_last),
+        case("strided", (2, 0, 3), 2, 2, 2, layout=Source.strided),
+        case("eval_images", (2, 0, 3), 2, 2, 2, training=False),
+        case("eval_channels_last", (2, 0, 3), 3, 2, 2, training=False, layout=Source.channels_last),
+        case("no_affine", (2, 3), 3, affine=False),
+        case("eval_no_affine", (2, 3), 3, training=False, affine=False),
+        case("no_running_statistics", (2, 3), 3, statistics=False),
+        case("fp32_parameters", (2, 3), 3, fp32=True),
+    ]
+    return cases
+
+
+def _mask_relu_cases() -> list[Case]:
+    def case(name: str, *shape: int, layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x) -> Case:
+        return Case("mask_relu", name, lambda s: (layout(s, s.randn(*shape).requires_grad_()),))
+
+    return [
+        case("no_rows", 0, 5),
+        case("one_element", 1),
+        case("eight", 2, 4),
+        case("odd_sizes", 63, 129),
+        case("images", 2, 3, 3, 2),
+        case("channels_last", 2, 3, 3, 2, layout=Source.channels_last),
+        case("transposed", 3, 5, layout=lambda s, x: x.T),
+        case("strided", 3, 5, layout=Source.strided),
+    ]
 
 
 # Rows, experts and k of a routing.
@@ -206,11 +319,14 @@ def _combine_cases() -> list[Case]:
 
 
 CASES: list[Case] = [
+    *_combine_cases(),
+    *_expert_batch_norm_cases(),
+    *_expert_conv2d_cases(),
     *_expert_linear_cases(),
     *_expert_sum_cases(),
-    *_topk_route_cases(),
     *_group_by_expert_cases(),
-    *_combine_cases(),
+    *_mask_relu_cases(),
+    *_topk_route_cases(),
 ]
 
 
@@ -279,8 +395,9 @@ def check_values(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     assert_matches(operator(case)(*args), function(*args), function(*to_double(args)), dtype)
 
 
-def differentiable(args: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point())
+def differentiable(args: Sequence[Any], buffers: Sequence[int] = ()) -> tuple[int, ...]:
+    """The arguments that take a gradient."""
+    return tuple(i for i, a in enumerate(args) if i not in buffers and isinstance(a, Tensor) and a.is_floating_point())
 
 
 def check_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -289,7 +406,7 @@ def check_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> None
     function = getattr(reference, case.op)
     source = Source(torch.float64, device, seed=1)
     grads = [source.randn(*y.shape).to(dtype) for y in as_tuple(function(*args)) if y.is_floating_point()]
-    every = differentiable(args)
+    every = differentiable(args, case.buffers)
     for needed in {every, *((i,) for i in every)}:
         out = gradients(operator(case), args, needed, grads)
         low = gradients(function, args, needed, grads)
@@ -321,7 +438,7 @@ def check_threads(function: Callable[[], Sequence[Tensor]]) -> None:
 def check_gradcheck(case: Case) -> None:
     """First and second derivatives in fp64 equal finite differences."""
     args = case.arguments(torch.float64)
-    every = differentiable(args)
+    every = differentiable(args, case.buffers)
 
     def function(*leaves: Tensor) -> Any:
         full = list(args)
@@ -354,7 +471,7 @@ class _Recorder(TorchDispatchMode):
 def check_opcheck(case: Case) -> None:
     """torch.library.opcheck of every operator that the case reaches, forward and backward."""
     args = case.arguments(torch.float32)
-    every = differentiable(args)
+    every = differentiable(args, case.buffers)
     with _Recorder() as recorder:
         outputs = as_tuple(operator(case)(*args))
         grads = [torch.ones_like(y) for y in outputs if y.is_floating_point()]
