@@ -25,9 +25,13 @@ def choose(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def is_implemented(op: str, device: str) -> bool:
     """Whether the native operator has a kernel for this device type in the libraries that are loaded."""
+    return _has_kernel(op, device)
+
+
+@functools.cache
+def _has_kernel(op: str, device: str) -> bool:
     key = DISPATCH_KEYS.get(device)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{op}", key)
 

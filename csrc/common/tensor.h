@@ -23,7 +23,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
-// Throws an error that reads as one line and, in Python, is a ValueError.
+// Throws an error that reads as one line and, in Python, is a ValueError. Not inside parallel_for: there the message is
+// lost, so what a user can get wrong is checked before.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
@@ -31,8 +32,8 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-#define MOE_CHECK(condition, ...) \
-  do {                            \
+#define MOE_CHECK(condition, ...)               \
+  do {                                          \
     if (!(condition)) ::moe::fail(__VA_ARGS__); \
   } while (0)
 
@@ -56,6 +57,18 @@ auto call_aten(const char* name, const char* overload, const Args&... args) {
     return out;
   }
 }
+
+// Switches autograd off for the current thread: worker threads start with it on.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
@@ -84,8 +97,7 @@ void dispatch_float(ScalarType dtype, const char* argument, F&& f) {
     case ScalarType::Half:
       return f(torch::headeronly::Half{});
     default:
-      fail(argument, " must be float64, float32, bfloat16 or float16, got ",
-           torch::headeronly::toString(dtype));
+      fail(argument, " must be float64, float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
   }
 }
 
