@@ -24,7 +24,7 @@ class PGD:
     call is made. A callable that is no module (a lambda around one, say) is not frozen: enter `attack_mode(module)`
     around the call. Losses are per sample and summed, so that a batch's size does not scale 16-bit gradients down.
     The host waits for the device only to check x and y at the start and to read the NaN count at the end, never
-    between steps, so that the steps can be captured in a CUDA graph.
+    between steps.
 
     Args:
         model: maps x to logits [B, C].
@@ -42,7 +42,7 @@ class PGD:
         seed: None starts from fresh entropy; a number makes every call repeat itself. The global random state is
             neither read nor advanced.
         best_iterate: return each sample's best iterate, successful ones before others, then by loss, at the price of
-            one more forward per restart; False returns the last iterate.
+            one more forward per restart; False returns the last iterate (of its best restart, if there are several).
 
     Attributes:
         nan_gradients, zero_gradients: how many (sample, step) pairs of the last call had a gradient with a NaN, and
@@ -138,7 +138,7 @@ class PGD:
         return x_adv
 
     def _attack(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        eps, alpha = (v.to(x) if isinstance(v, Tensor) else v for v in (self.eps, self.alpha))
+        eps, alpha = (torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x)) for v in (self.eps, self.alpha))
         least_classes = int(y.max()) + 1
         generator = torch.Generator(x.device)
         generator.seed() if self.seed is None else generator.manual_seed(self.seed)
@@ -178,7 +178,7 @@ class PGD:
         assert best is not None
         return best.x
 
-    def _start(self, x: Tensor, eps: float | Tensor, generator: torch.Generator) -> Tensor:
+    def _start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
         if self.random_start:
             offset = _per_sample(eps, x) * _uniform_in_unit_ball(x, self.norm, generator)
         elif self.loss == "kl":
@@ -230,9 +230,9 @@ def _kl_to(forward: Callable[[Tensor], Tensor], x: Tensor) -> Loss:
     return lambda logits, y: kl_divergence(clean, logits)
 
 
-def _per_sample(value: float | Tensor, x: Tensor) -> float | Tensor:
+def _per_sample(value: Tensor, x: Tensor) -> Tensor:
     """[B] shaped to broadcast against x [B, ...]."""
-    return value.view(-1, *[1] * (x.ndim - 1)) if isinstance(value, Tensor) else value
+    return value.view(-1, *[1] * (x.ndim - 1))
 
 
 def _uniform_in_unit_ball(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
