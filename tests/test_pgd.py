@@ -245,12 +245,18 @@ def test_dtype_and_memory_format_are_kept() -> None:
 
 def test_autocast_is_followed() -> None:
     model, (x, y) = network(), images()
-    seen: list[torch.dtype] = []
-    model[5].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        x_adv = PGD(model, loss="kl")(x, y)
-    assert set(seen) == {torch.bfloat16} and x_adv.dtype == torch.float32
-    assert (x_adv - x).abs().max() == pytest.approx(8 / 255, rel=1e-3)
+    seen: set[torch.dtype] = set()
+    model[5].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        assert logits.dtype == torch.float32 and (logits @ logits.T).dtype == torch.float32
+        return F.cross_entropy(logits, y, reduction="none")
+
+    for each in (loss, "ce", "kl", "margin"):
+        with torch.autocast("cpu", torch.bfloat16):
+            x_adv = PGD(model, loss=each)(x, y)
+        assert seen == {torch.bfloat16} and x_adv.dtype == torch.float32
+        assert (x_adv - x).abs().max() == pytest.approx(8 / 255, rel=1e-3)
 
 
 def test_losses_are_summed() -> None:

@@ -22,9 +22,9 @@ class PGD:
 
     The model is attacked in `attack_mode` and is left as it was, in whichever mode and under whichever grad mode the
     call is made. A callable that is no module (a lambda around one, say) is not frozen: enter `attack_mode(module)`
-    around the call. Losses are per sample and summed, so that a batch's size does not scale 16-bit gradients down.
-    The host waits for the device only to check x and y at the start and to read the NaN count at the end, never
-    between steps.
+    around the call. Losses are per sample, in fp32 under autocast too, and summed, so that gradients do not shrink with
+    the batch and underflow in 16 bits. The host waits for the device only to check x and y at the start and to read the
+    NaN count at the end, never between steps.
 
     Args:
         model: maps x to logits [B, C].
@@ -151,7 +151,8 @@ class PGD:
         def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
             """The objective to ascend and whether the attack has succeeded, both [B]."""
             logits = forward(x)
-            losses = loss(logits, y)
+            with torch.autocast(x.device.type, enabled=False):
+                losses = loss(logits, y)
             if losses.shape != y.shape:
                 raise ValueError(f"loss must return one value per sample, [{len(y)}], got {list(losses.shape)}")
             return (-losses if self.targeted else losses), (logits.argmax(1) == y) == self.targeted
