@@ -8,6 +8,7 @@ from moe_kernels.ops.expert_linear import expert_linear
 from moe_kernels.ops.expert_sum import expert_sum, index_sum
 from moe_kernels.ops.group_by_expert import group_by_expert
 from moe_kernels.ops.mask_relu import mask_relu
+from moe_kernels.ops.pgd_step_ import pgd_step_
 from moe_kernels.ops.topk_route import topk_route, topk_route_backward
 
 load()
@@ -23,6 +24,7 @@ __all__ = [
     "group_by_expert",
     "index_sum",
     "mask_relu",
+    "pgd_step_",
     "topk_route",
     "topk_route_backward",
 ]

@@ -1,8 +1,4 @@
-"""Cases of every operator and the one tolerance rule, shared by tests/ and benchmarks/.
-
-A case is a set of arguments that an operator must handle. Values, gradients, opcheck and bitwise repetition are all
-checked on the same cases against moe_kernels.reference.
-"""
+"""The arguments that every operator must handle: sizes, dtypes and layouts, drawn from a seed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from moe_kernels import ops, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -77,6 +70,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = DTYPES
     gradcheck: bool = True
     buffers: tuple[int, ...] = ()  # floating arguments that take no gradient
+    has_gradient: bool = True
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -318,6 +312,43 @@ def _combine_cases() -> list[Case]:
     ]
 
 
+def _pgd_step_cases() -> list[Case]:
+    radii = {"Linf": (0.1, 0.05), "L2": (0.9, 0.4), "L1": (4.0, 2.0)}
+    channels_last = torch.channels_last
+
+    def case(
+        name: str,
+        norm: str,
+        shape: tuple[int, ...],
+        *,
+        per_sample: bool = False,
+        grad: torch.dtype | None = None,
+        layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x,
+    ) -> Case:
+        def make(s: Source) -> tuple[Any, ...]:
+            x = s.rand(*shape)
+            x_adv = (x + radii[norm][0] * s.randn(*shape).clamp(-1, 1)).clamp(0, 1)
+            eps, alpha = (s.rand(shape[0]) * 2 * r if per_sample else r for r in radii[norm])
+            return layout(s, x_adv), s.randn(*shape, dtype=grad), layout(s, x), eps, alpha, norm
+
+        return Case("pgd_step_", f"{norm}_{name}", make, (torch.float64, torch.float32), has_gradient=False)
+
+    cases = []
+    for norm in radii:
+        cases += [
+            case("no_rows", norm, (0, 3, 2)),
+            case("no_elements", norm, (2, 0)),
+            case("one_row", norm, (1, 3, 5, 5)),
+            case("one_element", norm, (3,)),
+            case("odd_sizes", norm, (3, 63, 129)),
+            case("per_sample", norm, (5, 3, 7, 9), per_sample=True),
+            case("bf16_grad", norm, (2, 130), grad=torch.bfloat16),
+            case("channels_last", norm, (2, 3, 7, 9), layout=lambda s, x: x.contiguous(memory_format=channels_last)),
+            case("strided", norm, (2, 3, 9), layout=Source.strided),
+        ]
+    return cases
+
+
 CASES: list[Case] = [
     *_combine_cases(),
     *_expert_batch_norm_cases(),
@@ -326,6 +357,7 @@ CASES: list[Case] = [
     *_expert_sum_cases(),
     *_group_by_expert_cases(),
     *_mask_relu_cases(),
+    *_pgd_step_cases(),
     *_topk_route_cases(),
 ]
 
@@ -335,148 +367,3 @@ def cases(op: str) -> list[Case]:
     return [case for case in CASES if case.op == op]
 
 
-def operator(case: Case) -> Callable[..., Any]:
-    """The public function of the case's operator."""
-    return getattr(ops, case.op)
-
-
-def as_tuple(x: Any) -> tuple[Any, ...]:
-    return x if isinstance(x, tuple) else (x,)
-
-
-def to_double(args: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-
-
-def assert_matches(out: Any, low: Any, exact: Any, dtype: torch.dtype) -> None:
-    """The tolerance rule: max|out - exact| <= 2 max|low - exact| + 2 eps(dtype) max|exact|; integers exactly.
-
-    `exact` is the reference in fp64 and `low` the reference in `dtype`; each a tensor or a tuple of tensors.
-    """
-    for o, a, e in zip(as_tuple(out), as_tuple(low), as_tuple(exact), strict=True):
-        assert o.shape == e.shape, f"shape {list(o.shape)}, expected {list(e.shape)}"
-        if not e.is_floating_point():
-            assert torch.equal(o.cpu(), e.cpu().to(o.dtype)), "integers differ"
-            continue
-        if e.numel() == 0:
-            continue
-        o, a, e = o.double().cpu(), a.double().cpu(), e.double().cpu()
-        assert not o.isnan().any(), "NaN in the result: unwritten or wrongly read memory"
-        error, slack = (o - e).abs().max(), (a - e).abs().max()
-        bound = 2 * slack + 2 * torch.finfo(dtype).eps * e.abs().max()
-        assert error <= bound, f"error {error:.3e} beyond the bound {bound:.3e} (reference's own error {slack:.3e})"
-
-
-def _leaves(args: Sequence[Any], needed: Sequence[int]) -> tuple[Any, ...]:
-    """The arguments as autograd leaves, of which `needed` want a gradient."""
-    return tuple(
-        a.detach().requires_grad_(i in needed) if isinstance(a, Tensor) and a.is_floating_point() else a
-        for i, a in enumerate(args)
-    )
-
-
-def gradients(
-    function: Callable[..., Any], args: Sequence[Any], needed: Sequence[int], grads: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Gradients of sum(outputs * grads) over the floating outputs that carry one, for the arguments `needed`."""
-    leaves = _leaves(args, needed)
-    outputs = [y for y in as_tuple(function(*leaves)) if y.is_floating_point()]
-    pairs = [(y, g.to(y)) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
-    if not pairs:
-        return ()
-    wanted = [leaves[i] for i in needed]
-    return torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs])
-
-
-def check_values(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """The operator equals its reference, by the tolerance rule."""
-    args = case.arguments(dtype, device)
-    function = getattr(reference, case.op)
-    assert_matches(operator(case)(*args), function(*args), function(*to_double(args)), dtype)
-
-
-def differentiable(args: Sequence[Any], buffers: Sequence[int] = ()) -> tuple[int, ...]:
-    """The arguments that take a gradient."""
-    return tuple(i for i, a in enumerate(args) if i not in buffers and isinstance(a, Tensor) and a.is_floating_point())
-
-
-def check_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """All gradients, and each alone with the other arguments frozen, equal the reference's."""
-    args = case.arguments(dtype, device)
-    function = getattr(reference, case.op)
-    source = Source(torch.float64, device, seed=1)
-    grads = [source.randn(*y.shape).to(dtype) for y in as_tuple(function(*args)) if y.is_floating_point()]
-    every = differentiable(args, case.buffers)
-    for needed in {every, *((i,) for i in every)}:
-        out = gradients(operator(case), args, needed, grads)
-        low = gradients(function, args, needed, grads)
-        exact = gradients(function, to_double(args), needed, to_double(grads))
-        assert_matches(out, low, exact, dtype)
-
-
-def check_repeats(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """The same arguments twice give bitwise equal results."""
-    args = case.arguments(dtype, device)
-    for first, second in zip(as_tuple(operator(case)(*args)), as_tuple(operator(case)(*args)), strict=True):
-        assert torch.equal(first, second)
-
-
-def check_threads(function: Callable[[], Sequence[Tensor]]) -> None:
-    """One thread and two give bitwise equal results."""
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(function())
-    finally:
-        torch.set_num_threads(before)
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
-
-
-def check_gradcheck(case: Case) -> None:
-    """First and second derivatives in fp64 equal finite differences."""
-    args = case.arguments(torch.float64)
-    every = differentiable(args, case.buffers)
-
-    def function(*leaves: Tensor) -> Any:
-        full = list(args)
-        for i, leaf in zip(every, leaves, strict=True):
-            full[i] = leaf
-        outputs = as_tuple(operator(case)(*full))
-        return tuple(y for y in outputs if y.requires_grad) or sum(leaf.sum() * 0 for leaf in leaves)
-
-    leaves = [args[i].detach().requires_grad_() for i in every]
-    if not leaves:
-        return
-    if case.gradcheck:
-        assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
-
-
-class _Recorder(TorchDispatchMode):
-    """Collects the calls of this package's operators, those made in a backward included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "moe_kernels":
-            self.calls.setdefault(str(func), (func, args))
-        return func(*args, **(kwargs or {}))
-
-
-def check_opcheck(case: Case) -> None:
-    """torch.library.opcheck of every operator that the case reaches, forward and backward."""
-    args = case.arguments(torch.float32)
-    every = differentiable(args, case.buffers)
-    with _Recorder() as recorder:
-        outputs = as_tuple(operator(case)(*args))
-        grads = [torch.ones_like(y) for y in outputs if y.is_floating_point()]
-        if any(y.requires_grad for y in as_tuple(operator(case)(*_leaves(args, every)))):
-            gradients(operator(case), args, every, grads)
-    assert recorder.calls
-    for func, call_args in recorder.calls.values():
-        torch.library.opcheck(func, _leaves(call_args, differentiable(call_args)))
