@@ -40,7 +40,7 @@ class Routing:
         return offsets.diff().to(self.weights.dtype) / max(self.experts.numel(), 1)
 
     def balance_loss(self) -> Tensor:
-        """E * sum of load * mean probability over the experts: 1 if even, E if collapsed (Switch Transformer, eq. 4)."""
+        """E * sum of load * mean probability over the experts: 1 even, E collapsed (Switch Transformer, eq. 4)."""
         mean = self._wide_logits().softmax(-1).sum(0) / max(self.experts.shape[0], 1)
         return self.num_experts * (self.load * mean).sum()
 
