@@ -1,13 +1,9 @@
 """A PGD-10 on a dense ResNet-18 and one RT-ER step of four ResNet-18 experts, beside the usual code."""
 
-import pytest
 import torch
-from conftest import Contest
-from peers import OneImageAtATime, pgd
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from moe_kernels import PGD, ExpertResNet18, RobustMoE, Routing, kl_divergence
+from moe_kernels import ExpertResNet18
 from moe_kernels.testing import Source
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 10

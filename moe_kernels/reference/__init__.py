@@ -11,6 +11,7 @@ from moe_kernels.reference.expert_conv2d import expert_conv2d, expert_conv2d_inp
 from moe_kernels.reference.expert_linear import expert_linear, expert_linear_weight_grad
 from moe_kernels.reference.expert_sum import expert_sum, index_sum
 from moe_kernels.reference.group_by_expert import group_by_expert
+from moe_kernels.reference.kl_divergence import kl_divergence, kl_divergence_backward
 from moe_kernels.reference.mask_relu import mask_relu, mask_relu_backward, mask_relu_forward
 from moe_kernels.reference.pgd_step_ import pgd_step_
 from moe_kernels.reference.topk_route import topk_route, topk_route_backward
@@ -31,6 +32,8 @@ __all__ = [
     "expert_sum",
     "group_by_expert",
     "index_sum",
+    "kl_divergence",
+    "kl_divergence_backward",
     "mask_relu",
     "mask_relu_backward",
     "mask_relu_forward",

@@ -167,8 +167,13 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_opcheck(case: Case) -> None:
-    """torch.library.opcheck of every operator that the case reaches, forward and backward."""
+OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def check_opcheck(case: Case, compiled: bool) -> None:
+    """torch.library.opcheck of every operator that the case reaches, forward and backward; the slow check, of the
+    operator under compilation with dynamic shapes, only if `compiled`."""
+    checks = (*OPCHECK, "test_aot_dispatch_dynamic") if compiled else OPCHECK
     args = case.arguments(torch.float32)
     every = differentiable(args, case.buffers)
     with _Recorder() as recorder:
@@ -179,4 +184,4 @@ def check_opcheck(case: Case) -> None:
     assert recorder.calls
     for func, call_args in recorder.calls.values():
         wanted = differentiable(call_args) if case.has_gradient else ()
-        torch.library.opcheck(func, _leaves(call_args, wanted))
+        torch.library.opcheck(func, _leaves(call_args, wanted), test_utils=checks)

@@ -353,6 +353,25 @@ def _pgd_step_cases() -> list[Case]:
     return cases
 
 
+def _kl_divergence_cases() -> list[Case]:
+    def case(name: str, rows: int, classes: int, scale: float = 1.0, strided: bool = False) -> Case:
+        def make(s: Source) -> tuple[Tensor, ...]:
+            logits = (scale * s.randn(rows, classes) for _ in range(2))
+            return tuple(s.strided(x) if strided else x for x in logits)
+
+        # In fp64 the reference's own rounding of log p - log q exceeds the rule's two ulps: see test_kl_divergence.py.
+        return Case("kl_divergence", name, make, (torch.float32, torch.bfloat16))
+
+    return [
+        case("no_rows", 0, 4),
+        case("one_row", 1, 10),
+        case("one_class", 3, 1),
+        case("odd_sizes", 63, 129),
+        case("confident", 5, 7, scale=20.0),
+        case("strided", 4, 5, strided=True),
+    ]
+
+
 CASES: list[Case] = [
     *_combine_cases(),
     *_expert_batch_norm_cases(),
@@ -360,6 +379,7 @@ CASES: list[Case] = [
     *_expert_linear_cases(),
     *_expert_sum_cases(),
     *_group_by_expert_cases(),
+    *_kl_divergence_cases(),
     *_mask_relu_cases(),
     *_pgd_step_cases(),
     *_topk_route_cases(),
@@ -369,5 +389,3 @@ CASES: list[Case] = [
 def cases(op: str) -> list[Case]:
     """The cases of one operator."""
     return [case for case in CASES if case.op == op]
-
-
