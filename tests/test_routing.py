@@ -103,3 +103,22 @@ def test_another_routing_does_not_recompile() -> None:
     for _ in range(3):
         function(torch.randn(2), random_routing(6))
     assert counter.frame_count == 1
+
+
+def test_select_takes_a_rank_for_each_row() -> None:
+    routing = Routing.from_logits(torch.randn(5, 4), 3)
+    ranks = torch.tensor([0, 2, 1, 0, 2])
+    chosen = routing.select(ranks)
+    assert chosen.experts[:, 0].tolist() == [routing.experts[t, r].item() for t, r in enumerate(ranks.tolist())]
+    assert (chosen.weights == 1).all()
+    with pytest.raises(ValueError, match=r"i must be a rank or integers \[5\], one per row, got torch.int64 \[4\]"):
+        routing.select(ranks[:4])
+
+
+def test_cat_joins_rows() -> None:
+    a, b = (Routing.from_logits(torch.randn(n, 4), 2) for n in (3, 5))
+    both = Routing.cat([a, b])
+    for name in ("logits", "weights", "experts"):
+        assert torch.equal(getattr(both, name), torch.cat([getattr(a, name), getattr(b, name)]))
+    with pytest.raises(ValueError, match="routings must be one or more with equal E and k"):
+        Routing.cat([a, b.select(0)])

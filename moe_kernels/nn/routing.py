@@ -1,5 +1,6 @@
 """Where each row goes: the router's logits, and the experts and weights chosen from them or forced."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,18 @@ class Routing:
             raise ValueError(f"logits must be [..., E] with E >= 1, got shape {list(logits.shape)}")
         return cls(logits, *topk_route(logits.reshape(-1, logits.shape[-1]), k, gate, renormalize))
 
+    @classmethod
+    def cat(cls, routings: Sequence["Routing"]) -> "Routing":
+        """The routings of several batches of rows as that of one batch; all with the same k."""
+        if not routings or len({(r.num_experts, r.experts.shape[1]) for r in routings}) != 1:
+            shapes = [list(r.logits.shape) + [r.experts.shape[1]] for r in routings]
+            raise ValueError(f"routings must be one or more with equal E and k, got [..., E, k] = {shapes}")
+        return cls(
+            torch.cat([r.logits for r in routings]),
+            torch.cat([r.weights for r in routings]),
+            torch.cat([r.experts for r in routings]),
+        )
+
     @property
     def num_experts(self) -> int:
         return self.logits.shape[-1]
@@ -48,9 +61,13 @@ class Routing:
         """Mean squared logsumexp of the logits, which keeps them small (ST-MoE, eq. 5)."""
         return self._wide_logits().logsumexp(-1).square().sum() / max(self.experts.shape[0], 1)
 
-    def select(self, i: int) -> "Routing":
-        """The i-th ranked expert of each row alone, with weight 1."""
-        k = self.experts.shape[1]
+    def select(self, i: int | Tensor) -> "Routing":
+        """The i-th ranked expert of each row alone, with weight 1; i may be one rank for each row, integer [T]."""
+        T, k = self.experts.shape
+        if isinstance(i, Tensor):
+            if i.shape != (T,) or i.is_floating_point():
+                raise ValueError(f"i must be a rank or integers [{T}], one per row, got {i.dtype} {list(i.shape)}")
+            return self._forced(self.experts.gather(1, i[:, None].long()))
         if not 0 <= i < k:
             raise ValueError(f"i must be a rank between 0 and k - 1 = {k - 1}, got {i}")
         return self._forced(self.experts[:, i : i + 1])

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels import reference
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 # Rows of each expert in a sorted batch.
