@@ -1,0 +1,43 @@
+# Two commands for a fresh machine: `make run` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
+SOURCES := $(shell find csrc -type f)
+READY := $(VENV)/.ready
+
+.PHONY: run test lint format bench install clean
+
+run: $(READY)  ## train RT-ER on the embedded digits and write a report
+	$(BIN)/rter demo --out $(RUN)
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## style, types, layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h)
+
+bench: $(READY)  ## speed and memory beside plain PyTorch, as ratios in one run
+	$(BIN)/python -m pytest benchmarks --benchmark-enable -s
+
+install: $(READY)
+
+# One environment; the isolated build would unpack torch a second time.
+$(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch numpy setuptools pybind11 ninja
+	$(BIN)/pip install -q --no-build-isolation -e '.[rter,test,lint]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info moe_kernels/*.so

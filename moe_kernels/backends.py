@@ -1,5 +1,6 @@
 """The only place that chooses between the implementations of an operator."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,32 @@ def choose(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def is_implemented(op: str, device: str) -> bool:
     """Whether the native operator has a kernel for this device type in the libraries that are loaded."""
     key = DISPATCH_KEYS.get(device)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{op}", key)
+
+
+def build_info() -> dict[str, Any]:
+    """What is built, and for every operator the implementation that each device would use here."""
+    from moe_kernels import __version__, _C, _library, ops
+
+    cuda_library = _library.cuda_library()
+    return {
+        "moe_kernels": __version__,
+        "torch": torch.__version__,
+        "built_with_torch": _C.built_with_torch,
+        "compiler": _C.compiler,
+        "simd": _C.simd,
+        "cuda_library": "not built" if cuda_library is None else f"{cuda_library.name} for {_C.cuda_archs}",
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "operators": {
+            op: {
+                "cpu": "C++" if is_implemented(op, "cpu") else "none",
+                "cuda": "CUDA C++" if is_implemented(op, "cuda") else "none",
+                "reference": "torch",
+            }
+            for op in ops.__all__
+        },
+    }

@@ -1,0 +1,125 @@
+"""The robust Mixture-of-Experts layer: route, sort by expert, run all experts at once, combine."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.nn.experts import ExpertList, ExpertMLP
+from moe_kernels.nn.routing import Routing
+from moe_kernels.ops import combine, group_by_expert
+
+
+class RobustMoE(nn.Module):
+    """A drop-in feed-forward block: y = sum over the top_k experts e of weight_e(x) * expert_e(x).
+
+    Dropless and deterministic: every row reaches its experts whatever its batch neighbours are.
+
+    Args:
+        dim: width of x.
+        hidden_dim: width between an expert's two linear maps.
+        num_experts: number of experts E.
+        top_k: experts per row, 1 to E.
+        activation: relu, gelu, silu, relu2, swiglu or geglu.
+        bias: whether the experts' linear maps have biases.
+        gate: softmax, sigmoid, hard, straight_through or soft; see `moe_kernels.topk_route`.
+        renormalize: whether the top_k weights are divided by their sum; None means top_k > 1.
+        router: a module that maps x to logits [..., E]; None for a linear map without bias.
+
+    Raises:
+        ValueError: if top_k or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        activation: str = "gelu",
+        bias: bool = True,
+        gate: str = "softmax",
+        renormalize: bool | None = None,
+        router: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        experts = ExpertMLP(num_experts, dim, hidden_dim, activation, bias, device=device, dtype=dtype)
+        if router is None:
+            router = nn.Linear(dim, num_experts, bias=False, device=device, dtype=dtype)
+        self._assemble(experts, router, top_k, gate, renormalize)
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: nn.Module | Sequence[nn.Module],
+        router: nn.Module,
+        top_k: int = 1,
+        gate: str = "softmax",
+        renormalize: bool | None = None,
+    ) -> "RobustMoE":
+        """A MoE of any experts.
+
+        Args:
+            experts: a grouped network, with `num_experts` and `forward(x_sorted, offsets)`, or a list of modules, which
+                run one after the other, each on its own rows.
+            router: maps x to logits [..., E]; the leading dimensions of the logits are those that are routed, so a
+                router that returns [B, E] sends whole images.
+            top_k, gate, renormalize: as for `RobustMoE`.
+        """
+        if not isinstance(experts, nn.Module):
+            experts = ExpertList(experts)
+        if not hasattr(experts, "num_experts"):
+            raise ValueError(
+                "experts must be a list of modules or a grouped network with the attribute num_experts, "
+                f"got {type(experts).__name__}"
+            )
+        moe = cls.__new__(cls)
+        nn.Module.__init__(moe)
+        moe._assemble(experts, router, top_k, gate, renormalize)
+        return moe
+
+    def _assemble(
+        self, experts: nn.Module, router: nn.Module, top_k: int, gate: str, renormalize: bool | None
+    ) -> None:
+        self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
+        if not 1 <= top_k <= self.num_experts:
+            raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k}")
+        self.experts, self.router = experts, router
+        self.top_k, self.gate, self.renormalize = top_k, gate, renormalize
+
+    def route(self, x: Tensor, top_k: int | None = None) -> Routing:
+        """Where x goes: the routing that forward(x) would take, or the one to `top_k` experts."""
+        logits = self.router(x)
+        if logits.shape[-1] != self.num_experts:
+            raise ValueError(f"router must return logits [..., {self.num_experts}], got shape {list(logits.shape)}")
+        return Routing.from_logits(logits, self.top_k if top_k is None else top_k, self.gate, self.renormalize)
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """Routes x, or sends it where `routing` says: x [..., dim] -> [..., dim], images [B, ...] -> [B, out].
+
+        Raises:
+            ValueError: if `routing` was made for another number of rows or experts.
+        """
+        if routing is None:
+            routing = self.route(x)
+        lead = routing.logits.shape[:-1]
+        if x.shape[: len(lead)] != lead or routing.num_experts != self.num_experts:
+            raise ValueError(
+                f"routing must be for x's leading shape {list(x.shape[: len(lead)])} and {self.num_experts} experts, "
+                f"got logits {list(routing.logits.shape)}"
+            )
+        rows = x.reshape(-1, *x.shape[len(lead) :])
+        order, position, offsets = group_by_expert(routing.experts, self.num_experts)
+        source = order // position.shape[1]  # the row behind each sorted slot
+        if getattr(self.experts, "gathers_rows", False):
+            h = self.experts(rows, offsets, source)
+        else:
+            h = self.experts(rows.index_select(0, source), offsets)
+        y = combine(h, routing.weights, position)
+        return y.reshape(*lead, *y.shape[1:])
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate!r}, renormalize={self.renormalize}"

@@ -1,0 +1,63 @@
+"""The house keeps its shape: imports run one way, and every operator has all of its files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OPS = sorted(p.stem for p in (ROOT / "moe_kernels/ops").glob("*.py") if p.stem != "__init__")
+
+# folder: the parts of this project that its files may import
+MAY_IMPORT = {
+    "moe_kernels/reference": ("moe_kernels.reference",),
+    "moe_kernels/triton_kernels": ("moe_kernels.triton_kernels",),
+    "moe_kernels/ops": (
+        "moe_kernels._checks",
+        "moe_kernels._library",
+        "moe_kernels.backends",
+        "moe_kernels.ops",
+        "moe_kernels.reference",
+    ),
+    "moe_kernels/nn": ("moe_kernels._checks", "moe_kernels.nn", "moe_kernels.ops"),
+    "moe_kernels/attacks": ("moe_kernels._checks", "moe_kernels.attacks", "moe_kernels.ops"),
+    "python/rter": ("moe_kernels", "rter"),
+}
+OURS = ("moe_kernels", "rter", "tests", "benchmarks")
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of this project that a file imports; `from moe_kernels import x` counts as moe_kernels.x."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            found |= {f"{module}.{a.name}" for a in node.names} if module == "moe_kernels" else {module}
+    return {name for name in found if name.split(".")[0] in OURS}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_run_one_way(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for name in imported(path):
+            if folder == "python/rter":  # the application uses public names only
+                allowed = name.split(".")[0] == "rter" or (name.count(".") <= 1 and "._" not in name)
+            else:
+                allowed = any(name == a or name.startswith(a + ".") for a in MAY_IMPORT[folder])
+            assert allowed, f"{path.relative_to(ROOT)} must not import {name}"
+
+
+def test_nothing_imports_tests_or_benchmarks() -> None:
+    for path in [*(ROOT / "moe_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")]:
+        for name in imported(path):
+            forbidden = name.split(".")[0] in ("tests", "benchmarks") or name.startswith("moe_kernels.testing")
+            assert not forbidden, f"{path.relative_to(ROOT)} must not import {name}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_all_its_files(op: str) -> None:
+    for path in (f"moe_kernels/reference/{op}.py", f"csrc/cpu/{op}.cpp", f"tests/test_{op}.py"):
+        assert (ROOT / path).exists(), path
