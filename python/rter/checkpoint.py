@@ -34,13 +34,20 @@ def save_weights(path: Path, model: nn.Module) -> None:
     save_tensors(path, model.state_dict())
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: did the command that writes it run to its end?") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
 def load_weights(path: Path, model: nn.Module) -> None:
     try:
-        model.load_state_dict(safetensors.torch.load(path.read_bytes()))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: was the run trained to its end?") from None
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit the run's model: {str(error).splitlines()[0]}") from None
+        model.load_state_dict(load_tensors(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the run's config.json: {' '.join(str(error).split())}") from None
 
 
 def create_run(out: Path, config: Config) -> None:

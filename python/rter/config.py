@@ -53,12 +53,13 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _convert(field, getattr(self, field.name)))
-        positive = ("held_out", "num_experts", "width", "attack_steps", "epochs", "batch_size", "lr", "eval_every")
-        for name in positive:
+        for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "eps", "weight_decay", "beta", "clean_weight", "balance_weight"):
+        for name in ("epochs", "batch_size", "lr", "eval_every"):
+            self._demand(name, getattr(self, name) > 0, "above 0")
+        for name in ("seed", "weight_decay", "beta", "clean_weight", "balance_weight"):
             self._demand(name, getattr(self, name) >= 0, "at least 0")
-        self._demand("alpha_ratio", self.alpha_ratio > 0, "above 0")
+        self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
         self._demand("explore", 0 <= self.explore <= 1, "between 0 and 1")
         self._demand("num_experts", self.num_experts > 1 or self.method != "rt-er", "at least 2 for rt-er")
 

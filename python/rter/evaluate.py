@@ -58,7 +58,7 @@ def quick_accuracies(model: RobustClassifier, config: Config, images: Split) -> 
 
 
 def evaluate(run: Path, weights: str, steps: int, restarts: int) -> dict[str, Any]:
-    """Measures the run's `last` or `best` weights by PGD of so many steps; writes report.json and examples.safetensors."""
+    """Measures the run's `last` or `best` weights by PGD; writes report.json and examples.safetensors."""
     config = run_config(run)
     data = load_data(config.data, config.held_out, config.seed)
     model = build_model(config, data)
@@ -137,6 +137,8 @@ def eps_curve(
     standing = predict(model, images.x) == images.y
     curve = [(0.0, _mean(standing))]
     for ratio in CURVE:
+        if config.norm == "Linf" and ratio * config.eps > 1:
+            break
         if ratio == 1:
             standing &= robust
         elif standing.any():

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from moe_kernels import ExpertConv2d, ExpertLinear, RobustMoE, Routing
-from moe_kernels.ops import mask_relu
 from torch import Tensor, nn
 
+from moe_kernels import ExpertConv2d, ExpertLinear, RobustMoE, Routing
+from moe_kernels.ops import mask_relu
 from rter.data import Data
 
 if TYPE_CHECKING:

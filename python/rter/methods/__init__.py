@@ -11,7 +11,7 @@ from rter.methods.step import Step
 
 @dataclass(frozen=True)
 class Method:
-    """`terms(step, x, y)` gives the terms of the loss; `best_by` is the held-out accuracy that names the best weights."""
+    """`terms(step, x, y)` gives the terms of the loss; `best_by` is the accuracy that names the best weights."""
 
     terms: Callable[[Step, Tensor, Tensor], dict[str, Tensor]]
     best_by: str

@@ -11,11 +11,11 @@ Source: Zhang et al., Optimizing Robustness and Accuracy in Mixture of Experts: 
 """
 
 import torch
-from moe_kernels import Routing
-from moe_kernels.ops import kl_divergence
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_kernels import Routing
+from moe_kernels.ops import kl_divergence
 from rter.methods.step import Step, partly_forced
 
 
