@@ -13,9 +13,13 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8F98"
-OTHERS = (ORANGE, GREEN, "#CC79A7", "#56B4E9", GREY)
-STYLE = {
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+INK, GREY = "#3A3F47", "#8A8F98"
+CLEAN, ATTACKED = BLUE, RED
+RUNS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+NORMS = {"Linf": r"$L_\infty$", "L2": r"$L_2$", "L1": r"$L_1$"}
+DASHED = {"color": GREY, "linewidth": 1, "linestyle": (0, (4, 3))}
+STYLE: dict[Any, Any] = {
     "figure.dpi": 160,
     "figure.constrained_layout.use": True,
     "font.family": "DejaVu Sans",
@@ -24,7 +28,7 @@ STYLE = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
-    "axes.labelcolor": "#3A3F47",
+    "axes.labelcolor": INK,
     "axes.edgecolor": "#B8BDC6",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -32,8 +36,8 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#E7E9ED",
     "grid.linewidth": 0.8,
-    "xtick.color": "#3A3F47",
-    "ytick.color": "#3A3F47",
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
@@ -62,24 +66,28 @@ def draw(
 
 
 def accuracy(runs: dict[str, dict[str, Any]], report: dict[str, Any]) -> Figure:
-    """Accuracy against eps of the run and its baselines."""
+    """Accuracy against eps of the run and its baselines, with one standard error to either side."""
     figure, axes = plt.subplots(figsize=(5.6, 3.4))
-    for (name, run), colour in zip(runs.items(), (BLUE, *OTHERS), strict=False):
-        eps, values = np.array(run["eps_curve"]).T
-        axes.plot(eps, values, "o-", color=colour, markersize=4, clip_on=False, label=name, zorder=3)
-    axes.axvline(report["eps"], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(report["eps"], **DASHED)
     axes.annotate(
         f"trained at {report['eps']:.3g}",
         (report["eps"], 1),
         xycoords=("data", "axes fraction"),
-        xytext=(4, -2),
+        xytext=(5, -3),
         textcoords="offset points",
         color=GREY,
         va="top",
     )
-    axes.set(title="Accuracy under attack", xlabel=f"radius of the {report['norm']} perturbation", xlim=(0, None))
+    for (name, run), colour in zip(runs.items(), RUNS, strict=False):
+        eps, values = np.array(run["eps_curve"]).T
+        error = np.sqrt(values * (1 - values) / run["held_out"])
+        axes.fill_between(eps, values - error, values + error, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(eps, values, "o-", color=colour, markersize=4, clip_on=False, label=name, zorder=3)
+    axes.set(
+        title="Accuracy under attack", xlabel=f"radius of the {NORMS[report['norm']]} perturbation", xlim=(0, None)
+    )
     _percent(axes)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.92))
     return figure
 
 
@@ -87,18 +95,21 @@ def learning(history: list[dict[str, Any]]) -> Figure:
     """Held-out accuracies and the terms of the loss over the epochs."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
     epochs = [record["epoch"] for record in history]
-    for key, colour, label in (("sa", GREEN, "clean"), ("ra", BLUE, "under the training attack")):
+    for key, colour, label in (("sa", CLEAN, "clean"), ("ra", ATTACKED, "under the training attack")):
         points = [(record["epoch"], record[key]) for record in history if key in record]
-        left.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3.5, clip_on=False, label=label, zorder=3)
-    left.set(title="Held-out accuracy", xlabel="epoch", xlim=(0, epochs[-1]))
+        left.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, clip_on=False, label=label, zorder=3)
+    left.set(title="Held-out accuracy")
     _percent(left)
     left.legend(loc="lower right")
-    terms = [name for name in history[0] if name not in ("epoch", "lr", "seconds", "sa", "ra")]
-    for name, colour in zip(terms, ("#22252A", BLUE, ORANGE, GREEN, "#CC79A7"), strict=False):
-        right.plot(epochs, [record[name] for record in history], color=colour, label=name.replace("_", " "))
-    right.set(title="Training loss and its terms", xlabel="epoch", xlim=(0, epochs[-1]), ylim=(0, None))
+    terms = [name for name in history[0] if name not in ("epoch", "loss", "seconds", "sa", "ra")]
+    right.plot(epochs, [record["loss"] for record in history], color=INK, label="loss")
+    for name, colour in zip(terms, (ORANGE, PURPLE, SKY, GREEN), strict=False):
+        values = [record[name] for record in history]
+        right.plot(epochs, values, color=colour, linewidth=1.5, label=name.replace("_", " "))
+    right.set(title="Training loss and its terms", ylim=(0, None))
     right.legend()
     for axes in (left, right):
+        axes.set(xlabel="epoch", xlim=(0, epochs[-1]))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -107,46 +118,53 @@ def experts(report: dict[str, Any]) -> Figure:
     """Each expert's part of the images, clean and under attack, and its own robust accuracy."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(3, 2))
     at = np.arange(report["num_experts"])
-    for key, shift, colour, label in (
-        ("expert_load", -0.19, GREEN, "clean"),
-        ("expert_load_adversarial", 0.19, RED, "under attack"),
-    ):
-        _bars(left, at + shift, report[key], 0.36, colour, label)
-    left.axhline(1 / report["num_experts"], color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=4)
-    left.set(title="Images that each expert gets")
+    left.axhline(1 / report["num_experts"], **DASHED)
+    _bars(left, at - 0.19, report["expert_load"], 0.36, CLEAN, "clean")
+    _bars(left, at + 0.19, report["expert_load_adversarial"], 0.36, ATTACKED, "under attack")
+    left.set(title="Load of each expert", ylim=(0, 1.12 * left.get_ylim()[1]))
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    left.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
-    _bars(right, at, report["ra_e"], 0.6, BLUE, "")
-    right.set(title="Each expert alone, under attack on it")
+    left.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
+    _bars(right, at, report["ra_e"], 0.6, ATTACKED, "")
+    right.set(title="Accuracy alone, under attack")
     _percent(right)
     for axes in (left, right):
-        axes.set_xticks(at, [f"expert {e}" for e in at])
+        axes.set_xticks(at, [f"expert {e}" if len(at) <= 4 else str(e) for e in at])
         axes.grid(axis="x", visible=False)
     return figure
 
 
 def images(report: dict[str, Any], examples: dict[str, Tensor]) -> Figure:
-    """One image of each class, clean and adversarial, with what the model says to it."""
+    """One image of each class, the perturbation, and the adversarial image, with what the model reads in either."""
     count = len(examples["label"])
-    figure, grid = plt.subplots(2, count, figsize=(0.9 * count, 2.35), squeeze=False)
-    rows = (("clean", "x", "clean"), (f"eps {report['eps']:.3g}", "x_adv", "adversarial"))
-    for row, (title, pixels, predicted) in zip(grid, rows, strict=True):
+    figure, grid = plt.subplots(3, count, figsize=(0.82 * count, 3.15), squeeze=False)
+    delta = examples["x_adv"] - examples["x"]
+    rows = (
+        ("clean", examples["x"], examples["clean"]),
+        ("difference", 0.5 + 0.35 * delta / (delta.abs().max().clamp(min=1e-9)), None),
+        ("adversarial", examples["x_adv"], examples["adversarial"]),
+    )
+    for row, (title, pixels, predictions) in zip(grid, rows, strict=True):
         for i, axes in enumerate(row):
-            image = examples[pixels][i].permute(1, 2, 0).squeeze(-1).numpy()
-            right = examples[predicted][i] == examples["label"][i]
-            axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+            image = pixels[i].permute(1, 2, 0).squeeze(-1).numpy()
+            axes.imshow(image, cmap="gray_r" if predictions is not None else "PuOr_r", vmin=0, vmax=1)
             axes.grid(False)
             axes.set(xticks=[], yticks=[])
-            axes.spines[:].set(visible=True, color=GREEN if right else RED, linewidth=1.6)
-            axes.set_xlabel(f"{examples[predicted][i]}", color=GREEN if right else RED, weight="bold", labelpad=2)
+            axes.spines[:].set(visible=True, color="#B8BDC6")
+            if predictions is not None:
+                right = bool(predictions[i] == examples["label"][i])
+                axes.spines[:].set(color=CLEAN if right else ATTACKED, linewidth=1.6)
+                axes.set_xlabel(
+                    f"{predictions[i]} {'✓' if right else '✗'}", color=CLEAN if right else ATTACKED, labelpad=2
+                )
         row[0].set_ylabel(title, labelpad=6)
-    figure.suptitle("What the model reads", x=0.01, ha="left", fontsize=10, fontweight="bold")
+    title = f"What the model reads within {NORMS[report['norm']]} distance {report['eps']:.3g}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     return figure
 
 
 def _bars(axes: Axes, at: np.ndarray, values: list[float], width: float, colour: str, label: str) -> None:
-    bars = axes.bar(at, values, width, color=colour, label=label)
-    axes.bar_label(bars, [f"{100 * value:.0f}" for value in values], padding=2, fontsize=8, color="#3A3F47")
+    bars = axes.bar(at, values, width, color=colour, label=label, zorder=2)
+    axes.bar_label(bars, [f"{100 * value:.0f}" for value in values], padding=2, fontsize=8, color=INK, zorder=3)
 
 
 def _percent(axes: Axes) -> None:

@@ -50,7 +50,7 @@ def partly_forced(model: RobustClassifier, own: Routing | None, forced: Routing)
     None, along the model's own route, which an attack can then change."""
 
     def logits(model: RobustClassifier, x: Tensor) -> Tensor:
-        first = model.route(x[: len(x) - len(forced)]) if own is None else own
+        first = model.route(x[: len(x) - len(forced.experts)]) if own is None else own
         return model(x, routing=Routing.cat([first, forced]))
 
     return View(model, logits)
