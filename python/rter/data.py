@@ -1,5 +1,6 @@
 """Image data sets in [0, 1] with a held-out split that follows from a seed."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class Data:
     num_classes: int
 
 
+@functools.cache
 def _digits() -> tuple[Split, int]:
     """1,797 real scans of handwritten digits, 8x8, that come with scikit-learn."""
     from sklearn.datasets import load_digits
