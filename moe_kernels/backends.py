@@ -25,16 +25,20 @@ def choose(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def is_implemented(op: str, device: str) -> bool:
     """Whether the native operator has a kernel for this device type in the libraries that are loaded."""
+    return _has_kernel(op, device)
+
+
+@functools.cache
+def _has_kernel(op: str, device: str) -> bool:
     key = DISPATCH_KEYS.get(device)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{op}", key)
 
 
 def build_info() -> dict[str, Any]:
     """What is built, and for every operator the implementation that each device would use here."""
-    from moe_kernels import __version__, _C, _library, ops
+    from moe_kernels import _C, __version__, _library, ops
 
     cuda_library = _library.cuda_library()
     return {

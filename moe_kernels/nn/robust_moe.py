@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-
 from moe_kernels.nn.experts import ExpertList, ExpertMLP
 from moe_kernels.nn.routing import Routing
+from torch import Tensor, nn
+
 from moe_kernels.ops import combine, group_by_expert
 
 
@@ -81,9 +81,7 @@ class RobustMoE(nn.Module):
         moe._assemble(experts, router, top_k, gate, renormalize)
         return moe
 
-    def _assemble(
-        self, experts: nn.Module, router: nn.Module, top_k: int, gate: str, renormalize: bool | None
-    ) -> None:
+    def _assemble(self, experts: nn.Module, router: nn.Module, top_k: int, gate: str, renormalize: bool | None) -> None:
         self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
         if not 1 <= top_k <= self.num_experts:
             raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k}")
