@@ -34,7 +34,7 @@ class Routing:
     def cat(cls, routings: Sequence["Routing"]) -> "Routing":
         """The routings of several batches of rows as that of one batch; all with the same k."""
         if not routings or len({(r.num_experts, r.experts.shape[1]) for r in routings}) != 1:
-            shapes = [list(r.logits.shape) + [r.experts.shape[1]] for r in routings]
+            shapes = [[*r.logits.shape, r.experts.shape[1]] for r in routings]
             raise ValueError(f"routings must be one or more with equal E and k, got [..., E, k] = {shapes}")
         return cls(
             torch.cat([r.logits for r in routings]),
