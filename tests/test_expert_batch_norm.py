@@ -120,14 +120,54 @@ def test_compiles_without_a_graph_break() -> None:
 def test_bad_input_names_the_argument() -> None:
     x, weight, bias, mean, var, offsets = arguments()
     for match, args in {
-        r"x must have at least 2 dimensions, \[N, C, \*\], got shape \[10\]": (x[:, 0], weight, bias, mean, var, offsets, True),
+        r"x must have at least 2 dimensions, \[N, C, \*\], got shape \[10\]": (
+            x[:, 0],
+            weight,
+            bias,
+            mean,
+            var,
+            offsets,
+            True,
+        ),
         r"x must be a floating-point tensor": (x.int(), weight, bias, mean, var, offsets, True),
-        r"weight must be \[E, C\] .* here \[4, 3\], got shape \[3, 3\]": (x, weight[:3], bias, mean, var, offsets, True),
-        r"bias must have the dtype of x, torch.float32, or be float32": (x, weight, bias.double(), mean, var, offsets, True),
+        r"weight must be \[E, C\] .* here \[4, 3\], got shape \[3, 3\]": (
+            x,
+            weight[:3],
+            bias,
+            mean,
+            var,
+            offsets,
+            True,
+        ),
+        r"bias must have the dtype of x, torch.float32, or be float32": (
+            x,
+            weight,
+            bias.double(),
+            mean,
+            var,
+            offsets,
+            True,
+        ),
         r"running_mean and running_var must be given together": (x, weight, bias, mean, None, offsets, True),
-        r"running_mean and running_var must be given when training is False": (x, None, None, None, None, offsets, False),
+        r"running_mean and running_var must be given when training is False": (
+            x,
+            None,
+            None,
+            None,
+            None,
+            offsets,
+            False,
+        ),
         r"offsets must be int32": (x, weight, bias, mean, var, offsets.long(), True),
-        r"offsets must run from 0 to the number of rows 9, got 0 to 10": (x[:9], weight, bias, mean, var, offsets, True),
+        r"offsets must run from 0 to the number of rows 9, got 0 to 10": (
+            x[:9],
+            weight,
+            bias,
+            mean,
+            var,
+            offsets,
+            True,
+        ),
     }.items():
         with pytest.raises(ValueError, match=match):
             expert_batch_norm(*args)

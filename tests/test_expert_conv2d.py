@@ -79,7 +79,12 @@ def test_bad_input_names_the_argument() -> None:
     for match, args in {
         r"x must have 4 dimensions, got shape \[3, 6, 7\]": (x[0], weight, bias, offsets),
         r"weight must have 5 dimensions": (x, weight[0], bias, offsets),
-        r"weight must be \[E, O, C, kh, kw\] with C = x.shape\[1\], here \['\*', '\*', 2": (x[:, :2], weight, bias, offsets),
+        r"weight must be \[E, O, C, kh, kw\] with C = x.shape\[1\], here \['\*', '\*', 2": (
+            x[:, :2],
+            weight,
+            bias,
+            offsets,
+        ),
         r"weight must have the dtype of x, torch.float32, got torch.float64": (x, weight.double(), bias, offsets),
         r"bias must be \[E, O\], here \[3, 4\], got shape \[3, 3\]": (x, weight, bias[:, :3], offsets),
         r"weight must have a kernel .* got shape \[3, 4, 3, 3, 3\]": (x[:, :, :2], weight, bias, offsets),

@@ -140,7 +140,9 @@ def test_layers_without_parameters() -> None:
     x = torch.randn(5, 4, 3, 3)
     assert ExpertConv2d(3, 4, 2, 1, bias=False).bias is None
     norm = ExpertBatchNorm2d(3, 4, affine=False)
-    expected = torch.cat([F.batch_norm(x[:3], None, None, training=True), F.batch_norm(x[3:], None, None, training=True)])
+    expected = torch.cat(
+        [F.batch_norm(x[:3], None, None, training=True), F.batch_norm(x[3:], None, None, training=True)]
+    )
     torch.testing.assert_close(norm(x, OFFSETS), expected)
     assert norm.num_batches_tracked.tolist() == [1, 0, 1]
 

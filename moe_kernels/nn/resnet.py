@@ -56,7 +56,7 @@ class ExpertConv2d(nn.Module):
 
 
 class ExpertBatchNorm2d(nn.Module):
-    """Batch normalisation per expert: `weight`, `bias`, `running_mean`, `running_var` [E, C], `num_batches_tracked` [E].
+    """Batch normalisation per expert: parameters and running statistics [E, C], `num_batches_tracked` [E].
 
     An expert without rows in a batch keeps its statistics.
 
@@ -185,7 +185,7 @@ class ExpertResNet18(nn.Module):
 
     @classmethod
     def from_state_dicts(cls, experts: Sequence[Mapping[str, Tensor]]) -> "ExpertResNet18":
-        """The grouped network of plain ResNet-18 state dicts, one per expert, in pytorch-cifar's or torchvision's names.
+        """The grouped network of plain ResNet-18 state dicts, one per expert, named as in pytorch-cifar or torchvision.
 
         Raises:
             ValueError: if there are none, or keys are missing, unexpected or of another shape.
