@@ -69,7 +69,10 @@ Tensor mask_relu_backward(const Tensor& grad, const Tensor& bits, bool channels_
         const uint64_t word = mask[first_byte + b] * 0x0101010101010101 & 0x8040201008040201;  // bit i alone in byte i
         std::memcpy(pass + 8 * b, &word, 8);
       }
-      for (int64_t i = 0; i < n; ++i) dst[first + i] = pass[i] ? src[first + i] : T(0);
+      for (int64_t i = 0; i < n; ++i) {
+        const T v = src[first + i];  // loaded in any case, so that the loop vectorises
+        dst[first + i] = pass[i] ? v : T(0);
+      }
     });
   });
   return out;
