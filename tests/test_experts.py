@@ -49,7 +49,7 @@ def test_mlp_gathers_rows() -> None:
 
 
 def test_mlp_names_its_activations() -> None:
-    with pytest.raises(ValueError, match="activation must be one of relu, gelu, .*, got 'tanh'"):
+    with pytest.raises(ValueError, match=r"activation must be one of relu, gelu, .*, got 'tanh'"):
         ExpertMLP(2, 3, 4, "tanh")
 
 

@@ -48,7 +48,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_bad_input_names_the_argument() -> None:
-    with pytest.raises(ValueError, match="x must be a floating-point tensor, got torch.int64"):
+    with pytest.raises(ValueError, match=r"x must be a floating-point tensor, got torch.int64"):
         mask_relu(torch.arange(3))
     with pytest.raises(ValueError, match='backend must be None or "reference"'):
         mask_relu(torch.randn(3, requires_grad=True), backend="fast")

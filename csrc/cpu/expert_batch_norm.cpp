@@ -225,9 +225,8 @@ Tensor expert_batch_norm_input_grad(const Tensor& grad, const OptionalTensor& x,
         dst[j] = static_cast<T>(scale[t] * (static_cast<A>(g[j]) - offset[t] - centred * slope[t]));
       });
     } else {
-      for_each_element(batch, [&, g, dst](int64_t t, int64_t j) {
-        dst[j] = static_cast<T>(scale[t] * static_cast<A>(g[j]));
-      });
+      for_each_element(batch,
+                       [&, g, dst](int64_t t, int64_t j) { dst[j] = static_cast<T>(scale[t] * static_cast<A>(g[j])); });
     }
   });
   return out;

@@ -25,9 +25,7 @@ Tensor convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& w
 Tensor expert_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& offsets,
                      const Shape& stride, const Shape& padding) {
   const auto ranges = read_offsets(offsets, weight.size(0), x.size(0));
-  const auto extent = [&](int i) {
-    return (x.size(2 + i) + 2 * padding[i] - weight.size(3 + i)) / stride[i] + 1;
-  };
+  const auto extent = [&](int i) { return (x.size(2 + i) + 2 * padding[i] - weight.size(3 + i)) / stride[i] + 1; };
   Tensor in = x, w = weight;
   Tensor out = new_tensor(x, {x.size(0), w.size(1), extent(0), extent(1)}, is_channels_last(x));
   for_each_expert(ranges, [&](int64_t e, int64_t begin, int64_t count) {
@@ -47,8 +45,8 @@ Tensor expert_conv2d_input_grad(const Tensor& grad, const Tensor& weight, const 
   Tensor out = new_tensor(grad, {grad.size(0), w.size(2), height, width}, is_channels_last(grad));
   for_each_expert(ranges, [&](int64_t e, int64_t begin, int64_t count) {
     Tensor out_e = narrow(out, 0, begin, count);
-    torch::stable::copy_(out_e, convolution_backward(narrow(g, 0, begin, count), out_e, select(w, 0, e), stride,
-                                                     padding, true));
+    torch::stable::copy_(
+        out_e, convolution_backward(narrow(g, 0, begin, count), out_e, select(w, 0, e), stride, padding, true));
   });
   return out;
 }

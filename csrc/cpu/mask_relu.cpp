@@ -7,7 +7,19 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kBytes = 4096;  // bytes of bits, 8 elements each, that a task handles at least
+constexpr int64_t kBlock = 512;  // elements whose flags, a byte each, are packed at once: loops that vectorise
+constexpr int64_t kGrain = 64;   // blocks that a task handles at least
+
+// Calls f(first_element, elements, first_byte, bytes) for every block, in parallel.
+template <class F>
+void for_each_block(int64_t count, const F& f) {
+  torch::stable::parallel_for(0, (count + kBlock - 1) / kBlock, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t n = std::min(kBlock, count - block * kBlock);
+      f(block * kBlock, n, block * (kBlock / 8), (n + 7) / 8);
+    }
+  });
+}
 
 // x any shape -> y in the layout of x, bits [ceil(numel / 8)]; a NaN stays NaN and passes its gradient.
 std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x) {
@@ -21,18 +33,18 @@ std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x) {
     using T = decltype(zero);
     const T* src = data<T>(dense);
     T* dst = mutable_data<T>(y);
-    torch::stable::parallel_for(0, bytes, kBytes, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        uint8_t pass[8] = {};
-        const int64_t n = std::min<int64_t>(8, count - 8 * b);
-        for (int64_t i = 0; i < n; ++i) {
-          const T v = src[8 * b + i];
-          pass[i] = !(static_cast<acc_t<T>>(v) <= 0);
-          dst[8 * b + i] = pass[i] ? v : T(0);
-        }
+    for_each_block(count, [=](int64_t first, int64_t n, int64_t first_byte, int64_t num_bytes) {
+      uint8_t pass[kBlock] = {};
+      for (int64_t i = 0; i < n; ++i) {
+        const T v = src[first + i];
+        const bool positive = !(static_cast<acc_t<T>>(v) <= 0);
+        pass[i] = positive;
+        dst[first + i] = positive ? v : T(0);
+      }
+      for (int64_t b = 0; b < num_bytes; ++b) {
         uint64_t word;
-        std::memcpy(&word, pass, 8);
-        mask[b] = static_cast<uint8_t>(word * 0x0102040810204080 >> 56);  // gathers eight 0/1 bytes into one
+        std::memcpy(&word, pass + 8 * b, 8);
+        mask[first_byte + b] = static_cast<uint8_t>(word * 0x0102040810204080 >> 56);  // eight 0/1 bytes to one byte
       }
     });
   });
@@ -51,10 +63,15 @@ Tensor mask_relu_backward(const Tensor& grad, const Tensor& bits, bool channels_
     using T = decltype(zero);
     const T* src = data<T>(dense);
     T* dst = mutable_data<T>(out);
-    torch::stable::parallel_for(0, bytes, kBytes, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        const int64_t n = std::min<int64_t>(8, count - 8 * b);
-        for (int64_t i = 0; i < n; ++i) dst[8 * b + i] = mask[b] >> i & 1 ? src[8 * b + i] : T(0);
+    for_each_block(count, [=](int64_t first, int64_t n, int64_t first_byte, int64_t num_bytes) {
+      uint8_t pass[kBlock];
+      for (int64_t b = 0; b < num_bytes; ++b) {
+        const uint64_t word = mask[first_byte + b] * 0x0101010101010101 & 0x8040201008040201;  // bit i alone in byte i
+        std::memcpy(pass + 8 * b, &word, 8);
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const T v = src[first + i];  // loaded in any case, so that the loop vectorises
+        dst[first + i] = pass[i] ? v : T(0);
       }
     });
   });

@@ -75,8 +75,8 @@ class ExpertMLP(nn.Module):
         num_experts: number of experts E.
         dim: width of x and of the result.
         hidden_dim: width between the two layers.
-        activation: relu, gelu (exact), silu, relu2 (squared relu), or gated: swiglu, geglu, which multiply the activation
-            of the first half of `up`'s result by its second half.
+        activation: relu, gelu (exact), silu, relu2 (squared relu), or gated: swiglu, geglu, which multiply the
+            activation of the first half of `up`'s result by its second half.
         bias: whether the layers have biases.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class ExpertConv2d(nn.Module):
 
 
 class ExpertBatchNorm2d(nn.Module):
-    """Batch normalisation per expert: `weight`, `bias`, `running_mean`, `running_var` [E, C], `num_batches_tracked` [E].
+    """Batch normalisation per expert: parameters and running statistics [E, C], `num_batches_tracked` [E].
 
     An expert without rows in a batch keeps its statistics.
 
@@ -124,7 +125,7 @@ class ExpertBasicBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        to = {"device": device, "dtype": dtype}
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = ExpertConv2d(num_experts, in_channels, channels, 3, stride, 1, bias=False, **to)
         self.bn1 = ExpertBatchNorm2d(num_experts, channels, **to)
         self.conv2 = ExpertConv2d(num_experts, channels, channels, 3, 1, 1, bias=False, **to)
@@ -162,18 +163,19 @@ class ExpertResNet18(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        to = {"device": device, "dtype": dtype}
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_experts = num_experts
         self.conv1 = ExpertConv2d(num_experts, in_channels, width, 3, 1, 1, bias=False, **to)
         self.bn1 = ExpertBatchNorm2d(num_experts, width, **to)
-        before = width
-        for stage in range(1, 5):
-            channels, stride = width * 2 ** (stage - 1), 1 if stage == 1 else 2
-            first = ExpertBasicBlock(num_experts, before, channels, stride, **to)
-            blocks = nn.ModuleList([first, ExpertBasicBlock(num_experts, channels, channels, 1, **to)])
-            self.add_module(f"layer{stage}", blocks)
-            before = channels
-        self.linear = ExpertLinear(num_experts, before, num_classes, **to)
+        self.layer1 = self._stage(width, width, 1, to)
+        self.layer2 = self._stage(width, 2 * width, 2, to)
+        self.layer3 = self._stage(2 * width, 4 * width, 2, to)
+        self.layer4 = self._stage(4 * width, 8 * width, 2, to)
+        self.linear = ExpertLinear(num_experts, 8 * width, num_classes, **to)
+
+    def _stage(self, before: int, channels: int, stride: int, to: dict[str, Any]) -> nn.ModuleList:
+        first = ExpertBasicBlock(self.num_experts, before, channels, stride, **to)
+        return nn.ModuleList([first, ExpertBasicBlock(self.num_experts, channels, channels, 1, **to)])
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
@@ -185,7 +187,7 @@ class ExpertResNet18(nn.Module):
 
     @classmethod
     def from_state_dicts(cls, experts: Sequence[Mapping[str, Tensor]]) -> "ExpertResNet18":
-        """The grouped network of plain ResNet-18 state dicts, one per expert, in pytorch-cifar's or torchvision's names.
+        """The grouped network of plain ResNet-18 state dicts, one per expert, named as in pytorch-cifar or torchvision.
 
         Raises:
             ValueError: if there are none, or keys are missing, unexpected or of another shape.

@@ -132,8 +132,8 @@ def _forward_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, 
         dx = _input_grad(grad, x, weight, mean, var, dbias, dweight, offsets, ctx.eps)
     elif x_needs:
         dx = _input_grad(grad, None, weight, None, var, None, None, offsets, ctx.eps)
-    dweight = dweight.to(weight.dtype) if weight_needs else None
-    dbias = dbias.to(bias.dtype) if bias_needs else None
+    dweight = dweight.to(weight.dtype) if weight_needs else None  # type: ignore[union-attr]
+    dbias = dbias.to(bias.dtype) if bias_needs else None  # type: ignore[union-attr]
     return dx, dweight, dbias, None, None, None, None, None
 
 

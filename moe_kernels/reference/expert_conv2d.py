@@ -32,7 +32,7 @@ def expert_conv2d_input_grad(
     sizes = [(b - a, weight.shape[2], height, width) for a, b in pairwise(bounds)]
     grads = grad.split([size[0] for size in sizes])
     parts = zip(sizes, weight, grads, strict=True)
-    return torch.cat([conv_grad.conv2d_input(s, w, g, stride, padding) for s, w, g in parts])  # type: ignore[arg-type]
+    return torch.cat([conv_grad.conv2d_input(s, w, g, stride, padding) for s, w, g in parts])
 
 
 def expert_conv2d_weight_grad(
@@ -41,4 +41,4 @@ def expert_conv2d_weight_grad(
     bounds = offsets.tolist()
     size = (grad.shape[1], x.shape[1], height, width)
     parts = [(x[a:b], grad[a:b]) for a, b in pairwise(bounds)]
-    return torch.stack([conv_grad.conv2d_weight(i, size, g, stride, padding) for i, g in parts])  # type: ignore[arg-type]
+    return torch.stack([conv_grad.conv2d_weight(i, size, g, stride, padding) for i, g in parts])
