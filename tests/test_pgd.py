@@ -104,9 +104,10 @@ def test_restarts_are_never_worse() -> None:
         assert at_least_as_strong(model, five, one, y).sum() > 16
 
 
-def test_the_best_iterate_is_never_worse_than_the_last() -> None:
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_the_best_iterate_is_never_worse_than_the_last(restarts: int) -> None:
     model, (x, y) = network(), images(64)
-    options = {"eps": 0.3, "alpha": 0.6, "steps": 5, "seed": 3}
+    options = {"eps": 0.3, "alpha": 0.6, "steps": 5, "seed": 3, "restarts": restarts}
     best, last = (PGD(model, best_iterate=b, **options)(x, y) for b in (True, False))
     assert at_least_as_strong(model, best, last, y).sum() > 4
 
