@@ -38,7 +38,7 @@ def _has_kernel(op: str, device: str) -> bool:
 
 def build_info() -> dict[str, Any]:
     """What is built, and for every operator the implementation that each device would use here."""
-    from moe_kernels import __version__, _C, _library, ops
+    from moe_kernels import _C, __version__, _library, ops
 
     cuda_library = _library.cuda_library()
     return {

@@ -1,6 +1,7 @@
 // The arithmetic of one PGD step on one element, the same on every device. No torch header: device code includes it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -20,30 +21,29 @@ MOE_HOST_DEVICE T clamp(T value, T low, T high) {
   return value > high ? high : value;
 }
 
+// y, or its neighbour towards x where rounding took y further than `radius` from x.
 template <class T>
-MOE_HOST_DEVICE T magnitude(T value) {
-  return value < 0 ? -value : value;
-}
-
-// x + d, rounded so that the distance from x does not exceed |d|.
-template <class T>
-MOE_HOST_DEVICE T move(T x, T d) {
+MOE_HOST_DEVICE T inside(T y, T x, T radius) {
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  const T y = x + d;
   Bits bits;
   std::memcpy(&bits, &y, sizeof(T));
-  const Bits inward = (y > x) == (y > 0) ? -1 : 1;  // to the neighbour of y on x's side
-  bits += magnitude(y - x) > magnitude(d) ? inward : 0;
-  T result;
-  std::memcpy(&result, &bits, sizeof(T));
-  return result;
+  const Bits inward = (y > x) == (y > 0) ? -1 : 1;
+  bits += std::fabs(y - x) > radius ? inward : 0;
+  std::memcpy(&y, &bits, sizeof(T));
+  return y;
 }
 
 // A step along the sign of the gradient, inside [x - eps, x + eps] and the bounds. A NaN gradient makes no step.
 template <class T, class G>
 MOE_HOST_DEVICE T linf_step(T x_adv, G g, T x, T eps, T alpha, T low, T high) {
   const T step = g > 0 ? alpha : g < 0 ? -alpha : T(0);
-  return clamp(clamp(x_adv + step, move(x, -eps), move(x, eps)), low, high);
+  return clamp(inside(clamp(x_adv + step, x - eps, x + eps), x, eps), low, high);
+}
+
+// x plus a projected perturbation, inside the bounds.
+template <class T>
+MOE_HOST_DEVICE T perturbed(T x, T delta, T low, T high) {
+  return clamp(inside(x + delta, x, std::fabs(delta)), low, high);
 }
 
 // The factor that gives a gradient of this norm the length alpha; 0 for a gradient that is zero or infinite.
@@ -61,9 +61,9 @@ MOE_HOST_DEVICE double stepped_delta(T x_adv, G g, T x, double factor) {
 
 // Moves |delta| towards zero by tau: the soft threshold that projects onto an L1 ball.
 MOE_HOST_DEVICE double shrink(double delta, double tau) {
-  const double rest = magnitude(delta) - tau;
+  const double rest = std::fabs(delta) - tau;
   const double kept = rest < 0 ? 0 : rest;
-  return delta < 0 ? -kept : kept;
+  return std::copysign(kept, delta);
 }
 
 }  // namespace moe

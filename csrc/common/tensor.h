@@ -8,11 +8,13 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -83,6 +85,21 @@ struct Accumulate<double> {
 };
 template <class T>
 using acc_t = typename Accumulate<T>::type;
+inline ScalarType accumulate_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
+
+// The fewest items of `work` element operations each that are worth a thread.
+inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); }
+
+// The string argument of an operator. torch's own conversion to std::string (2.10 to 2.13) leaks a copy in every call.
+inline std::string take_string(StringHandle handle) {
+  const char* chars;
+  size_t length;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &chars));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  std::string out(chars, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return out;
+}
 
 // Calls f with a value of the C++ type that `dtype` names.
 template <class F>

@@ -21,7 +21,7 @@ struct Sample {
 };
 
 template <class T, class G>
-void linf(const Sample<T, G>& s) {
+void linf(Sample<T, G> s) {
 #pragma omp simd
   for (int64_t i = 0; i < s.size; ++i) {
     s.x_adv[i] = linf_step(s.x_adv[i], acc_t<G>(s.grad[i]), s.x[i], s.eps, s.alpha, s.low, s.high);
@@ -30,7 +30,7 @@ void linf(const Sample<T, G>& s) {
 
 // Sums f(i) over the sample.
 template <class F>
-double sum(int64_t size, F&& f) {
+double sum(int64_t size, F f) {
   double total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < size; ++i) total += f(i);
@@ -39,13 +39,13 @@ double sum(int64_t size, F&& f) {
 
 // Michelot's active set: the tau with sum(max(|delta| - tau, 0)) = eps, or 0 inside the ball. The set only shrinks.
 template <class F>
-double l1_threshold(int64_t size, double eps, F&& delta) {
+double l1_threshold(int64_t size, double eps, F delta) {
   double tau = 0, active = std::numeric_limits<double>::infinity();
   for (;;) {
     double count = 0, excess = -eps;
 #pragma omp simd reduction(+ : count, excess)
     for (int64_t i = 0; i < size; ++i) {
-      const double m = magnitude(delta(i)) - tau;
+      const double m = std::fabs(delta(i)) - tau;
       count += m > 0 ? 1. : 0.;
       excess += m > 0 ? m : 0.;
     }
@@ -57,23 +57,23 @@ double l1_threshold(int64_t size, double eps, F&& delta) {
 }
 
 template <class T, class G>
-void l2_or_l1(const Sample<T, G>& s, bool l2) {
-  const double norm = sum(s.size, [&](int64_t i) {
-    const double g = static_cast<double>(acc_t<G>(s.grad[i])), m = l2 ? g * g : magnitude(g);
+void l2_or_l1(Sample<T, G> s, bool l2) {
+  const double norm = sum(s.size, [=](int64_t i) {
+    const double g = static_cast<double>(acc_t<G>(s.grad[i])), m = l2 ? g * g : std::fabs(g);
     return m == m ? m : 0;
   });
   const double factor = step_factor(s.alpha, l2 ? std::sqrt(norm) : norm);
-  auto delta = [&](int64_t i) { return stepped_delta(s.x_adv[i], acc_t<G>(s.grad[i]), s.x[i], factor); };
+  auto delta = [=](int64_t i) { return stepped_delta(s.x_adv[i], acc_t<G>(s.grad[i]), s.x[i], factor); };
   double scale = 1, tau = 0;
   if (l2) {
-    const double length = std::sqrt(sum(s.size, [&](int64_t i) { return delta(i) * delta(i); }));
+    const double length = std::sqrt(sum(s.size, [=](int64_t i) { return delta(i) * delta(i); }));
     if (length > s.eps) scale = s.eps / length;
   } else {
     tau = l1_threshold(s.size, s.eps, delta);
   }
 #pragma omp simd
   for (int64_t i = 0; i < s.size; ++i) {
-    s.x_adv[i] = clamp(move(s.x[i], static_cast<T>(scale * shrink(delta(i), tau))), s.low, s.high);
+    s.x_adv[i] = perturbed(s.x[i], static_cast<T>(scale * shrink(delta(i), tau)), s.low, s.high);
   }
 }
 
