@@ -84,6 +84,8 @@ def test_eps_and_alpha_per_sample(norm: str) -> None:
     x_adv = PGD(network(), eps, eps / 2, norm=norm, bounds=WIDE)(x, y)
     torch.testing.assert_close(sizes(x_adv - x, norm), eps.float(), rtol=1e-4, atol=1e-6)
     assert torch.equal(x_adv[0], x[0])
+    x_adv = PGD(network(), 1.0, eps / 2, steps=1, norm=norm, bounds=WIDE, random_start=False, best_iterate=False)(x, y)
+    torch.testing.assert_close(sizes(x_adv - x, norm), eps.float() / 2, rtol=1e-4, atol=1e-6)
 
 
 def test_numbers_may_be_fractions() -> None:
@@ -160,6 +162,7 @@ def test_the_start_takes_eps_per_sample_and_bounds() -> None:
     delta = start(torch.zeros(3, 1000), eps=eps, alpha=0.1)
     assert delta.min() == 0
     torch.testing.assert_close(delta.amax(1), eps, rtol=0.02, atol=0)
+    torch.testing.assert_close(delta.mean(1), eps / 4, rtol=0.2, atol=0)
 
 
 def test_a_seed_repeats_and_none_does_not() -> None:
@@ -309,7 +312,7 @@ def test_zero_gradients_are_counted() -> None:
     def model(x: Tensor) -> Tensor:
         return F.pad(x.relu(), (0, 1))
 
-    x, y = torch.tensor([[-1.0], [1.0], [-2.0]]), torch.zeros(3, dtype=torch.int64)
+    x, y = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-2.0, -3.0]]), torch.zeros(3, dtype=torch.int64)
     attack = PGD(model, 0.1, 0.01, steps=5, restarts=2, bounds=WIDE)
     attack(x, y)
     assert attack.zero_gradients == 20 and attack.nan_gradients == 0
