@@ -137,6 +137,15 @@ def test_success_comes_before_loss() -> None:
     torch.testing.assert_close(attack(x, y), x - 0.3)
 
 
+def test_a_nan_loss_is_beaten_by_any_number() -> None:
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        return logits[:, 1] + torch.where(logits[:, 1] < 0.65, math.nan, 0)
+
+    x, y = torch.tensor([[0.4, 0.6]]), torch.tensor([0])
+    x_adv = PGD(lambda x: x, 0.1, 0.1, steps=1, loss=loss, random_start=False)(x, y)
+    torch.testing.assert_close(x_adv, torch.tensor([[0.4, 0.7]]))
+
+
 def test_the_linf_start_is_uniform() -> None:
     delta = start(torch.full((200, 3, 8, 8), 0.5), eps=0.1, bounds=(0, 1)) - 0.5
     assert delta.abs().max() <= 0.1 and delta.abs().max() > 0.0999
