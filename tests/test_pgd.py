@@ -345,6 +345,16 @@ def test_kl_moves_the_prediction(random_start: bool) -> None:
     assert attack.zero_gradients == 0
 
 
+def test_kl_is_measured_from_the_clean_prediction() -> None:
+    model, (x, y) = network().double().eval(), images(dtype=torch.float64)
+    clean = model(x).log_softmax(1).detach()
+
+    def divergence(logits: Tensor, y: Tensor) -> Tensor:
+        return F.kl_div(logits.log_softmax(1), clean, reduction="none", log_target=True).sum(1)
+
+    torch.testing.assert_close(PGD(model, loss="kl", seed=0)(x, y), PGD(model, loss=divergence, seed=0)(x, y))
+
+
 def test_kl_without_a_random_start_begins_near_x() -> None:
     x = torch.full((20, 500), 0.5)
     offset = start(x, loss="kl", random_start=False, eps=0.1) - x
