@@ -1,6 +1,7 @@
 """PGD reaches the closed form on linear models, keeps the best, repeats itself and leaves no trace."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -489,5 +490,7 @@ def test_bad_input(x: Tensor, y: Tensor, options: dict[str, Any], message: str) 
 def test_likely_mistakes_are_warned_of(eps: float, message: str) -> None:
     with pytest.warns(UserWarning, match=message):
         PGD(network(), eps)
-    PGD(network(), eps, norm="L2")
-    PGD(network(), 8, bounds=(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PGD(network(), eps, norm="L2")
+        PGD(network(), 8, bounds=(0, 255))
