@@ -1,6 +1,7 @@
 """PGD reaches the closed form on linear models, keeps the best, repeats itself and leaves no trace."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,8 @@ def test_eps_and_alpha_per_sample(norm: str) -> None:
     x_adv = PGD(network(), eps, eps / 2, norm=norm, bounds=WIDE)(x, y)
     torch.testing.assert_close(sizes(x_adv - x, norm), eps.float(), rtol=1e-4, atol=1e-6)
     assert torch.equal(x_adv[0], x[0])
+    x_adv = PGD(network(), 1.0, eps / 2, steps=1, norm=norm, bounds=WIDE, random_start=False, best_iterate=False)(x, y)
+    torch.testing.assert_close(sizes(x_adv - x, norm), eps.float() / 2, rtol=1e-4, atol=1e-6)
 
 
 def test_numbers_may_be_fractions() -> None:
@@ -104,9 +107,10 @@ def test_restarts_are_never_worse() -> None:
         assert at_least_as_strong(model, five, one, y).sum() > 16
 
 
-def test_the_best_iterate_is_never_worse_than_the_last() -> None:
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_the_best_iterate_is_never_worse_than_the_last(restarts: int) -> None:
     model, (x, y) = network(), images(64)
-    options = {"eps": 0.3, "alpha": 0.6, "steps": 5, "seed": 3}
+    options = {"eps": 0.3, "alpha": 0.6, "steps": 5, "seed": 3, "restarts": restarts}
     best, last = (PGD(model, best_iterate=b, **options)(x, y) for b in (True, False))
     assert at_least_as_strong(model, best, last, y).sum() > 4
 
@@ -134,6 +138,15 @@ def test_success_comes_before_loss() -> None:
     torch.testing.assert_close(attack(x, y), x - 0.3)
 
 
+def test_a_nan_loss_is_beaten_by_any_number() -> None:
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        return logits[:, 1] + torch.where(logits[:, 1] < 0.65, math.nan, 0)
+
+    x, y = torch.tensor([[0.4, 0.6]]), torch.tensor([0])
+    x_adv = PGD(lambda x: x, 0.1, 0.1, steps=1, loss=loss, random_start=False)(x, y)
+    torch.testing.assert_close(x_adv, torch.tensor([[0.4, 0.7]]))
+
+
 def test_the_linf_start_is_uniform() -> None:
     delta = start(torch.full((200, 3, 8, 8), 0.5), eps=0.1, bounds=(0, 1)) - 0.5
     assert delta.abs().max() <= 0.1 and delta.abs().max() > 0.0999
@@ -159,6 +172,7 @@ def test_the_start_takes_eps_per_sample_and_bounds() -> None:
     delta = start(torch.zeros(3, 1000), eps=eps, alpha=0.1)
     assert delta.min() == 0
     torch.testing.assert_close(delta.amax(1), eps, rtol=0.02, atol=0)
+    torch.testing.assert_close(delta.mean(1), eps / 4, rtol=0.2, atol=0)
 
 
 def test_a_seed_repeats_and_none_does_not() -> None:
@@ -308,7 +322,7 @@ def test_zero_gradients_are_counted() -> None:
     def model(x: Tensor) -> Tensor:
         return F.pad(x.relu(), (0, 1))
 
-    x, y = torch.tensor([[-1.0], [1.0], [-2.0]]), torch.zeros(3, dtype=torch.int64)
+    x, y = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-2.0, -3.0]]), torch.zeros(3, dtype=torch.int64)
     attack = PGD(model, 0.1, 0.01, steps=5, restarts=2, bounds=WIDE)
     attack(x, y)
     assert attack.zero_gradients == 20 and attack.nan_gradients == 0
@@ -330,6 +344,16 @@ def test_kl_moves_the_prediction(random_start: bool) -> None:
     assert (x_adv - x).abs().max() == pytest.approx(0.1, rel=1e-3)
     assert (divergence(x_adv) > 2 * divergence(attack(x, y))).all()
     assert attack.zero_gradients == 0
+
+
+def test_kl_is_measured_from_the_clean_prediction() -> None:
+    model, (x, y) = network().double().eval(), images(dtype=torch.float64)
+    clean = model(x).log_softmax(1).detach()
+
+    def divergence(logits: Tensor, y: Tensor) -> Tensor:
+        return F.kl_div(logits.log_softmax(1), clean, reduction="none", log_target=True).sum(1)
+
+    torch.testing.assert_close(PGD(model, loss="kl", seed=0)(x, y), PGD(model, loss=divergence, seed=0)(x, y))
 
 
 def test_kl_without_a_random_start_begins_near_x() -> None:
@@ -466,5 +490,7 @@ def test_bad_input(x: Tensor, y: Tensor, options: dict[str, Any], message: str) 
 def test_likely_mistakes_are_warned_of(eps: float, message: str) -> None:
     with pytest.warns(UserWarning, match=message):
         PGD(network(), eps)
-    PGD(network(), eps, norm="L2")
-    PGD(network(), 8, bounds=(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PGD(network(), eps, norm="L2")
+        PGD(network(), 8, bounds=(0, 255))
