@@ -57,7 +57,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def load() -> None:
     """Loads the CPU library and, under a CUDA build of torch, the CUDA library."""
     try:
-        from moe_kernels import _C  # noqa: F401
+        from moe_kernels import _C  # type: ignore[attr-defined]  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the kernels are not built ({error}); run `pip install -e .` in the repository") from error
     cuda = cuda_library()

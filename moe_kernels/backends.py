@@ -44,7 +44,7 @@ def _is_available(op: str, device: str) -> bool:
 
 def build_info() -> dict[str, Any]:
     """What is built, and for every operator the implementation that each device would use here."""
-    from moe_kernels import _C, __version__, _library, ops
+    from moe_kernels import _C, __version__, _library, ops  # type: ignore[attr-defined]
 
     cuda_library = _library.cuda_library()
     return {

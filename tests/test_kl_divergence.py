@@ -71,3 +71,10 @@ def test_16_bit_logits_give_float32() -> None:
 def test_mistakes(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kl_divergence(**({"clean_logits": torch.zeros(2, 3), "adv_logits": torch.zeros(2, 3)} | change))
+
+
+def test_autocast_leaves_the_dtype_alone() -> None:
+    clean, adv = 9 * torch.randn(4, 5), 9 * torch.randn(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kl_divergence(clean, adv), kl_divergence(clean, adv, backend="reference"))
+        assert kl_divergence(clean.bfloat16(), adv).dtype == torch.float32

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moe_kernels import _checks as check
 from moe_kernels.attacks.attack_mode import attack_mode
-from moe_kernels.ops import kl_divergence, pgd_step_
+from moe_kernels.ops.kl_divergence import kl_divergence
+from moe_kernels.ops.pgd_step_ import pgd_step_
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], y [B] -> [B]
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from moe_kernels.nn.experts import ExpertMLP
 from moe_kernels.nn.routing import Routing
-from moe_kernels.ops import combine, group_by_expert
+from moe_kernels.ops.combine import combine
+from moe_kernels.ops.group_by_expert import group_by_expert
 from moe_kernels.ops.topk_route import GATES
 
 

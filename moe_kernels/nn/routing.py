@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_kernels.ops import group_by_expert, topk_route
+from moe_kernels.ops.group_by_expert import group_by_expert
+from moe_kernels.ops.topk_route import topk_route
 
 
 @dataclass(eq=False, frozen=True)

@@ -31,7 +31,8 @@ def kl_divergence(clean_logits: Tensor, adv_logits: Tensor, *, backend: str | No
     if clean_logits.shape[1] == 0:
         raise ValueError(f"clean_logits must have at least one class, got shape {list(clean_logits.shape)}")
     check.same_kind("adv_logits", adv_logits, "clean_logits", clean_logits)
-    clean_logits, adv_logits = check.autocast(clean_logits, adv_logits)
+    dtype = torch.promote_types(clean_logits.dtype, adv_logits.dtype)  # they may differ under autocast
+    clean_logits, adv_logits = clean_logits.to(dtype), adv_logits.to(dtype)
     return backends.choose("kl_divergence", backend, clean_logits)(clean_logits, adv_logits)
 
 

@@ -68,7 +68,7 @@ def draw(
 def accuracy(runs: dict[str, dict[str, Any]], report: dict[str, Any]) -> Figure:
     """Accuracy against eps of the run and its baselines, with one standard error to either side."""
     figure, axes = plt.subplots(figsize=(5.6, 3.4))
-    axes.axvline(report["eps"], **DASHED)
+    axes.axvline(report["eps"], **DASHED)  # type: ignore[arg-type]
     axes.annotate(
         f"trained at {report['eps']:.3g}",
         (report["eps"], 1),

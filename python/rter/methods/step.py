@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from moe_kernels.attacks import PGD
 from torch import Tensor, nn
 
 from moe_kernels import Routing
+from moe_kernels.attacks import PGD
 from rter.models import RobustClassifier, View
 
 if TYPE_CHECKING:
