@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kLinfThreads) pgd_linf_kernel(PgdBatch<T, G> p
   loop.update([=](T a, auto g, T x) { return linf_step(a, g, x, eps, alpha, p.low, p.high); });
 }
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 512;
 
 template <class T, class G, int V>
 __global__ void __launch_bounds__(kMaxThreads) pgd_sample_kernel(PgdBatch<T, G> p, Norm norm) {
