@@ -36,6 +36,12 @@ def _has_kernel(op: str, device: str) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{op}", key)
 
 
+def _is_available(op: str, device: str) -> bool:
+    """An operator that saves more than it returns runs as `<op>_forward`."""
+    defined = [name for name in (op, f"{op}_forward") if hasattr(torch.ops.moe_kernels, name)]
+    return any(is_implemented(name, device) for name in defined)
+
+
 def build_info() -> dict[str, Any]:
     """What is built, and for every operator the implementation that each device would use here."""
     from moe_kernels import _C, __version__, _library, ops
@@ -51,8 +57,8 @@ def build_info() -> dict[str, Any]:
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": {
             op: {
-                "cpu": "C++" if is_implemented(op, "cpu") else "none",
-                "cuda": "CUDA C++" if is_implemented(op, "cuda") else "none",
+                "cpu": "C++" if _is_available(op, "cpu") else "none",
+                "cuda": "CUDA C++" if _is_available(op, "cuda") else "none",
                 "reference": "torch",
             }
             for op in ops.__all__

@@ -5,6 +5,7 @@ namespace moe {
 namespace {
 
 constexpr int64_t kColumns = 256;  // columns summed at a time: their accumulators stay in L1
+constexpr int64_t kTerms = 64;     // products summed before they join the total: rounding errors grow with n / 64
 
 // position [T, k] as a contiguous tensor, checked to hold each of the slots once.
 Tensor read_position(const Tensor& position, int64_t slots) {
@@ -107,10 +108,10 @@ Tensor combine_weight_grad(const Tensor& grad, const Tensor& y, const Tensor& po
       for (int64_t slot = first; slot < last; ++slot) {
         const T *a = g + slot / k * width, *b = src + p[slot] * width;
         acc_t<T> sum = 0;
-        for (int64_t c0 = 0; c0 < width; c0 += kColumns) {
+        for (int64_t c0 = 0; c0 < width; c0 += kTerms) {
           acc_t<T> part = 0;
 #pragma omp simd reduction(+ : part)
-          for (int64_t c = c0; c < std::min(c0 + kColumns, width); ++c) {
+          for (int64_t c = c0; c < std::min(c0 + kTerms, width); ++c) {
             part += static_cast<acc_t<T>>(a[c]) * static_cast<acc_t<T>>(b[c]);
           }
           sum += part;

@@ -22,22 +22,25 @@ Gate read_gate(StringHandle name, bool renormalize) {
 }
 
 template <class A>
+A sigmoid(A x) {
+  return 1 / (1 + std::exp(-x));
+}
+
+template <class A>
 A log_sigmoid(A x) {
   return std::min(x, A(0)) - std::log1p(std::exp(-std::abs(x)));
 }
 
-// What p[e] = exp(score(e) - shift) / total needs, for the chosen experts' weights or any expert's softmax.
+// One row's weights: sigmoid, or exp(score(e) - shift) / total with the total over the chosen experts or over all.
 template <class A>
 struct Row {
   const A* logits;
-  bool sigmoid;
-  A shift = 0, total = 1;
+  Gate gate;
+  A shift = 0, total = 0;
 
-  Row(const A* logits, int64_t num_experts, const int32_t* experts, int64_t k, Gate gate)
-      : logits(logits), sigmoid(gate.sigmoid) {
-    if (sigmoid && !gate.renormalize) return;
+  Row(const A* logits, int64_t num_experts, const int32_t* experts, int64_t k, Gate gate) : logits(logits), gate(gate) {
+    if (gate.sigmoid && !gate.renormalize) return;
     shift = score(experts[0]);
-    total = 0;
     const int64_t count = gate.renormalize ? k : num_experts;
     for (int64_t i = 0; i < count; i += kBlock) {
       A part = 0;
@@ -48,8 +51,10 @@ struct Row {
     }
   }
 
-  A score(int64_t e) const { return sigmoid ? log_sigmoid(logits[e]) : logits[e]; }
-  A operator[](int64_t e) const { return std::exp(score(e) - shift) / total; }
+  A score(int64_t e) const { return gate.sigmoid ? log_sigmoid(logits[e]) : logits[e]; }
+  A operator[](int64_t e) const {
+    return gate.sigmoid && !gate.renormalize ? sigmoid(logits[e]) : std::exp(score(e) - shift) / total;
+  }
 };
 
 // The largest element, or NaN if there is one.
@@ -122,12 +127,14 @@ Tensor topk_route_backward(const Tensor& grad, const Tensor& logits, const Tenso
         std::copy_n(src + t * num_experts, num_experts, x.begin());
         const int32_t* chosen = all_chosen + t * k;
         const Row<A> p(x.data(), num_experts, chosen, k, gate);
+        // Renormalised weights sum to 1, so a constant taken off the gradient changes nothing but the rounding.
+        const A base = gate.renormalize ? g[t * k] : A(0);
         A mean = 0;  // of the gradient under the weights
-        for (int64_t i = 0; i < k; ++i) mean += (w[i] = p[chosen[i]]) * g[t * k + i];
+        for (int64_t i = 0; i < k; ++i) mean += (w[i] = p[chosen[i]]) * (g[t * k + i] - base);
         for (int64_t e = 0; e < num_experts; ++e) dx[e] = gate.sigmoid || gate.renormalize ? 0 : -p[e] * mean;
         for (int64_t i = 0; i < k; ++i) {
-          A ds = w[i] * (g[t * k + i] - (gate.renormalize ? mean : 0));
-          if (gate.sigmoid) ds *= std::exp(log_sigmoid(-x[chosen[i]]));
+          A ds = w[i] * (g[t * k + i] - base - (gate.renormalize ? mean : A(0)));
+          if (gate.sigmoid) ds *= sigmoid(-x[chosen[i]]);
           dx[chosen[i]] += ds;
         }
         for (int64_t e = 0; e < num_experts; ++e) dst[t * num_experts + e] = static_cast<T>(dx[e]);

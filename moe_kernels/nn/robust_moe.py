@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from moe_kernels.nn.experts import ExpertMLP
-from moe_kernels.nn.routing import Routing
 from torch import Tensor, nn
 
+from moe_kernels.nn.experts import ExpertMLP
+from moe_kernels.nn.routing import Routing
 from moe_kernels.ops import combine, group_by_expert
 from moe_kernels.ops.topk_route import GATES
 

@@ -70,12 +70,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    logits, experts = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        needed = (True, False, False, False)
-        return vjp(reference.topk_route, (logits, *ctx.options), (grad, None), needed)
     _, gate, renormalize = ctx.options
-    return _topk_route_backward(grad, logits, experts, gate, renormalize), None, None, None
+    return topk_route_backward(grad, *ctx.saved_tensors, gate, renormalize), None, None, None
 
 
 define(
@@ -85,7 +81,21 @@ define(
     backward=_backward,
 )
 
-_topk_route_backward = define(
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, logits, experts, *ctx.options = inputs
+    ctx.save_for_backward(grad, logits, experts)
+
+
+def _double_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...]:
+    return vjp(
+        reference.topk_route_backward, (*ctx.saved_tensors, *ctx.options), (ddlogits,), tuple(ctx.needs_input_grad)
+    )
+
+
+topk_route_backward = define(
     "topk_route_backward(Tensor grad, Tensor logits, Tensor experts, str gate, bool renormalize) -> Tensor",
     lambda grad, logits, experts, gate, renormalize: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    setup_context=_backward_setup_context,
+    backward=_double_backward,
 )

@@ -18,4 +18,5 @@ def combine_input_grad(grad: Tensor, weights: Tensor, position: Tensor) -> Tenso
 
 
 def combine_weight_grad(grad: Tensor, y: Tensor, position: Tensor) -> Tensor:
-    return torch.einsum("t...,ti...->ti", _wide(grad, y), _wide(y, y)[position])
+    products = _wide(grad, y).unsqueeze(1) * _wide(y, y)[position]  # [T, k, ...]
+    return products.unsqueeze(-1).flatten(2).sum(-1)

@@ -1,0 +1,1 @@
+"""Adversarially robust Mixture-of-Experts: train, evaluate, report."""

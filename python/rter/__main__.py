@@ -1,0 +1,150 @@
+"""The command line: rter train | evaluate | report | demo | sweep."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rter.config import Config, load_settings
+from rter.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are one line on stderr."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="rter", description="Adversarially robust Mixture-of-Experts: train, evaluate, report.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model into a new folder")
+    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder to make")
+    train.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings, which the flags override")
+    _add_settings(train)
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure a trained model under attack")
+    evaluate.add_argument("run_folder", type=Path, metavar="RUN")
+    evaluate.add_argument("--weights", choices=("last", "best"), default="last", help="default: last, which no look at "
+                          "the held-out images has chosen")  # fmt: skip
+    _add_strength(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run")
+    report.add_argument("run_folder", type=Path, metavar="RUN")
+    report.add_argument(
+        "--baselines", type=Path, nargs="+", default=[], metavar="RUN", help="evaluated runs to compare"
+    )
+    report.set_defaults(run=_report)
+
+    demo = commands.add_parser("demo", help="train, evaluate and compare standard training and RT-ER")
+    demo.add_argument("--out", type=Path, required=True, help="folder to make, with a run for each method")
+    _add_settings(demo, without=("method",))
+    _add_strength(demo)
+    demo.set_defaults(run=_demo)
+
+    sweep = commands.add_parser("sweep", help="all methods over several seeds, in one table of means and deviations")
+    sweep.add_argument("--out", type=Path, required=True, help="folder of the runs; finished ones in it are kept")
+    sweep.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    sweep.add_argument(
+        "--ablation", action="store_true", help="RT-ER without one part of the recipe at a time, instead"
+    )
+    _add_settings(sweep, without=("method", "seed"))
+    _add_strength(sweep)
+    sweep.set_defaults(run=_sweep)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """One flag per setting of Config."""
+    for field in dataclasses.fields(Config):
+        if field.name not in without:
+            choices = field.metadata["choices"]
+            text = f"{field.metadata['help']}{': ' + ', '.join(choices) if choices else ''} (default: {field.default})"
+            flag = "--" + field.name.replace("_", "-")
+            parser.add_argument(flag, dest=f"set_{field.name}", metavar="VALUE", help=text)
+
+
+def _add_strength(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=_positive, default=50, help="PGD steps (default: 50)")
+    parser.add_argument("--restarts", type=_positive, default=5, help="PGD restarts on the whole model (default: 5)")
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings given as flags."""
+    flags = {name.removeprefix("set_"): value for name, value in vars(args).items() if name.startswith("set_")}
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _train(args: argparse.Namespace) -> None:
+    from rter.train import train
+
+    settings = load_settings(args.config) if args.config else {}
+    train(Config(**(settings | _settings(args))), args.out)
+    print(f"trained: {args.out}; next: rter evaluate {args.out}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from rter.evaluate import evaluate
+    from rter.report import summary, table
+
+    report = evaluate(args.run_folder, args.weights, args.steps, args.restarts)
+    print(table({args.run_folder.resolve().name: summary(report)}))
+    print(f"written: {args.run_folder / 'report.json'}; next: rter report {args.run_folder}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from rter.report import make_report
+
+    print(make_report(args.run_folder, args.baselines))
+    print(f"written: {args.run_folder / 'report.md'}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from rter.evaluate import evaluate
+    from rter.report import make_report
+    from rter.train import train
+
+    runs = {method: args.out / method for method in ("rt-er", "standard")}
+    configs = {method: Config(**(_settings(args) | {"method": method})) for method in runs}
+    for method, run in runs.items():
+        train(configs[method], run)
+        evaluate(run, "last", args.steps, args.restarts)
+    print(make_report(runs["rt-er"], [runs["standard"]]))
+    print(f"report: {runs['rt-er'] / 'report.md'}")
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from rter.sweep import sweep
+
+    written = sweep(args.out, args.seeds, _settings(args), args.ablation, args.steps, args.restarts)
+    print(written.read_text())
+    print(f"written: {written}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 2 for a user's mistake, told in one line."""
+    try:
+        args = _parser().parse_args(arguments)
+        args.run(args)
+    except (UserError, OSError) as error:
+        print(f"rter: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rter: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

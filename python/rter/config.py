@@ -1,0 +1,119 @@
+"""Every setting of a run, checked, with its JSON form."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from rter.data import DATASETS
+from rter.errors import UserError
+from rter.methods import METHODS
+
+GATES = ("hard", "sigmoid", "softmax", "straight_through")
+NORMS = ("Linf", "L2", "L1")
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run. Raises UserError on a value that is out of range."""
+
+    method: str = _setting("rt-er", "what to train", tuple(METHODS))
+    data: str = _setting("digits", "what to train on", tuple(DATASETS))
+    seed: int = _setting(0, "split, initialisation, shuffling and attack starts all follow from it")
+    held_out: int = _setting(360, "images kept for evaluation")
+
+    num_experts: int = _setting(4, "experts; 1 is a dense network")
+    width: int = _setting(16, "channels of an expert's first layer")
+    gate: str = _setting("straight_through", "weight of the chosen expert", GATES)
+
+    norm: str = _setting("Linf", "norm of the perturbation", NORMS)
+    eps: float = _setting(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
+    alpha_ratio: float = _setting(0.25, "step of the attack as a part of eps")
+    attack_steps: int = _setting(10, "steps of the attack in training")
+
+    epochs: int = _setting(50, "passes over the training images")
+    batch_size: int = _setting(119, "training images per step")
+    lr: float = _setting(2e-3, "peak of the one-cycle learning rate")
+    weight_decay: float = _setting(0.01, "AdamW's")
+    eval_every: int = _setting(5, "epochs between two measurements on the held-out images")
+
+    beta: float = _setting(2.0, "weight of RT-ER's KL term")
+    clean_weight: float = _setting(1.0, "weight of the clean cross-entropy of RT-ER's second expert")
+    balance_weight: float = _setting(1.0, "weight of the router's balance loss on clean images")
+    explore: float = _setting(0.5, "part of the epochs in which an image goes at random to its first or second expert")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _convert(field, getattr(self, field.name)))
+        for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
+            self._demand(name, getattr(self, name) > 0, "above 0")
+        for name in ("epochs", "batch_size", "lr", "eval_every"):
+            self._demand(name, getattr(self, name) > 0, "above 0")
+        for name in ("seed", "weight_decay", "beta", "clean_weight", "balance_weight"):
+            self._demand(name, getattr(self, name) >= 0, "at least 0")
+        self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
+        self._demand("explore", 0 <= self.explore <= 1, "between 0 and 1")
+        self._demand("num_experts", self.num_experts > 1 or self.method != "rt-er", "at least 2 for rt-er")
+
+    def _demand(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+    def seed_for(self, *purpose: str | int) -> int:
+        """A seed of its own for each purpose, such as ("attack", step), so that no draw depends on earlier ones."""
+        digest = hashlib.sha256(repr((self.seed, *purpose)).encode()).digest()
+        return int.from_bytes(digest[:7], "little")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """The value in the field's type; text is parsed, as it comes from the command line."""
+    expected = {int: "a whole number", float: "a finite number", str: "text"}[field.type]  # type: ignore[index]
+    try:
+        if field.type is str and isinstance(value, str):
+            converted: Any = value
+        elif field.type is int and not isinstance(value, (bool, float)):
+            converted = int(value)
+        elif field.type is float and not isinstance(value, bool):
+            converted = float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
+            if not math.isfinite(converted):
+                raise ValueError
+        else:
+            raise ValueError
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{field.name} must be {expected}, got {value!r}") from None
+    choices = field.metadata["choices"]
+    if choices and converted not in choices:
+        raise UserError(f"{field.name} must be one of {', '.join(choices)}, got {converted!r}")
+    return converted
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file, such as another run's config.json."""
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} must be a JSON file: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold one JSON object, got {type(settings).__name__}")
+    known = {field.name for field in dataclasses.fields(Config)}
+    for name in settings:
+        if name not in known:
+            raise UserError(f"{path}: unknown setting {name!r}; known are {', '.join(sorted(known))}")
+    return settings
+
+
+def load_config(path: Path) -> Config:
+    return Config(**load_settings(path))

@@ -1,0 +1,36 @@
+"""RT-ER: L = CE(F(x1), y) + beta KL(f_s(x) || f_s(x2)) + gamma CE(f_s(x), y) + lambda balance(x).
+
+s is the second-ranked expert of the clean x, x1 = PGD(F, x, y) attacks the whole model and x2 = PGD(f_s, x, y) that
+expert alone; KL is the mean over the batch, and neither of its sides is detached. The paper has the first two terms.
+The KL alone is content with a constant expert, which the third forbids; the fourth keeps the router from collapse.
+
+Both attacks run as one batch of 2B rows, and the three forwards as one of 3B. An expert with BatchNorm would therefore
+take its statistics over the clean and the adversarial rows that reach it together.
+
+Source: Zhang et al., Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach, ICML 2025.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_kernels import Routing
+from moe_kernels.ops import kl_divergence
+from rter.methods.step import Step, partly_forced
+
+
+def terms(step: Step, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    model, config = step.model, step.config
+    own = step.own_route(x)
+    second = model.route(x, top_k=2).select(1)
+    both = partly_forced(model, own, second)
+    x1, x2 = step.attack(both)(torch.cat([x, x]), torch.cat([y, y])).chunk(2)
+
+    three = partly_forced(model, own, Routing.cat([second, second]))
+    moe_adv, second_adv, second_clean = three(torch.cat([x1, x2, x])).chunk(3)
+    return {
+        "adversarial": F.cross_entropy(moe_adv, y),
+        "kl": config.beta * kl_divergence(second_clean, second_adv).mean(),
+        "clean_second": config.clean_weight * F.cross_entropy(second_clean, y),
+        "balance": step.balance(x),
+    }

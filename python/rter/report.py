@@ -1,0 +1,98 @@
+"""report.md: the figures of an evaluated run beside its baselines, with plots."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rter import plots
+from rter.checkpoint import load_tensors, read_lines, read_report, write_atomic, write_json
+from rter.errors import UserError
+
+COLUMNS = {
+    "SA": "accuracy on clean images",
+    "RA": "accuracy under PGD on the whole model",
+    "worst": "accuracy when each image meets the worst of that attack and of those on each expert and on their average",
+    "RA-E": "accuracy of one expert alone under PGD on it: mean and least over the experts",
+    "RA-R": "accuracy under PGD on the router's choice",
+    "load": "least part of the clean images that an expert gets",
+    "train s": "seconds of training, without the measurements on held-out images",
+}
+
+
+def summary(report: dict[str, Any]) -> dict[str, float | None]:
+    """The figures of one run that tables show."""
+    return {
+        "SA": report["sa"],
+        "RA": report["ra"],
+        "worst": report["worst"],
+        "RA-E mean": sum(report["ra_e"]) / len(report["ra_e"]),
+        "RA-E min": min(report["ra_e"]),
+        "RA-R": report["ra_r"],
+        "min load": min(report["expert_load"]),
+        "train s": report["train_seconds"],
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of aligned columns; floats to three places, seconds to none, None as a dash."""
+
+    def cell(name: str, value: Any) -> str:
+        if value is None:
+            return "-"
+        return value if isinstance(value, str) else f"{value:.0f}" if name == "train s" else f"{value:.3f}"
+
+    names = list(next(iter(rows.values())))
+    lines = [["run", *names], *([row, *(cell(n, values[n]) for n in names)] for row, values in rows.items())]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in [lines[0], rule, *lines[1:]]
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def make_report(run: Path, baselines: Sequence[Path]) -> str:
+    """Writes report.md and its plots, puts the baselines into report.json; returns the table of figures."""
+    report = read_report(run)
+    name = run.resolve().name
+    if baselines:
+        report["baselines"] = {path.resolve().name: read_report(path) | {"baselines": {}} for path in baselines}
+        if len({name, *report["baselines"]}) <= len(baselines):
+            raise UserError(
+                f"RUN and --baselines must be folders of different names, got {name!r} among or beside them"
+            )
+        write_json(run / "report.json", report)
+    figures = table({name: summary(report), **{n: summary(b) for n, b in report["baselines"].items()}})
+    plots.draw(
+        run / "plots", name, report, read_lines(run / "metrics.jsonl"), load_tensors(run / "examples.safetensors")
+    )
+    write_atomic(run / "report.md", _text(name, report, figures))
+    return figures
+
+
+def _text(name: str, report: dict[str, Any], figures: str) -> str:
+    attack = report["attack"]
+    parts = [
+        f"# {name}: {report['method']} on {report['data']}",
+        f"{report['num_experts']} expert(s), {report['epochs']} epochs, {report['norm']} perturbations "
+        f"of radius {report['eps']:.4g}, seed {report['seed']}. Measured on {report['held_out']} held-out images with "
+        f"the {report['weights']} weights: PGD of {attack['steps']} steps of {attack['alpha_ratio']:.3g} eps, "
+        f"{attack['restarts']} restart(s) on the whole model. The standard error of an accuracy near 0.7 is "
+        f"{(0.21 / report['held_out']) ** 0.5:.3f}.",
+        figures,
+        "\n".join(f"- **{column}**: {meaning}" for column, meaning in COLUMNS.items()),
+        "![Accuracy against eps](plots/accuracy.png)",
+        "![Learning curves](plots/learning.png)",
+    ]
+    if report["num_experts"] > 1:
+        parts += [
+            "![Load and robustness of each expert](plots/experts.png)",
+            f"Under the attack on the whole model {report['route_flip_rate_whole']:.1%} of the images change expert, "
+            f"under the attack on the router {report['route_flip_rate']:.1%}.",
+        ]
+    parts.append("![Clean and adversarial images](plots/images.png)")
+    return "\n\n".join(parts) + "\n"

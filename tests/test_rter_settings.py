@@ -1,0 +1,103 @@
+"""Settings, data split and files of the application."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rter.checkpoint import load_tensors, save_tensors, write_atomic
+from rter.config import Config, load_config, load_settings
+from rter.data import load_data
+from rter.errors import UserError
+
+
+def test_config_survives_its_file(tmp_path: Path) -> None:
+    config = Config(method="pgd-at", eps="8/255", epochs="7", seed=3)  # type: ignore[arg-type]
+    assert config.eps == 8 / 255 and config.epochs == 7
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert load_config(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "magic"}, "method must be one of standard, pgd-at, rt-er, got 'magic'"),
+        ({"data": "letters"}, "data must be one of digits, got 'letters'"),
+        ({"gate": "garden"}, "gate must be one of hard, sigmoid, softmax, straight_through, got 'garden'"),
+        ({"eps": -0.1}, "eps must be above 0, got -0.1"),
+        ({"eps": "nan"}, "eps must be a finite number, got 'nan'"),
+        ({"eps": "1/0"}, "eps must be a finite number, got '1/0'"),
+        ({"eps": 8}, "eps must be at most 1 in the Linf norm"),
+        ({"epochs": 1.5}, "epochs must be a whole number, got 1.5"),
+        ({"epochs": True}, "epochs must be a whole number, got True"),
+        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"explore": 1.5}, "explore must be between 0 and 1, got 1.5"),
+        ({"num_experts": 1}, "num_experts must be at least 2 for rt-er, got 1"),
+        ({"method": 3}, "method must be text, got 3"),
+    ],
+)
+def test_config_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Config(**settings)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "must be a JSON file"),
+        ("[1]", "must hold one JSON object, got list"),
+        ('{"epoch": 3}', "unknown setting 'epoch'"),
+    ],
+)
+def test_settings_file_refuses(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_settings(tmp_path / "settings.json")
+
+
+def test_seeds_differ_by_purpose_and_follow_from_the_seed() -> None:
+    config = Config()
+    purposes: list[tuple[str | int, ...]] = [("attack", 0), ("attack", 1), ("shuffle", 0), ("attack", "0")]
+    assert len({config.seed_for(*purpose) for purpose in purposes}) == len(purposes)
+    assert config.seed_for("attack", 0) == Config().seed_for("attack", 0)
+    assert config.seed_for("attack", 0) != dataclasses.replace(config, seed=1).seed_for("attack", 0)
+
+
+def test_split_is_disjoint_complete_and_by_seed() -> None:
+    data = load_data("digits", 360, seed=0)
+    assert data.train.x.shape == (1437, 1, 8, 8) and data.held_out.x.shape == (360, 1, 8, 8)
+    assert data.train.x.min() == 0 and data.train.x.max() == 1 and data.num_classes == 10
+    every = torch.cat([data.train.x, data.held_out.x]).flatten(1)
+    other = load_data("digits", 100, seed=5)
+    assert torch.equal(every.sum(0), torch.cat([other.train.x, other.held_out.x]).flatten(1).sum(0))
+    again, reseeded = load_data("digits", 360, seed=0), load_data("digits", 360, seed=1)
+    assert torch.equal(data.held_out.x, again.held_out.x) and torch.equal(data.held_out.y, again.held_out.y)
+    assert not torch.equal(data.held_out.y, reseeded.held_out.y)
+
+
+@pytest.mark.parametrize("held_out", [0, 1797])
+def test_split_refuses(held_out: int) -> None:
+    with pytest.raises(UserError, match=f"held_out must be between 1 and 1796 for digits, got {held_out}"):
+        load_data("digits", held_out, seed=0)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.safetensors"
+    save_tensors(path, {"w": torch.ones(3)})
+
+    def fail(file: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "half")
+    assert torch.equal(load_tensors(path)["w"], torch.ones(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    (tmp_path / "last.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(UserError, match=r"last\.safetensors is damaged"):
+        load_tensors(tmp_path / "last.safetensors")
