@@ -36,6 +36,7 @@ struct PackLoop {
         const auto x = *reinterpret_cast<const Pack<T, V>*>(p.x + i);
         f(a, g, x, i);
       } else {
+#pragma unroll 1  // a tail of less than a pack: not worth the code
         for (int64_t j = i; j < end; ++j) f(Pack<T, 1>{p.x_adv[j]}, Pack<G, 1>{p.grad[j]}, Pack<T, 1>{p.x[j]}, j);
       }
     }
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kLinfThreads) pgd_linf_kernel(PgdBatch<T, G> p
 constexpr int kMaxThreads = 512;
 
 template <class T, class G, int V>
-__global__ void __launch_bounds__(kMaxThreads) pgd_sample_kernel(PgdBatch<T, G> p, Norm norm) {
+__global__ void __launch_bounds__(kMaxThreads, 2) pgd_sample_kernel(PgdBatch<T, G> p, Norm norm) {
   __shared__ double partial[kWarp];
   const int64_t sample = blockIdx.x, begin = sample * p.size;
   const PackLoop<T, G, V> loop{p, begin, begin + p.size, static_cast<int>(blockDim.x), &partial};
