@@ -4,11 +4,10 @@
 #include <algorithm>
 #include <string>
 
+#include "common/pgd_math.h"
 #include "common/tensor.h"
 
 namespace moe {
-
-enum class Norm { Linf, L2, L1 };
 
 // Whether each sample (index of the first dimension) is one gapless run of memory, the samples one after the other.
 inline bool samples_are_dense(const Tensor& t) {

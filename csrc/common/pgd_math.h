@@ -1,4 +1,5 @@
-// The arithmetic of one PGD step on one element, the same on every device. No torch header: device code includes it.
+// One PGD step, the same for every device: the arithmetic of an element, and of a sample whose loops the device brings.
+// No torch header: device code includes it.
 #pragma once
 
 #include <cmath>
@@ -7,23 +8,25 @@
 #include <type_traits>
 
 #ifdef __CUDACC__
-#define MOE_HOST_DEVICE __host__ __device__ __forceinline__
+#define MOE_INLINE __device__ __forceinline__
 #else
-#define MOE_HOST_DEVICE inline __attribute__((always_inline))
+#define MOE_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace moe {
 
+enum class Norm { Linf, L2, L1 };
+
 // max(value, low) and min(value, high), except that a NaN value stays NaN.
 template <class T>
-MOE_HOST_DEVICE T clamp(T value, T low, T high) {
+MOE_INLINE T clamp(T value, T low, T high) {
   value = value < low ? low : value;
   return value > high ? high : value;
 }
 
 // y, or its neighbour towards x where rounding took y further than `radius` from x.
 template <class T>
-MOE_HOST_DEVICE T inside(T y, T x, T radius) {
+MOE_INLINE T inside(T y, T x, T radius) {
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   Bits bits;
   std::memcpy(&bits, &y, sizeof(T));
@@ -35,35 +38,71 @@ MOE_HOST_DEVICE T inside(T y, T x, T radius) {
 
 // A step along the sign of the gradient, inside [x - eps, x + eps] and the bounds. A NaN gradient makes no step.
 template <class T, class G>
-MOE_HOST_DEVICE T linf_step(T x_adv, G g, T x, T eps, T alpha, T low, T high) {
+MOE_INLINE T linf_step(T x_adv, G g, T x, T eps, T alpha, T low, T high) {
   const T step = g > 0 ? alpha : g < 0 ? -alpha : T(0);
   return clamp(inside(clamp(x_adv + step, x - eps, x + eps), x, eps), low, high);
 }
 
-// x plus a projected perturbation, inside the bounds.
-template <class T>
-MOE_HOST_DEVICE T perturbed(T x, T delta, T low, T high) {
-  return clamp(inside(x + delta, x, std::fabs(delta)), low, high);
-}
-
-// The factor that gives a gradient of this norm the length alpha; 0 for a gradient that is zero or infinite.
-MOE_HOST_DEVICE double step_factor(double alpha, double norm) {
-  const double factor = norm > 0 ? alpha / norm : 0;
-  return factor < 1.7976931348623157e308 ? factor : 1.7976931348623157e308;
-}
-
-// The perturbation after a step of factor * g, before its projection.
+// The perturbation after a step of factor * g, before its projection. A NaN makes no step.
 template <class T, class G>
-MOE_HOST_DEVICE double stepped_delta(T x_adv, G g, T x, double factor) {
+MOE_INLINE double stepped(T x_adv, G g, T x, double factor) {
   const double step = static_cast<double>(g) * factor;
   return static_cast<double>(x_adv) + (step == step ? step : 0) - static_cast<double>(x);
 }
 
-// Moves |delta| towards zero by tau: the soft threshold that projects onto an L1 ball.
-MOE_HOST_DEVICE double shrink(double delta, double tau) {
-  const double rest = std::fabs(delta) - tau;
-  const double kept = rest < 0 ? 0 : rest;
-  return std::copysign(kept, delta);
+// Two sums over the elements of a sample.
+struct Sums {
+  double first, second;
+};
+
+// Michelot's active set: the tau with sum(max(|delta| - tau, 0)) = eps, or 0 inside the ball. excess(tau) returns the
+// sum over the elements with |delta| > tau of |delta| - tau, and their number, which only falls.
+template <class Excess>
+MOE_INLINE double l1_threshold(double eps, Excess excess) {
+  double tau = 0, active = INFINITY;
+  for (;;) {
+    const Sums above = excess(tau);
+    const double rest = above.first - eps;
+    if (above.second == 0 || (tau == 0 && rest <= 0)) return tau;
+    tau += rest / above.second;
+    if (above.second >= active) return tau;
+    active = above.second;
+  }
+}
+
+// A step of one sample along grad / ||grad||, projected. Loop::sum(f) sums f(x_adv, g, x) -> Sums over the elements in
+// a fixed order; Loop::update(f) sets x_adv = f(x_adv, g, x).
+template <class T, class Loop>
+MOE_INLINE void sample_step(Loop& loop, Norm norm, T eps, T alpha, T low, T high) {
+  const bool l2 = norm == Norm::L2;
+  const double total = loop.sum([=](T, auto g, T) {
+                             const double v = static_cast<double>(g), m = l2 ? v * v : std::fabs(v);
+                             return Sums{m == m ? m : 0, 0};
+                           })
+                           .first;
+  const double length = l2 ? std::sqrt(total) : total;
+  const double factor = length > 0 ? std::fmin(static_cast<double>(alpha) / length, 1.7976931348623157e308) : 0;
+  double scale = 1, tau = 0;
+  if (l2) {
+    const double distance = std::sqrt(loop.sum([=](T x_adv, auto g, T x) {
+                                            const double delta = stepped(x_adv, g, x, factor);
+                                            return Sums{delta * delta, 0};
+                                          })
+                                          .first);
+    if (distance > eps) scale = eps / distance;
+  } else {
+    tau = l1_threshold(eps, [&](double threshold) {
+      return loop.sum([=](T x_adv, auto g, T x) {
+        const double rest = std::fabs(stepped(x_adv, g, x, factor)) - threshold;
+        return rest > 0 ? Sums{rest, 1} : Sums{0, 0};
+      });
+    });
+  }
+  loop.update([=](T x_adv, auto g, T x) {
+    const double delta = stepped(x_adv, g, x, factor), rest = std::fabs(delta) - tau;
+    const T projected = static_cast<T>(scale * std::copysign(rest < 0 ? 0 : rest, delta));
+    return clamp(inside(x + projected, x, std::fabs(projected)), low, high);
+  });
 }
 
 }  // namespace moe

@@ -1,0 +1,30 @@
+// Launching a kernel: plain C++ syntax, and an error where the launch failed. No torch header.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace moe {
+
+inline void cuda_check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// One-dimensional grid of `blocks` blocks of `threads` threads; no blocks, no launch.
+template <class... Parameters, class... Arguments>
+void cuda_launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                 Arguments&&... arguments) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::invalid_argument(std::string(name) + ": the batch is too large for one launch");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  cuda_check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
+}
+
+}  // namespace moe

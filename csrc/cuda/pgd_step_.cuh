@@ -1,0 +1,113 @@
+// pgd_step_ on the GPU: Linf by element; L2 and L1 with one block per sample, whose re-reads hit the caches.
+#pragma once
+
+#include "common/cuda_device.h"
+#include "common/cuda_launch.h"
+#include "common/pgd_math.h"
+
+namespace moe {
+
+// x_adv, grad, x [batch, size]; eps, alpha [1], or [batch] where their stride is 1 and not 0.
+template <class T, class G>
+struct PgdBatch {
+  T* x_adv;
+  const G* grad;
+  const T *x, *eps, *alpha;
+  int64_t batch, size;
+  int eps_stride, alpha_stride;
+  T low, high;
+};
+
+// The elements [begin, end) of the batch in packs of V, walked by threads that are `stride` packs apart.
+template <class T, class G, int V>
+struct PackLoop {
+  PgdBatch<T, G> p;
+  int64_t begin, end;
+  int stride;
+  double (*partial)[kWarp];
+
+  // Calls f(x_adv, widened grad, x, index) on this thread's elements, after one access per pack and array.
+  template <class F>
+  __device__ __forceinline__ void each(F f) const {
+    for (int64_t i = begin + int64_t{threadIdx.x} * V; i < end; i += int64_t{stride} * V) {
+      if (i + V <= end) {
+        const auto a = *reinterpret_cast<const Pack<T, V>*>(p.x_adv + i);
+        const auto g = *reinterpret_cast<const Pack<G, V>*>(p.grad + i);
+        const auto x = *reinterpret_cast<const Pack<T, V>*>(p.x + i);
+        f(a, g, x, i);
+      } else {
+#pragma unroll 1  // a tail of less than a pack: not worth the code
+        for (int64_t j = i; j < end; ++j) f(Pack<T, 1>{p.x_adv[j]}, Pack<G, 1>{p.grad[j]}, Pack<T, 1>{p.x[j]}, j);
+      }
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ Sums sum(F f) const {
+    Sums total{0, 0};
+    each([&](const auto& a, const auto& g, const auto& x, int64_t) {
+      for (size_t k = 0; k < sizeof(a) / sizeof(T); ++k) {
+        const Sums term = f(a.at[k], widen(g.at[k]), x.at[k]);
+        total.first += term.first;
+        total.second += term.second;
+      }
+    });
+    return {block_sum(total.first, *partial), block_sum(total.second, *partial)};
+  }
+
+  template <class F>
+  __device__ __forceinline__ void update(F f) const {
+    each([&](auto a, const auto& g, const auto& x, int64_t i) {
+      for (size_t k = 0; k < sizeof(a) / sizeof(T); ++k) a.at[k] = f(a.at[k], widen(g.at[k]), x.at[k]);
+      *reinterpret_cast<decltype(a)*>(p.x_adv + i) = a;
+    });
+  }
+};
+
+constexpr int kLinfThreads = 256;
+
+// Block b covers chunk b % chunks of sample b / chunks, one pack per thread.
+template <class T, class G, int V>
+__global__ void __launch_bounds__(kLinfThreads) pgd_linf_kernel(PgdBatch<T, G> p, unsigned chunks) {
+  const int64_t sample = blockIdx.x / chunks, chunk = blockIdx.x % chunks, width = kLinfThreads * V;
+  const int64_t begin = sample * p.size + chunk * width, last = (sample + 1) * p.size;
+  const T eps = p.eps[sample * p.eps_stride], alpha = p.alpha[sample * p.alpha_stride];
+  const PackLoop<T, G, V> loop{p, begin, begin + width < last ? begin + width : last, kLinfThreads, nullptr};
+  loop.update([=](T a, auto g, T x) { return linf_step(a, g, x, eps, alpha, p.low, p.high); });
+}
+
+constexpr int kMaxThreads = 512;
+
+template <class T, class G, int V>
+__global__ void __launch_bounds__(kMaxThreads, 2) pgd_sample_kernel(PgdBatch<T, G> p, Norm norm) {
+  __shared__ double partial[kWarp];
+  const int64_t sample = blockIdx.x, begin = sample * p.size;
+  const PackLoop<T, G, V> loop{p, begin, begin + p.size, static_cast<int>(blockDim.x), &partial};
+  sample_step(loop, norm, p.eps[sample * p.eps_stride], p.alpha[sample * p.alpha_stride], p.low, p.high);
+}
+
+template <class T, class G, int V>
+void launch_pgd_step(PgdBatch<T, G> p, Norm norm, cudaStream_t stream) {
+  if (norm == Norm::Linf) {
+    const int64_t width = kLinfThreads * V, chunks = (p.size + width - 1) / width;
+    cuda_launch("pgd_step_", pgd_linf_kernel<T, G, V>, p.batch * chunks, kLinfThreads, stream, p,
+                static_cast<unsigned>(chunks));
+  } else {
+    const int threads = p.size / V >= 4 * kMaxThreads ? kMaxThreads : 256;
+    cuda_launch("pgd_step_", pgd_sample_kernel<T, G, V>, p.batch, threads, stream, p, norm);
+  }
+}
+
+template <class T, class G>
+void launch_pgd_step(PgdBatch<T, G> p, Norm norm, cudaStream_t stream) {
+  constexpr int V = 16 / sizeof(T);
+  if (norm == Norm::Linf && p.eps_stride == 0 && p.alpha_stride == 0) p.size *= p.batch, p.batch = 1;
+  const bool aligned = is_aligned<T, V>(p.x_adv) && is_aligned<G, V>(p.grad) && is_aligned<T, V>(p.x);
+  if (aligned && (p.batch == 1 || p.size % V == 0)) {
+    launch_pgd_step<T, G, V>(p, norm, stream);
+  } else {
+    launch_pgd_step<T, G, 1>(p, norm, stream);
+  }
+}
+
+}  // namespace moe
