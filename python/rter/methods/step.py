@@ -26,7 +26,9 @@ class Step:
     exploring: bool
 
     def attack(self, model: nn.Module) -> PGD:
-        return make_attack(model, self.config, self.config.eps, self.config.attack_steps, "attack", self.index)
+        """The training attack: its last iterate, as in the papers, which also spares a forward."""
+        config = self.config
+        return make_attack(model, config, config.eps, config.attack_steps, "attack", self.index, best_iterate=False)
 
     def own_route(self, x: Tensor) -> Routing | None:
         """While exploring, each image's first or second expert at random; afterwards None: the model routes."""
@@ -40,9 +42,12 @@ class Step:
         return self.config.balance_weight * self.model.route(x).balance_loss()
 
 
-def make_attack(model: nn.Module, config: Config, eps: float, steps: int, *purpose: str | int) -> PGD:
+def make_attack(
+    model: nn.Module, config: Config, eps: float, steps: int, *purpose: str | int, best_iterate: bool = True
+) -> PGD:
     """PGD on the cross-entropy, its random start drawn for `purpose` alone."""
-    return PGD(model, eps, config.alpha_ratio * eps, steps, norm=config.norm, seed=config.seed_for(*purpose))
+    alpha, seed = config.alpha_ratio * eps, config.seed_for(*purpose)
+    return PGD(model, eps, alpha, steps, norm=config.norm, seed=seed, best_iterate=best_iterate)
 
 
 def partly_forced(model: RobustClassifier, own: Routing | None, forced: Routing) -> View:
