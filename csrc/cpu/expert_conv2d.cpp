@@ -1,6 +1,6 @@
-// Grouped convolutions of a batch sorted by expert; each expert's convolution is ATen's (oneDNN).
+// Grouped convolutions of a batch sorted by expert, each block of images one convolution of ATen's (oneDNN).
+#include "common/blocks.h"
 #include "common/layout.h"
-#include "common/offsets.h"
 
 namespace moe {
 namespace {
@@ -8,6 +8,8 @@ namespace {
 using torch::stable::narrow;
 using torch::stable::select;
 
+// Images of a block. All but an expert's last block have one shape, which spares oneDNN new primitives for every batch.
+constexpr int64_t kImages = 32;
 const Shape kOnes{1, 1}, kZeros{0, 0};  // dilation and output padding
 
 // ATen's gradients of one expert's convolution. Of x and weight only the one behind the other's gradient is read.
@@ -26,13 +28,14 @@ Tensor expert_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
                      const Shape& stride, const Shape& padding) {
   const auto ranges = read_offsets(offsets, weight.size(0), x.size(0));
   const auto extent = [&](int i) { return (x.size(2 + i) + 2 * padding[i] - weight.size(3 + i)) / stride[i] + 1; };
-  Tensor in = x, w = weight;
-  Tensor out = new_tensor(x, {x.size(0), w.size(1), extent(0), extent(1)}, is_channels_last(x));
-  for_each_expert(ranges, [&](int64_t e, int64_t begin, int64_t count) {
-    const OptionalTensor b = bias ? OptionalTensor(select(*bias, 0, e)) : std::nullopt;
-    Tensor out_e = narrow(out, 0, begin, count);
-    torch::stable::copy_(out_e, call_aten("aten::convolution", "", narrow(in, 0, begin, count), select(w, 0, e), b,
-                                          stride, padding, kOnes, false, kZeros, int64_t{1}));
+  Tensor out = new_tensor(x, {x.size(0), weight.size(1), extent(0), extent(1)}, is_channels_last(x));
+  for_each_block(row_blocks(ranges, kImages), [&](const Block& block) {
+    Tensor source = x, target = out;
+    target = narrow(target, 0, block.begin, block.count);
+    const OptionalTensor b = bias ? OptionalTensor(select(*bias, 0, block.expert)) : std::nullopt;
+    torch::stable::copy_(
+        target, call_aten("aten::convolution", "", narrow(source, 0, block.begin, block.count),
+                          select(weight, 0, block.expert), b, stride, padding, kOnes, false, kZeros, int64_t{1}));
   });
   return out;
 }
@@ -41,17 +44,18 @@ Tensor expert_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
 Tensor expert_conv2d_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& offsets, int64_t height,
                                 int64_t width, const Shape& stride, const Shape& padding) {
   const auto ranges = read_offsets(offsets, weight.size(0), grad.size(0));
-  Tensor g = grad, w = weight;
-  Tensor out = new_tensor(grad, {grad.size(0), w.size(2), height, width}, is_channels_last(grad));
-  for_each_expert(ranges, [&](int64_t e, int64_t begin, int64_t count) {
-    Tensor out_e = narrow(out, 0, begin, count);
-    torch::stable::copy_(
-        out_e, convolution_backward(narrow(g, 0, begin, count), out_e, select(w, 0, e), stride, padding, true));
+  Tensor out = new_tensor(grad, {grad.size(0), weight.size(2), height, width}, is_channels_last(grad));
+  for_each_block(row_blocks(ranges, kImages), [&](const Block& block) {
+    Tensor source = grad, target = out;
+    target = narrow(target, 0, block.begin, block.count);
+    torch::stable::copy_(target, convolution_backward(narrow(source, 0, block.begin, block.count), target,
+                                                      select(weight, 0, block.expert), stride, padding, true));
   });
   return out;
 }
 
-// grad [N, O, H', W'], x [N, C, H, W] -> [E, O, C, kh, kw]; an expert without rows gets zeros.
+// grad [N, O, H', W'], x [N, C, H, W] -> [E, O, C, kh, kw]; an expert without rows gets zeros. One expert after the
+// other, each on all threads: the only result here whose last bits may depend on the number of threads.
 Tensor expert_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& offsets, int64_t kernel_height,
                                  int64_t kernel_width, const Shape& stride, const Shape& padding) {
   const int64_t num_experts = offsets.size(0) - 1;

@@ -1,9 +1,5 @@
-// Grouped matrix products of a batch sorted by expert. The work is cut into blocks that depend on the data alone, and
-// each block is one single-threaded vendor GEMM: bitwise the same result for any number of threads.
-#include <algorithm>
-
-#include "common/offsets.h"
-#include "common/tensor.h"
+// Grouped matrix products of a batch sorted by expert, each block one single-threaded vendor GEMM.
+#include "common/blocks.h"
 
 namespace moe {
 namespace {
@@ -14,10 +10,6 @@ using torch::stable::transpose;
 
 constexpr int64_t kBlock = 128;  // rows of a block: enough for the GEMM's full speed, few enough to share among threads
 
-struct Block {
-  int64_t expert, begin, count;
-};
-
 // The rows of x that the sorted slots [begin, begin + count) read: a view, or a gathered copy.
 Tensor slot_rows(const Tensor& x, const OptionalTensor& rows, int64_t begin, int64_t count) {
   Tensor source = x;
@@ -26,24 +18,12 @@ Tensor slot_rows(const Tensor& x, const OptionalTensor& rows, int64_t begin, int
   return call_aten("aten::index_select", "", x, int64_t{0}, narrow(index, 0, begin, count));
 }
 
-// Runs f on every block; ATen calls in it record no gradient, whatever thread they are on.
-template <class F>
-void for_each_block(const std::vector<Block>& blocks, F&& f) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t first, int64_t last) {
-    NoGrad guard;
-    for (int64_t i = first; i < last; ++i) f(blocks[i]);
-  });
-}
-
 // x [T, in], weight [E, out, in], bias [E, out], offsets [E + 1], rows [N] -> [N, out]
 Tensor expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& offsets,
                      const OptionalTensor& rows) {
   const int64_t num_rows = rows ? rows->size(0) : x.size(0);
   if (rows) check_rows(*rows, num_rows, x.size(0));
-  std::vector<Block> blocks;
-  for_each_expert(read_offsets(offsets, weight.size(0), num_rows), [&](int64_t e, int64_t begin, int64_t count) {
-    for (int64_t i = 0; i < count; i += kBlock) blocks.push_back({e, begin + i, std::min(kBlock, count - i)});
-  });
+  const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), num_rows), kBlock);
   Tensor out = new_tensor(x, {num_rows, weight.size(1)});
   for_each_block(blocks, [&](const Block& b) {
     Tensor target = out;

@@ -1,0 +1,32 @@
+// Work cut into blocks that depend on the data alone, so that any number of threads gives bitwise the same result.
+#pragma once
+
+#include <algorithm>
+
+#include "common/offsets.h"
+
+namespace moe {
+
+struct Block {
+  int64_t expert, begin, count;
+};
+
+// The rows of every expert in blocks of at most `size`.
+inline std::vector<Block> row_blocks(const std::vector<int64_t>& offsets, int64_t size) {
+  std::vector<Block> blocks;
+  for_each_expert(offsets, [&](int64_t e, int64_t begin, int64_t count) {
+    for (int64_t i = 0; i < count; i += size) blocks.push_back({e, begin + i, std::min(size, count - i)});
+  });
+  return blocks;
+}
+
+// Runs f on every block, in parallel; ATen calls in it use one thread and record no gradient.
+template <class F>
+void for_each_block(const std::vector<Block>& blocks, F&& f) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t first, int64_t last) {
+    NoGrad guard;
+    for (int64_t i = first; i < last; ++i) f(blocks[i]);
+  });
+}
+
+}  // namespace moe
