@@ -33,30 +33,34 @@ def _load_weight(
 
 @triton.jit
 def _finish(
-    acc, acc2, bias, y, z, expert, row, end, col, n, b_stride_e, b_stride_n,
-    BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    acc, acc2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Adds the bias, stores the pre-activation where z is wanted, and stores the activation."""
-    cols = col + tl.arange(0, BLOCK_N)
-    mask = (row < end)[:, None] & (cols < n)[None, :]
+    row = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.arange(0, BLOCK_N)
+    mask = (row < end - first) & (cols < n - col)[None, :]
     if bias is not None:
-        bias_e = bias + expert.to(tl.int64) * b_stride_e
-        acc += tl.load(bias_e + cols * b_stride_n, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+        bias_e = bias + expert.to(tl.int64) * b_stride_e + col * b_stride_n
+        acc += tl.load(bias_e + cols * b_stride_n, mask=cols < n - col, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            acc2 += tl.load(bias_e + (n + cols) * b_stride_n, mask=cols < n, other=0.0).to(tl.float32)[None, :]
-    out = row.to(tl.int64)[:, None] * n + cols[None, :]
+            acc2 += tl.load(bias_e + (n + cols) * b_stride_n, mask=cols < n - col, other=0.0).to(tl.float32)[None, :]
+    # A 64-bit base and 32-bit offsets: 64-bit offsets would take a good part of the registers.
+    y += first.to(tl.int64) * n + col
+    out = row * n + cols[None, :]
     # The activation sees z as it is stored, so that a backward that recomputes it differentiates this very value.
     value = acc.to(y.dtype.element_ty)
     if GATED:
         value2 = acc2.to(y.dtype.element_ty)
         if z is not None:
-            z_out = row.to(tl.int64)[:, None] * (2 * n) + cols[None, :]
+            z += first.to(tl.int64) * 2 * n + col
+            z_out = row * 2 * n + cols[None, :]
             tl.store(z + z_out, value, mask=mask)
-            tl.store(z + z_out + n, value2, mask=mask)
+            tl.store(z + n + z_out, value2, mask=mask)
         value = (activate(value.to(tl.float32), ACTIVATION) * value2.to(tl.float32)).to(value.dtype)
     elif ACTIVATION is not None:
         if z is not None:
-            tl.store(z + out, value, mask=mask)
+            tl.store(z + first.to(tl.int64) * n + col + out, value, mask=mask)
         value = activate(value.to(tl.float32), ACTIVATION).to(value.dtype)
     tl.store(y + out, value, mask=mask)
 
@@ -83,8 +87,8 @@ def _expert_linear_fwd_kernel(
         tile_m, tile_n = grouped_order(tile, tiles_m, tiles_n, GROUP_M)
         expert, first, end = find_tile(offsets, ends, tile_m, BLOCK_M)
         col = tile_n * BLOCK_N
-        row = first + tl.arange(0, BLOCK_M)
         if X_LAYOUT == "pointer":
+            row = first + tl.arange(0, BLOCK_M)
             source = tl.where(row < end, row, first)
             if rows is not None:
                 source = tl.load(rows + source, mask=row < end, other=0)
@@ -112,13 +116,19 @@ def _expert_linear_fwd_kernel(
             left2, right2 = left, right
             if GATED:
                 left2, right2 = acc2.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-            half: tl.constexpr = BLOCK_N // 2
-            _finish(left, left2, bias, y, z, expert, row, end, col, n, b_stride_e, b_stride_n, half, ACTIVATION, GATED)
             _finish(
-                right, right2, bias, y, z, expert, row, end, col + half, n, b_stride_e, b_stride_n, half, ACTIVATION, GATED
-            )
+                left, left2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
+                BLOCK_M, BLOCK_N // 2, ACTIVATION, GATED,
+            )  # fmt: skip
+            _finish(
+                right, right2, bias, y, z, expert, first, end, col + BLOCK_N // 2, n, b_stride_e, b_stride_n,
+                BLOCK_M, BLOCK_N // 2, ACTIVATION, GATED,
+            )  # fmt: skip
         else:
-            _finish(acc, acc2, bias, y, z, expert, row, end, col, n, b_stride_e, b_stride_n, BLOCK_N, ACTIVATION, GATED)
+            _finish(
+                acc, acc2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
+                BLOCK_M, BLOCK_N, ACTIVATION, GATED,
+            )  # fmt: skip
 
 
 def expert_linear(
@@ -212,7 +222,7 @@ def _forward(
         },
         tile.num_warps,
         tile.num_stages,
-        matrix=True,
+        tensor_cores=x.dtype != torch.float32,  # fp32 is not rounded to tf32
     )
 
 
@@ -236,9 +246,11 @@ def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
         name = f"expert_linear {activation or 'forward'}"
         for arch, by_bytes in table.items():
             for size, tile in by_bytes[x.element_size()].items():
-                shown = f"{size} {tile.m}x{tile.n}x{tile.k}"
-                yield arch, f"{name} {shown}", _forward(x, weight, bias, offsets, None, y, z, activation, tile)
-                yield arch, f"{name} gather {shown}", _forward(x, weight, bias, offsets, rows, y, z, activation, tile)
+                shown = f"{dtype.itemsize * 8}-bit {size} {tile.m}x{tile.n}x{tile.k}"
+                gathered = _forward(x, weight, bias, offsets, rows, y, z, activation, tile)
+                yield arch, f"{name} gather {shown}", gathered
+                if activation is None or tile.tma:
+                    yield arch, f"{name} {shown}", _forward(x, weight, bias, offsets, None, y, z, activation, tile)
                 if activation is None:
                     dx, back = x.new_empty(num_rows, d), weight.transpose(1, 2)
                     yield arch, f"{name} dX {shown}", _forward(y, back, None, offsets, None, dx, None, None, tile)

@@ -133,7 +133,7 @@ def _weight_grad(grad: Tensor, x: Tensor, offsets: Tensor, rows: Tensor | None, 
         },
         tile.num_warps,
         tile.num_stages,
-        matrix=True,
+        tensor_cores=x.dtype != torch.float32,  # fp32 is not rounded to tf32
     )
 
 
@@ -146,6 +146,6 @@ def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
         offsets, rows = x.new_empty(experts + 1, dtype=torch.int32), x.new_empty(num_rows, dtype=torch.int32)
         for arch, by_bytes in configs.EXPERT_LINEAR_WEIGHT_GRAD.items():
             for size, tile in by_bytes[x.element_size()].items():
-                shown = f"{size} {tile.m}x{tile.n}x{tile.k}"
+                shown = f"{dtype.itemsize * 8}-bit {size} {tile.m}x{tile.n}x{tile.k}"
                 yield arch, f"expert_linear dW {shown}", _weight_grad(grad, x, offsets, None, out, tile)
                 yield arch, f"expert_linear dW gather {shown}", _weight_grad(grad, x, offsets, rows, out, tile)

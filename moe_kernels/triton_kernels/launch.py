@@ -11,14 +11,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel; `matrix` says that it multiplies matrices on tensor cores."""
+    """One launch of a kernel; `tensor_cores` says that its code must use them."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
-    matrix: bool = False
+    tensor_cores: bool = False
 
     def run(self) -> None:
         self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
@@ -39,5 +39,5 @@ def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
 
 
 def num_programs(tiles: int, x: Tensor) -> int:
-    """Programs of a persistent grid: one per multiprocessor of x's device."""
-    return min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count) if x.is_cuda else tiles
+    """Programs of a persistent grid: one per multiprocessor of x's device, of which the interpreter pretends to have four."""
+    return min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4)
