@@ -23,9 +23,7 @@ def define(
     name = schema.split("(")[0]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.moe_kernels, name).default
 
 
@@ -48,6 +46,12 @@ def vjp(
             )
         )
     return tuple(next(result) if want else None for want in needed)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout in which image operators answer x: channels-last where x is so, else contiguous."""
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def load() -> None:

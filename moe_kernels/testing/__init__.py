@@ -5,7 +5,6 @@ checked on the same cases against moe_kernels.reference.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,110 +12,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import ops, reference
+from moe_kernels.testing.cases import CASES, DTYPES, GROUPS, Case, Source, cases
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-
-# Rows of each expert in a sorted batch.
-GROUPS: dict[str, tuple[int, ...]] = {
-    "no_rows": (0, 0, 0),
-    "one_row": (0, 1, 0),
-    "one_expert_takes_all": (0, 9, 0),
-    "an_expert_gets_none": (4, 0, 5),
-    "single_expert": (7,),
-    "odd_sizes": (63, 100, 129),
-}
-
-
-class Source:
-    """Seeded random arguments of one dtype on one device; inputs are of order 1."""
-
-    def __init__(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
-        self.dtype, self.device = dtype, device
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Drawn in fp64, so that every dtype sees the same numbers up to its own rounding."""
-        x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        return x.to(dtype or self.dtype).to(self.device)
-
-    def rand(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        x = torch.rand(shape, generator=self.generator, dtype=torch.float64)
-        return x.to(dtype or self.dtype).to(self.device)
-
-    def randint(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator, dtype=torch.int32).to(self.device)
-
-    def offsets(self, counts: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *counts]).cumsum(0).int().to(self.device)
-
-    def strided(self, x: Tensor) -> Tensor:
-        """The same values, laid out with gaps."""
-        gaps = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
-        gaps[..., ::2] = x
-        return gaps[..., ::2]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Arguments for one operator. `make` draws them from a source of a given dtype."""
-
-    op: str
-    name: str
-    make: Callable[[Source], tuple[Any, ...]]
-    dtypes: tuple[torch.dtype, ...] = DTYPES
-
-    def __str__(self) -> str:
-        return f"{self.op}-{self.name}"
-
-    def arguments(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
-        return self.make(Source(dtype, device, seed))
-
-
-def _expert_linear_cases() -> list[Case]:
-    def make(s: Source, counts: tuple[int, ...], k: int, n: int, bias: bool, gather: bool, strided: bool) -> tuple:
-        rows, experts = sum(counts), len(counts)
-        tokens = max(rows // 2, 1)
-        x = s.randn(tokens if gather else rows, k)
-        return (
-            s.strided(x) if strided else x,
-            s.randn(experts, n, k).div(k**0.5),
-            s.randn(experts, n) if bias else None,
-            s.offsets(counts),
-            s.randint(tokens, rows) if gather else None,
-        )
-
-    def case(name: str, counts: tuple[int, ...], k: int, n: int, **options: bool) -> Case:
-        settings = {"bias": True, "gather": False, "strided": False} | options
-        return Case("expert_linear", name, lambda s: make(s, counts, k, n, **settings))
-
-    cases = [case(name, counts, 63 if name == "odd_sizes" else 5, 4) for name, counts in GROUPS.items()]
-    cases += [case(f"gather_{name}", counts, 6, 129 if name == "odd_sizes" else 3, gather=True)
-              for name, counts in GROUPS.items()]  # fmt: skip
-    cases += [
-        case("no_bias", (4, 0, 5), 7, 3, bias=False),
-        case("strided", (4, 0, 5), 7, 3, strided=True),
-        case("strided_gather", (4, 0, 5), 7, 3, strided=True, gather=True),
-    ]
-    return cases
-
-
-def _expert_sum_cases() -> list[Case]:
-    def case(name: str, counts: tuple[int, ...], width: int) -> list[Case]:
-        rows = sum(counts)
-        return [
-            Case("expert_sum", name, lambda s: (s.randn(rows, width), s.offsets(counts))),
-            Case("index_sum", name, lambda s: (s.randn(rows, width), s.randint(5, rows), 5)),
-        ]
-
-    return [c for name, counts in GROUPS.items() for c in case(name, counts, 300 if name == "odd_sizes" else 5)]
-
-
-CASES: list[Case] = [*_expert_linear_cases(), *_expert_sum_cases()]
-
-
-def cases(op: str) -> list[Case]:
-    """The cases of one operator."""
-    return [case for case in CASES if case.op == op]
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "GROUPS",
+    "Case",
+    "Source",
+    "as_tuple",
+    "assert_matches",
+    "cases",
+    "check_gradcheck",
+    "check_gradients",
+    "check_opcheck",
+    "check_repeats",
+    "check_values",
+    "gradients",
+    "operator",
+    "to_double",
+]
 
 
 def operator(case: Case) -> Callable[..., Any]:
@@ -166,19 +81,22 @@ def gradients(
     leaves = _leaves(args, needed)
     outputs = [y for y in as_tuple(function(*leaves)) if y.is_floating_point()]
     pairs = [(y, g.to(y)) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
+    if not pairs:
+        return ()
     wanted = [leaves[i] for i in needed]
     return torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs])
 
 
 def check_values(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """The operator equals its reference, by the tolerance rule."""
-    args = case.arguments(dtype, device)
     function = getattr(reference, case.op)
-    assert_matches(operator(case)(*args), function(*args), function(*to_double(args)), dtype)
+    out, low = (f(*case.arguments(dtype, device)) for f in (operator(case), function))
+    assert_matches(out, low, function(*to_double(case.arguments(dtype, device))), dtype)
 
 
-def differentiable(args: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point())
+def differentiable(args: Sequence[Any], buffers: Sequence[int] = ()) -> tuple[int, ...]:
+    """The arguments that take a gradient."""
+    return tuple(i for i, a in enumerate(args) if i not in buffers and isinstance(a, Tensor) and a.is_floating_point())
 
 
 def check_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -187,7 +105,7 @@ def check_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> None
     function = getattr(reference, case.op)
     source = Source(torch.float64, device, seed=1)
     grads = [source.randn(*y.shape).to(dtype) for y in as_tuple(function(*args)) if y.is_floating_point()]
-    every = differentiable(args)
+    every = differentiable(args, case.buffers)
     for needed in {every, *((i,) for i in every)}:
         out = gradients(operator(case), args, needed, grads)
         low = gradients(function, args, needed, grads)
@@ -197,15 +115,29 @@ def check_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> None
 
 def check_repeats(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """The same arguments twice give bitwise equal results."""
-    args = case.arguments(dtype, device)
-    for first, second in zip(as_tuple(operator(case)(*args)), as_tuple(operator(case)(*args)), strict=True):
+    first_run, second_run = (as_tuple(operator(case)(*case.arguments(dtype, device))) for _ in range(2))
+    for first, second in zip(first_run, second_run, strict=True):
         assert torch.equal(first, second)
+
+
+def check_threads(function: Callable[[], Sequence[Tensor]]) -> None:
+    """One thread and two give bitwise equal results."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
 
 
 def check_gradcheck(case: Case) -> None:
     """First and second derivatives in fp64 equal finite differences."""
     args = case.arguments(torch.float64)
-    every = differentiable(args)
+    every = differentiable(args, case.buffers)
 
     def function(*leaves: Tensor) -> Any:
         full = list(args)
@@ -215,7 +147,10 @@ def check_gradcheck(case: Case) -> None:
         return tuple(y for y in outputs if y.requires_grad) or sum(leaf.sum() * 0 for leaf in leaves)
 
     leaves = [args[i].detach().requires_grad_() for i in every]
-    assert torch.autograd.gradcheck(function, leaves)
+    if not leaves:
+        return
+    if case.gradcheck:
+        assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
@@ -232,15 +167,21 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_opcheck(case: Case) -> None:
-    """torch.library.opcheck of every operator that the case reaches, forward and backward."""
+OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def check_opcheck(case: Case, compiled: bool) -> None:
+    """torch.library.opcheck of every operator that the case reaches, forward and backward; the slow check, of the
+    operator under compilation with dynamic shapes, only if `compiled`."""
+    checks = (*OPCHECK, "test_aot_dispatch_dynamic") if compiled else OPCHECK
     args = case.arguments(torch.float32)
-    every = differentiable(args)
+    every = differentiable(args, case.buffers)
     with _Recorder() as recorder:
         outputs = as_tuple(operator(case)(*args))
         grads = [torch.ones_like(y) for y in outputs if y.is_floating_point()]
-        if any(y.requires_grad for y in as_tuple(operator(case)(*_leaves(args, every)))):
+        if case.has_gradient and any(y.requires_grad for y in as_tuple(operator(case)(*_leaves(args, every)))):
             gradients(operator(case), args, every, grads)
     assert recorder.calls
     for func, call_args in recorder.calls.values():
-        torch.library.opcheck(func, _leaves(call_args, differentiable(call_args)))
+        wanted = differentiable(call_args) if case.has_gradient else ()
+        torch.library.opcheck(func, _leaves(call_args, wanted), test_utils=checks)
