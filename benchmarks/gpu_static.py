@@ -1,7 +1,7 @@
 """Compiles every GPU kernel for every architecture, without a GPU, and judges the machine code.
 
-One line per kernel, architecture and configuration; exits with 1 on a spill, on a GEMM without tensor-core instructions,
-or on more shared memory than the architecture has. `python benchmarks/gpu_static.py --arch 90 --match forward`.
+One line per kernel, architecture and configuration; exits with 1 on a spill, on a GEMM without tensor-core
+instructions, or on more shared memory than the architecture has. To see a part: `--arch 90 --match forward`.
 """
 
 import argparse
@@ -63,10 +63,8 @@ class Report:
     def occupancy(self) -> float:
         """The fraction of a multiprocessor's warps that registers and shared memory let run at once."""
         _, shared_kb, max_warps = LIMITS[self.arch]
-        register_bytes_per_warp = -(-self.registers * 32 // 256) * 256
-        blocks = min(
-            65536 // (register_bytes_per_warp * self.warps), shared_kb * 1024 // (self.shared + 1024), max_warps // self.warps
-        )
+        registers = -(-self.registers * 32 // 256) * 256 * self.warps  # of a block; warps take them by 256
+        blocks = min(65536 // registers, shared_kb * 1024 // (self.shared + 1024), max_warps // self.warps)
         return blocks * self.warps / max_warps
 
     def faults(self) -> list[str]:
@@ -90,7 +88,7 @@ HEADER = f"{'kernel':58} {'arch':7}{'regs':>5}{'shared':>9}{'spills':>7}{'stack'
 
 
 def source(launch: Launch) -> ASTSource:
-    """The source that Triton would compile for this launch: aligned pointers and integers specialised as at run time."""
+    """The source that Triton would compile for this launch, with aligned pointers and integers specialised."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -119,20 +117,28 @@ def sections(listing: str, heading: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def inspect(cubin: Path, arch: int, name: Callable[[str], str], shared: int | None, warps: int, needs_tensor_cores: bool) -> list[Report]:
-    """A report on every kernel of a cubin; `name` turns a symbol into what is shown, `shared` None takes the static size."""
+def inspect(
+    cubin: Path, arch: int, name: Callable[[str], str], warps: int, dynamic_shared: int = 0, tensor_cores: bool = False
+) -> list[Report]:
+    """A report on every kernel of a cubin; `name` turns a symbol into what is shown."""
     code = sections(tool("cuobjdump", "-sass", cubin), r"\s*Function : (\S+)\n")
     resources = sections(tool("cuobjdump", "--dump-resource-usage", cubin), r"\s*Function (\S+):\n")
     reports = []
     for symbol, sass in code.items():
         used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources[symbol])}
-        local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
         found = re.search(rf"\b{TENSOR_CORES[arch]}\b", sass)
         reports.append(
             Report(
-                name(symbol), arch, used["REG"], used["SHARED"] if shared is None else shared, local, used["STACK"], warps,
-                found.group() if found else "", needs_tensor_cores,
-            )  # fmt: skip
+                name=name(symbol),
+                arch=arch,
+                registers=used["REG"],
+                shared=dynamic_shared or used["SHARED"],
+                spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+                stack=used["STACK"],
+                warps=warps,
+                tensor_core=found.group() if found else "",
+                needs_tensor_cores=tensor_cores,
+            )
         )
     return reports
 
@@ -143,7 +149,7 @@ def triton_kernel(name: str, launch: Launch, arch: int) -> list[Report]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        return inspect(cubin, arch, lambda _: name, kernel.metadata.shared, launch.num_warps, launch.tensor_cores)
+        return inspect(cubin, arch, lambda _: name, launch.num_warps, kernel.metadata.shared, launch.tensor_cores)
 
 
 def cuda_file(path: Path, arch: int) -> list[Report]:
@@ -153,9 +159,9 @@ def cuda_file(path: Path, arch: int) -> list[Report]:
     include = [f"-I{ROOT / 'csrc'}", "-isystem", str(torch_include)]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        subprocess.run(["nvcc", "-cubin", "-O3", "-std=c++17", target, *abi, *include, str(path), "-o", str(cubin)], check=True)
-        demangle = partial(demangled, path.stem)
-        return inspect(cubin, arch, demangle, None, ASSUMED_WARPS, False)
+        command = ["nvcc", "-cubin", "-O3", "-std=c++17", target, *abi, *include, str(path), "-o", str(cubin)]
+        subprocess.run(command, check=True)
+        return inspect(cubin, arch, partial(demangled, path.stem), ASSUMED_WARPS)
 
 
 def demangled(stem: str, symbol: str) -> str:
@@ -165,8 +171,9 @@ def demangled(stem: str, symbol: str) -> str:
 
 def jobs() -> Iterator[tuple[str, int, Callable[[], list[Report]]]]:
     """(name, architecture, what compiles and inspects it) of every kernel in every shipped configuration."""
-    for module in MODULES:
-        for table_arch, name, launch in importlib.import_module(f"moe_kernels.triton_kernels.{module}").static_launches():
+    for name_of_module in MODULES:
+        module = importlib.import_module(f"moe_kernels.triton_kernels.{name_of_module}")
+        for table_arch, name, launch in module.static_launches():
             for arch in TARGETS[table_arch]:
                 yield name, arch, partial(triton_kernel, name, launch, arch)
     for path in sorted((ROOT / "csrc/cuda").glob("*.cu")):

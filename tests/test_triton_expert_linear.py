@@ -1,4 +1,4 @@
-"""The Triton kernels of the grouped linear layer and the expert MLP, run by Triton's interpreter where there is no GPU."""
+"""Triton kernels of the grouped linear layer and the expert MLP, under Triton's interpreter where there is no GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,7 @@ def check(kernel: Callable[..., Any], meaning: Callable[..., Any], args: tuple[A
 @by_dtype
 @pytest.mark.parametrize("case", testing.cases("expert_linear"), ids=str)
 def test_forward_and_gradients_on_all_cases(case: testing.Case, dtype: torch.dtype) -> None:
-    x, weight, bias, offsets, rows = args = case.arguments(dtype, DEVICE)
+    x, weight, _, offsets, rows = args = case.arguments(dtype, DEVICE)
     check(expert_linear, reference.expert_linear, args, dtype)
     num_rows = (x if rows is None else rows).shape[0]
     grad = Source(dtype, DEVICE, seed=1).randn(num_rows, weight.shape[1])
@@ -54,7 +54,7 @@ def aligned_arguments(dtype: torch.dtype, gather: bool, k: int = 64, n: int = 48
 @pytest.mark.parametrize("gather", [False, True], ids=["sorted", "gather"])
 def test_tma_descriptors(dtype: torch.dtype, gather: bool) -> None:
     tile = TILES["tma"]
-    x, weight, bias, offsets, rows = args = aligned_arguments(dtype, gather)
+    x, weight, _, offsets, rows = args = aligned_arguments(dtype, gather)
     check(lambda *a: expert_linear(*a, tile=tile), reference.expert_linear, args, dtype)
     grad = Source(dtype, DEVICE, seed=1).randn(int(offsets[-1]), weight.shape[1])
     back = (grad, weight.transpose(1, 2), None, offsets)

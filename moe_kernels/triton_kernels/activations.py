@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# Of a gated activation, the first half of the pre-activation goes through the named function and scales the second half.
+# The function that a gated activation applies to the first half of the pre-activation, to scale the second half.
 GATED = {"swiglu": "silu", "geglu": "gelu"}
 ACTIVATIONS = ("relu", "gelu", "silu", "relu2", *GATED)
 

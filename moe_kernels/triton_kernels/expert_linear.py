@@ -66,6 +66,28 @@ def _finish(
 
 
 @triton.jit
+def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _finish_halves(
+    acc, acc2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    left2, right2 = _halves(acc2, BLOCK_M, BLOCK_N)
+    _finish(
+        left, left2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
+        BLOCK_M, BLOCK_N // 2, ACTIVATION, GATED,
+    )  # fmt: skip
+    _finish(
+        right, right2, bias, y, z, expert, first, end, col + BLOCK_N // 2, n, b_stride_e, b_stride_n,
+        BLOCK_M, BLOCK_N // 2, ACTIVATION, GATED,
+    )  # fmt: skip
+
+
+@triton.jit
 def _expert_linear_fwd_kernel(
     x,  # [N, k] or, with rows, [T, k]; its descriptor where X_LAYOUT is "TMA"
     weight,  # [E, n, k], or [E, 2 n, k] where GATED; a descriptor where W_LAYOUT is "NK" or "KN"
@@ -107,20 +129,19 @@ def _expert_linear_fwd_kernel(
             acc = dot(a, b, acc)
             if GATED:
                 b2 = _load_weight(
-                    weight, expert, n + col, k0, 2 * n, k, w_stride_e, w_stride_n, w_stride_k, BLOCK_N, BLOCK_K, W_LAYOUT
-                )
+                    weight, expert, n + col, k0, 2 * n, k, w_stride_e, w_stride_n, w_stride_k,
+                    BLOCK_N, BLOCK_K, W_LAYOUT,
+                )  # fmt: skip
                 acc2 = dot(a, b2, acc2)
 
-        if ACTIVATION is not None:  # in halves, or the activation's temporaries spill
-            left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-            left2, right2 = left, right
-            if GATED:
-                left2, right2 = acc2.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-            _finish(
+        if ACTIVATION is not None:  # in quarters, or the activation's temporaries spill
+            left, right = _halves(acc, BLOCK_M, BLOCK_N)
+            left2, right2 = _halves(acc2, BLOCK_M, BLOCK_N)
+            _finish_halves(
                 left, left2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
                 BLOCK_M, BLOCK_N // 2, ACTIVATION, GATED,
             )  # fmt: skip
-            _finish(
+            _finish_halves(
                 right, right2, bias, y, z, expert, first, end, col + BLOCK_N // 2, n, b_stride_e, b_stride_n,
                 BLOCK_M, BLOCK_N // 2, ACTIVATION, GATED,
             )  # fmt: skip
@@ -150,7 +171,7 @@ def expert_linear(
         bias: [E, out] or None.
         offsets: int32 [E + 1].
         rows: int32 [N]; sorted row j reads x[rows[j]].
-        activation: None, or one of `activations.ACTIVATIONS`; a gated one halves the width, act(first half) * second half.
+        activation: None, or one of `activations.ACTIVATIONS`; a gated one is act(first half) * second half.
         z: contiguous [N, out] that receives the pre-activation, or None.
         tile: None for the configured one.
 

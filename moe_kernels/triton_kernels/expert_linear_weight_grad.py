@@ -1,4 +1,4 @@
-"""Weight gradient of the grouped linear layer: dweight[e] = the sum of grad[j] x[rows[j]]^T over the rows of expert e."""
+"""Weight gradient of the grouped linear layer: dweight[e] = sum of grad[j] x[rows[j]]^T over the rows of expert e."""
 
 from collections.abc import Iterator
 
@@ -86,8 +86,8 @@ def expert_linear_weight_grad(
         x: [N, in] sorted by expert; with `rows`, [T, in] in any order.
         offsets: int32 [E + 1].
         rows: int32 [N]; sorted row j reads x[rows[j]].
-        out: [E, out, in] by any strides, or None to allocate it. A gradient whose gathered operand is the layer's output
-            gradient is this call with the operands swapped and `out` transposed.
+        out: [E, out, in] by any strides, or None to allocate it. Where `grad` is what must be gathered, swap the
+            operands and give `out` transposed.
         tile: None for the configured one.
 
     Returns:

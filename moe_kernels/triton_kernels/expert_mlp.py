@@ -1,6 +1,7 @@
 """Backward through an expert MLP's activation, recomputed from the saved pre-activation z, one pass over the slots.
 
-With dA' = dO W2 (before the gate weight S) and A = act(z): dS = <dA', A>, dz = S dA' act'(z), and S A for dW2 = dO^T (S A).
+With dA' = dO W2, before the gate weight S, and A = act(z): dS = <dA', A>, dz = S dA' act'(z), and S A, as
+dW2 = dO^T (S A).
 """
 
 from collections.abc import Iterator
@@ -86,9 +87,7 @@ def expert_mlp_hidden_grad(
         dz like z, the weighted activation [N, n], and the gate weights' gradient fp32 [N] by slot. A bias of the second
         linear map adds <dO[row], bias[e]> to the last.
     """
-    wanted = [
-        torch.empty_like(like) if want else None for like, want in zip((z, da, weights), needed, strict=True)
-    ]
+    wanted = [torch.empty_like(like) if want else None for like, want in zip((z, da, weights), needed, strict=True)]
     if da.numel() > 0:
         _hidden_grad(da, z, weights, activation, slots, wanted, block).run()
     elif wanted[2] is not None:
@@ -133,7 +132,7 @@ def _hidden_grad(
 
 
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
-    """(architecture, name, launch on meta tensors) of the shipped configuration for every architecture, to be compiled."""
+    """(architecture, name, launch on meta tensors) of the one configuration, to be compiled."""
     for activation in ("gelu", "geglu"):
         da = torch.empty(8192, 1024, dtype=torch.bfloat16, device="meta")
         z = da.new_empty(8192, 2048 if activation in GATED else 1024)

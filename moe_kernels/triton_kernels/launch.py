@@ -39,5 +39,5 @@ def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
 
 
 def num_programs(tiles: int, x: Tensor) -> int:
-    """Programs of a persistent grid: one per multiprocessor of x's device, of which the interpreter pretends to have four."""
+    """Programs of a persistent grid: one per multiprocessor of x's device; four under the interpreter."""
     return min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4)

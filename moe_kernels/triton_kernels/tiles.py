@@ -1,4 +1,4 @@
-"""What the grouped GEMMs share: where a program's tile lies, found on the device without a loop over experts; the dot."""
+"""What the grouped GEMMs share: the dot, and where a program's tile lies, found on the device from the offsets."""
 
 import triton
 import triton.language as tl
@@ -33,7 +33,7 @@ def find_tile(offsets, ends, tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def grouped_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(row tile, column tile), running down GROUP_M row tiles before the next column, so that both operands stay in L2."""
+    """(row tile, column tile), running down GROUP_M row tiles before the next column, so that operands stay in L2."""
     per_group = GROUP_M * tiles_n
     first_m = tile // per_group * GROUP_M
     group_m = min(tiles_m - first_m, GROUP_M)
