@@ -134,22 +134,16 @@ def _expert_linear_fwd_kernel(
                 )  # fmt: skip
                 acc2 = dot(a, b2, acc2)
 
-        if ACTIVATION is not None:  # in quarters, or the activation's temporaries spill
-            left, right = _halves(acc, BLOCK_M, BLOCK_N)
-            left2, right2 = _halves(acc2, BLOCK_M, BLOCK_N)
-            _finish_halves(
-                left, left2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
-                BLOCK_M, BLOCK_N // 2, ACTIVATION, GATED,
-            )  # fmt: skip
-            _finish_halves(
-                right, right2, bias, y, z, expert, first, end, col + BLOCK_N // 2, n, b_stride_e, b_stride_n,
-                BLOCK_M, BLOCK_N // 2, ACTIVATION, GATED,
-            )  # fmt: skip
-        else:
-            _finish(
-                acc, acc2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
-                BLOCK_M, BLOCK_N, ACTIVATION, GATED,
-            )  # fmt: skip
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)  # in quarters, or the temporaries of the epilogue spill
+        left2, right2 = _halves(acc2, BLOCK_M, BLOCK_N)
+        _finish_halves(
+            left, left2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
+            BLOCK_M, BLOCK_N // 2, ACTIVATION, GATED,
+        )  # fmt: skip
+        _finish_halves(
+            right, right2, bias, y, z, expert, first, end, col + BLOCK_N // 2, n, b_stride_e, b_stride_n,
+            BLOCK_M, BLOCK_N // 2, ACTIVATION, GATED,
+        )  # fmt: skip
 
 
 def expert_linear(
