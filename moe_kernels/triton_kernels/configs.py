@@ -31,7 +31,7 @@ EXPERT_LINEAR: Table = {
     },
     90: {
         2: {"many": Tile(128, 256, 64, 8, 3, tma=True), "few": Tile(64, 128, 64, 4, 4, tma=True)},
-        4: {"many": Tile(64, 64, 32, 8, 3), "few": Tile(32, 64, 32, 4, 3)},
+        4: {"many": Tile(64, 64, 32, 8, 3), "few": Tile(32, 64, 16, 4, 3)},
     },
     100: {
         2: {"many": Tile(128, 256, 64, 8, 3, tma=True), "few": Tile(64, 128, 64, 4, 4, tma=True)},
@@ -65,7 +65,7 @@ EXPERT_LINEAR_GATED: Table = {
 EXPERT_LINEAR_WEIGHT_GRAD: Table = {
     80: {
         2: {"many": Tile(128, 128, 32, 8, 4), "few": Tile(128, 128, 32, 8, 4)},
-        4: {"many": Tile(64, 64, 32, 8, 3), "few": Tile(64, 64, 32, 8, 3)},
+        4: {"many": Tile(64, 64, 16, 8, 3), "few": Tile(64, 64, 16, 8, 3)},
     },
     90: {
         2: {"many": Tile(128, 256, 64, 8, 3, tma=True), "few": Tile(128, 128, 32, 8, 4, tma=True)},
