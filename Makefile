@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := $(shell find csrc -type f)
 READY := $(VENV)/.ready
 
-.PHONY: run test lint format bench install clean
+.PHONY: run test lint format bench gpu-static install clean
 
 run: $(READY)  ## train RT-ER on the embedded digits and write a report
 	$(BIN)/rter demo --out $(RUN)
@@ -29,6 +29,9 @@ format: $(READY)
 
 bench: $(READY)  ## speed and memory beside plain PyTorch, as ratios in one run
 	$(BIN)/python -m pytest benchmarks --benchmark-enable -s
+
+gpu-static: $(READY)  ## every GPU kernel compiled for every architecture: registers, shared memory, spills, tensor cores
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_static.py
 
 install: $(READY)
 
