@@ -1,5 +1,7 @@
 """Checks of user input: one-line errors that name the argument, what was expected and what came."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,14 @@ def offsets(x: Tensor, num_experts: int, like: Tensor) -> None:
     if x.dtype != torch.int32 or x.ndim != 1 or x.shape[0] != num_experts + 1:
         raise ValueError(f"offsets must be int32 of shape [{num_experts + 1}] (E + 1), got {_describe(x)}")
     same_device("offsets", x, "x", like)
+
+
+def pair(name: str, x: int | Sequence[int], least: int) -> list[int]:
+    """One number or two, as two."""
+    numbers = [x, x] if isinstance(x, int) else list(x)
+    if len(numbers) != 2 or any(not isinstance(n, int) or n < least for n in numbers):
+        raise ValueError(f"{name} must be one or two integers >= {least}, got {x!r}")
+    return numbers
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:

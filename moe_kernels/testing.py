@@ -111,7 +111,48 @@ def _expert_sum_cases() -> list[Case]:
     return [c for name, counts in GROUPS.items() for c in case(name, counts, 300 if name == "odd_sizes" else 5)]
 
 
-CASES: list[Case] = [*_expert_linear_cases(), *_expert_sum_cases()]
+def _expert_conv2d_cases() -> list[Case]:
+    def case(
+        name: str,
+        counts: tuple[int, ...],
+        c: int = 2,
+        o: int = 2,
+        *,
+        size: tuple[int, int] = (3, 2),
+        kernel: tuple[int, int] = (3, 3),
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 1,
+        bias: bool = True,
+        layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x,
+    ) -> Case:
+        def make(s: Source) -> tuple[Any, ...]:
+            x = layout(s, s.randn(sum(counts), c, *size))
+            weight = s.randn(len(counts), o, c, *kernel).div((c * kernel[0] * kernel[1]) ** 0.5)
+            return x, weight, s.randn(len(counts), o) if bias else None, s.offsets(counts), stride, padding
+
+        return Case("expert_conv2d", name, make)
+
+    def channels_last(s: Source, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    groups = GROUPS | {"one_expert_takes_all": (0, 3, 0), "an_expert_gets_none": (1, 0, 2), "single_expert": (2,)}
+    groups["odd_sizes"] = (9, 5, 7)
+    cases = [case(name, counts, *((7, 9) if name == "odd_sizes" else (2, 2))) for name, counts in groups.items()]
+    cases += [
+        case("1x1", (1, 0, 2), kernel=(1, 1), padding=0),
+        case("1x1_stride_2", (1, 0, 2), kernel=(1, 1), stride=2, padding=0, bias=False),
+        case("stride_2", (1, 0, 2), stride=2),
+        case("not_square", (1, 0, 2), kernel=(1, 3), stride=(1, 2), padding=(0, 2)),
+        case("channels_last", (1, 0, 2), layout=channels_last),
+        case("channels_last_stride_2_odd_sizes", (9, 5, 7), 17, 33, size=(9, 7), kernel=(3, 5), stride=2, layout=channels_last),
+        case("channels_last_no_rows", (0, 0), layout=channels_last),
+        case("one_channel_channels_last", (2, 1), 1, 2, layout=channels_last),
+        case("strided", (1, 0, 2), layout=lambda s, x: s.strided(x)),
+    ]
+    return cases
+
+
+CASES: list[Case] = [*_expert_conv2d_cases(), *_expert_linear_cases(), *_expert_sum_cases()]
 
 
 def cases(op: str) -> list[Case]:

@@ -1,0 +1,33 @@
+// The two memory layouts of images: contiguous, and channels-last where the input is so and not contiguous as well.
+#pragma once
+
+#include "common/tensor.h"
+
+namespace moe {
+
+using torch::headeronly::MemoryFormat;
+
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4 || t.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+inline MemoryFormat memory_format(bool channels_last) {
+  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+inline Tensor as_layout(const Tensor& t, bool channels_last) {
+  return torch::stable::contiguous(t, memory_format(channels_last));
+}
+
+inline Tensor new_tensor(const Tensor& like, const Shape& sizes, bool channels_last) {
+  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              memory_format(channels_last));
+}
+
+}  // namespace moe
