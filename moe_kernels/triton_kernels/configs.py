@@ -17,10 +17,10 @@ class Tile(NamedTuple):
 
 # {architecture: {bytes per element: tile}}; "default" fits the 99 KB of shared memory of consumer GPUs
 EXPERT_CONV2D: dict[int | str, dict[int, Tile]] = {
-    80: {2: Tile(128, 128, 32, 4, 4), 4: Tile(64, 64, 16, 4, 3)},
-    90: {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 16, 4, 3)},
-    100: {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 16, 4, 3)},
-    "default": {2: Tile(128, 64, 32, 4, 3), 4: Tile(64, 64, 16, 4, 2)},
+    80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(128, 64, 16, 8, 3)},
+    90: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 64, 16, 8, 3)},
+    100: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 64, 16, 8, 3)},
+    "default": {2: Tile(128, 64, 32, 4, 3), 4: Tile(128, 64, 16, 8, 3)},
 }
 EXPERT_CONV2D_WEIGHT_GRAD: dict[int | str, dict[int, Tile]] = EXPERT_CONV2D
 

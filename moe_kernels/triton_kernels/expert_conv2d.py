@@ -15,6 +15,18 @@ from moe_kernels.triton_kernels import configs
 from moe_kernels.triton_kernels.configs import Tile
 
 
+# The interpreter keeps bfloat16 as integers and would multiply those.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in fp32, without TF32."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
 @triton.jit
 def _find_expert(offsets_ptr, tile, positions, num_experts, BLOCK_M: tl.constexpr):
     """The expert of a tile: expert e owns the tiles from offsets[e] * positions // BLOCK_M + e on, which is room enough."""
@@ -136,7 +148,7 @@ def _expert_conv2d_kernel(
         b = tl.load(
             weight_columns[None, :] + tap + c[:, None] * weight_sc, mask=in_o[None, :] & in_c[:, None], other=0.0
         )
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = dot(a, b, acc)
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert * bias_se + o * bias_so, mask=in_o, other=0.0).to(tl.float32)[None, :]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_kernels.triton_kernels import configs
 from moe_kernels.triton_kernels.configs import Tile
-from moe_kernels.triton_kernels.expert_conv2d import fit
+from moe_kernels.triton_kernels.expert_conv2d import dot, fit
 
 PROGRAMS = 512  # about two waves of one large GPU
 LEAST_ROWS = 1024  # a part of the sum shorter than this is not worth its fp32 partial result
@@ -94,7 +94,7 @@ def _expert_conv2d_weight_grad_kernel(
             mask=inside[:, None] & in_c[None, :],
             other=0.0,
         )
-        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
+        acc = dot(tl.trans(a), b, acc)
 
     out_tile = out_ptr + part.to(tl.int64) * out_sp + expert.to(tl.int64) * out_se + kh * out_sh + kw * out_sw
     tl.store(
