@@ -83,10 +83,10 @@ def _expert_conv2d_kernel(
 ):
     o_blocks: tl.constexpr = tl.cdiv(O, BLOCK_N)
     c_blocks: tl.constexpr = tl.cdiv(C, BLOCK_K)
-    o = tl.program_id(0) % o_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    # Output i of this program's grid lies at phase + step * i, reads x at start + (+-1) * j, tap kh = first + hop * j.
+    # Output i of this program's grid lies at phase + step * i and meets x at start + sign * j under tap first + step * j.
     if TRANSPOSED:
+        sign: tl.constexpr = -1
         step_h: tl.constexpr = STRIDE_H
         step_w: tl.constexpr = STRIDE_W
         phase_h = tl.program_id(1) // STRIDE_W
@@ -96,6 +96,7 @@ def _expert_conv2d_kernel(
         taps_h = tl.cdiv(KH - first_h, STRIDE_H)
         taps_w = tl.cdiv(KW - first_w, STRIDE_W)
     else:
+        sign: tl.constexpr = 1
         step_h: tl.constexpr = 1
         step_w: tl.constexpr = 1
         phase_h = 0
@@ -115,8 +116,6 @@ def _expert_conv2d_kernel(
         return
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = row < rows
-    in_o = (o < O) | (O % BLOCK_N == 0)
     image = (begin + row // positions).to(tl.int64)
     i_h = row % positions // grid_w
     i_w = row % grid_w
@@ -126,36 +125,40 @@ def _expert_conv2d_kernel(
     else:
         start_h = i_h * STRIDE_H - PAD_H
         start_w = i_w * STRIDE_W - PAD_W
-    x_rows = x_ptr + image * x_sn + start_h * x_sh + start_w * x_sw
-    weight_columns = weight_ptr + expert.to(tl.int64) * weight_se + o * weight_so
+    start_h = tl.where(row < rows, start_h, -KH)  # rows of the next expert read nothing
+
+    o = tl.program_id(0) % o_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_K)
+    x_tile = (x_ptr + image * x_sn + start_h * x_sh + start_w * x_sw)[:, None] + c[None, :] * x_sc
+    weight_tile = weight_ptr + expert.to(tl.int64) * weight_se + first_h * weight_sh + first_w * weight_sw
+    weight_tile += c[:, None] * weight_sc + o[None, :] * weight_so
+    in_o = (o < O) | (O % BLOCK_N == 0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(taps_h * taps_w * c_blocks):
-        c = k % c_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-        j_h = k // c_blocks // taps_w
-        j_w = k // c_blocks % taps_w
-        d_h = -j_h if TRANSPOSED else j_h
-        d_w = -j_w if TRANSPOSED else j_w
-        in_c = (c < C) | (C % BLOCK_K == 0)
-        in_h = (start_h + d_h >= 0) & (start_h + d_h < x_h)
-        in_w = (start_w + d_w >= 0) & (start_w + d_w < x_w)
-        a = tl.load(
-            x_rows[:, None] + (d_h * x_sh + d_w * x_sw) + c[None, :] * x_sc,
-            mask=(in_rows & in_h & in_w)[:, None] & in_c[None, :],
-            other=0.0,
-        )
-        tap = (first_h + j_h * step_h) * weight_sh + (first_w + j_w * step_w) * weight_sw
-        b = tl.load(
-            weight_columns[None, :] + tap + c[:, None] * weight_sc, mask=in_o[None, :] & in_c[:, None], other=0.0
-        )
+        tap = k // c_blocks
+        c0 = k % c_blocks * BLOCK_K
+        j_h = tap // taps_w
+        j_w = tap % taps_w
+        y = start_h + sign * j_h
+        x = start_w + sign * j_w
+        in_x = ((y >= 0) & (y < x_h) & (x >= 0) & (x < x_w))[:, None]
+        in_weight = in_o[None, :]
+        if C % BLOCK_K != 0:
+            in_x &= (c < C - c0)[None, :]
+            in_weight &= (c < C - c0)[:, None]
+        a = tl.load(x_tile + (sign * (j_h * x_sh + j_w * x_sw) + c0 * x_sc), mask=in_x, other=0.0)
+        tap_offset = step_h * j_h * weight_sh + step_w * j_w * weight_sw
+        b = tl.load(weight_tile + (tap_offset + c0 * weight_sc), mask=in_weight, other=0.0)
         acc = dot(a, b, acc)
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert * bias_se + o * bias_so, mask=in_o, other=0.0).to(tl.float32)[None, :]
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    out_rows = out_ptr + image * out_sn + (phase_h + i_h * step_h) * out_sh + (phase_w + i_w * step_w) * out_sw
-    tl.store(out_rows[:, None] + o[None, :] * out_so, acc.to(out_ptr.dtype.element_ty), in_rows[:, None] & in_o[None, :])
+    out_rows = out_ptr + image * out_sn + (phase_h + step_h * i_h) * out_sh + (phase_w + step_w * i_w) * out_sw
+    out_mask = (row < rows)[:, None] & in_o[None, :]
+    tl.store(out_rows[:, None] + o[None, :] * out_so, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def expert_conv2d(
@@ -184,9 +187,7 @@ def expert_conv2d(
     Returns:
         [N, O, H', W'] in x's memory format.
     """
-    size = [
-        (n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, weight.shape[3:], stride, strict=True)
-    ]
+    size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, weight.shape[3:], stride, strict=True)]
     out = empty_like_images(x, x.shape[0], weight.shape[1], *size)
     _launch(x, weight, bias, offsets, out, stride, padding, False, relu, tile)
     return out

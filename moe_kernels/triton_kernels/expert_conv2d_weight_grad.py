@@ -74,26 +74,21 @@ def _expert_conv2d_weight_grad_kernel(
     first = part * steps * BLOCK_K
     last = tl.minimum(first + steps * BLOCK_K, rows)
 
+    grad_columns = grad_ptr + o[None, :] * grad_so
+    x_columns = x_ptr + kh * x_sh + kw * x_sw + c[None, :] * x_sc
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         image = (begin + row // positions).to(tl.int64)
         i_h = row % positions // OUT_W
         i_w = row % OUT_W
-        y = i_h * STRIDE_H - PAD_H + kh
-        x = i_w * STRIDE_W - PAD_W + kw
-        inside = (row < last) & (y >= 0) & (y < x_h) & (x >= 0) & (x < x_w)
-        # [positions, O] and [positions, C]
-        a = tl.load(
-            (grad_ptr + image * grad_sn + i_h * grad_sh + i_w * grad_sw)[:, None] + o[None, :] * grad_so,
-            mask=inside[:, None] & in_o[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            (x_ptr + image * x_sn + y * x_sh + x * x_sw)[:, None] + c[None, :] * x_sc,
-            mask=inside[:, None] & in_c[None, :],
-            other=0.0,
-        )
+        y = i_h * STRIDE_H - PAD_H
+        x = i_w * STRIDE_W - PAD_W
+        inside = ((row < last) & (y >= -kh) & (y < x_h - kh) & (x >= -kw) & (x < x_w - kw))[:, None]
+        grad_rows = (image * grad_sn + i_h * grad_sh + i_w * grad_sw)[:, None]
+        x_rows = (image * x_sn + y * x_sh + x * x_sw)[:, None]
+        a = tl.load(grad_columns + grad_rows, mask=inside & in_o[None, :], other=0.0)  # [positions, O]
+        b = tl.load(x_columns + x_rows, mask=inside & in_c[None, :], other=0.0)  # [positions, C]
         acc = dot(tl.trans(a), b, acc)
 
     out_tile = out_ptr + part.to(tl.int64) * out_sp + expert.to(tl.int64) * out_se + kh * out_sh + kw * out_sw
