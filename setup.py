@@ -77,7 +77,15 @@ class NinjaBuild(build_ext):
             "CUDA_ARCHS": " ".join(f"sm_{a}" for a in CUDA_ARCHS) if find_nvcc() else "",
         }
         defines = [f"""-DMOE_KERNELS_{name}='"{value}"'""" for name, value in facts.items()]
-        flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno"]
+        flags = [
+            "-O3",
+            "-std=c++17",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-fopenmp-simd",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+        ]
         warn = ["-Wall", "-Wextra", "-Werror=return-type"]
         abi = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
         return os.environ.get("CXX", "g++"), [*flags, *simd_flags(), *warn, *abi, *defines, *include], link

@@ -1,5 +1,6 @@
 """Grouped linear layers beside torch's grouped GEMM, a loop, and one dense GEMM of equal FLOPs."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def test_forward(contest: Contest, shape: tuple[int, ...], dtype: torch.dtype, n
         "dense GEMM of equal FLOPs": lambda: F.linear(x, weight[0]),
         "F.grouped_mm": lambda: F.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:]),
         "loop of F.linear": lambda: torch.cat(
-            [F.linear(x[a:b], weight[e]) for e, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
+            [F.linear(x[a:b], weight[e]) for e, (a, b) in enumerate(itertools.pairwise(bounds))]
         ),
     }
     dense = name.startswith("dense")

@@ -1,0 +1,48 @@
+"""Fast, memory-lean kernels for adversarially robust Mixture-of-Experts."""
+
+from moe_kernels.attacks import PGD, attack_mode
+from moe_kernels.backends import build_info
+from moe_kernels.nn import (
+    ExpertBatchNorm2d,
+    ExpertConv2d,
+    ExpertLinear,
+    ExpertMLP,
+    ExpertResNet18,
+    RobustMoE,
+    Routing,
+)
+from moe_kernels.ops import (
+    combine,
+    expert_batch_norm,
+    expert_conv2d,
+    expert_linear,
+    group_by_expert,
+    kl_divergence,
+    mask_relu,
+    pgd_step_,
+    topk_route,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PGD",
+    "ExpertBatchNorm2d",
+    "ExpertConv2d",
+    "ExpertLinear",
+    "ExpertMLP",
+    "ExpertResNet18",
+    "RobustMoE",
+    "Routing",
+    "attack_mode",
+    "build_info",
+    "combine",
+    "expert_batch_norm",
+    "expert_conv2d",
+    "expert_linear",
+    "group_by_expert",
+    "kl_divergence",
+    "mask_relu",
+    "pgd_step_",
+    "topk_route",
+]

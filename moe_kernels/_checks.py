@@ -41,10 +41,10 @@ def same_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
 
 
-def indices(name: str, x: Tensor, like: Tensor, *, ndim: int) -> None:
+def indices(name: str, x: Tensor, like: Tensor, *, ndim: int, like_name: str = "x") -> None:
     if x.dtype != torch.int32 or x.ndim != ndim:
         raise ValueError(f"{name} must be an int32 tensor with {ndim} dimension(s), got {x.dtype} {list(x.shape)}")
-    same_device(name, x, "x", like)
+    same_device(name, x, like_name, like)
 
 
 def offsets(x: Tensor, num_experts: int, like: Tensor) -> None:
@@ -62,7 +62,7 @@ def pair(name: str, x: int | Sequence[int], least: int) -> list[int]:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device (float64 is left alone), else as they are."""
+    """The tensors in autocast's dtype where autocast is on for their device; float64 is left alone."""
     first = tensors[0]
     assert first is not None
     device = first.device.type

@@ -23,9 +23,7 @@ def define(
     name = schema.split("(")[0]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.moe_kernels, name).default
 
 

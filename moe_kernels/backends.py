@@ -25,16 +25,25 @@ def choose(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def is_implemented(op: str, device: str) -> bool:
     """Whether the native operator has a kernel for this device type in the libraries that are loaded."""
+    return _has_kernel(op, device)
+
+
+@functools.cache
+def _has_kernel(op: str, device: str) -> bool:
     key = DISPATCH_KEYS.get(device)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{op}", key)
 
 
+def _is_available(op: str, device: str) -> bool:
+    """An operator that saves more than it returns runs as `<op>_forward`."""
+    return is_implemented(op, device) or is_implemented(f"{op}_forward", device)
+
+
 def build_info() -> dict[str, Any]:
     """What is built, and for every operator the implementation that each device would use here."""
-    from moe_kernels import __version__, _C, _library, ops
+    from moe_kernels import _C, __version__, _library, ops
 
     cuda_library = _library.cuda_library()
     return {
@@ -47,8 +56,8 @@ def build_info() -> dict[str, Any]:
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": {
             op: {
-                "cpu": "C++" if is_implemented(op, "cpu") else "none",
-                "cuda": "CUDA C++" if is_implemented(op, "cuda") else "none",
+                "cpu": "C++" if _is_available(op, "cpu") else "none",
+                "cuda": "CUDA C++" if _is_available(op, "cuda") else "none",
                 "reference": "torch",
             }
             for op in ops.__all__

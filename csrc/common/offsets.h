@@ -1,4 +1,4 @@
-// Reading the offsets of a batch sorted by expert: rows [offsets[e], offsets[e + 1]) belong to expert e.
+// Reading and checking the indices of a batch sorted by expert: rows [offsets[e], offsets[e + 1]) belong to expert e.
 #pragma once
 
 #include "common/tensor.h"
@@ -19,6 +19,17 @@ inline std::vector<int64_t> read_offsets(const Tensor& offsets, int64_t num_expe
     MOE_CHECK(out[e] <= out[e + 1], "offsets must not decrease, got ", out[e], " then ", out[e + 1], " at expert ", e);
   }
   return out;
+}
+
+// Checks int32 indices into `limit` rows.
+inline void check_rows(const Tensor& rows, int64_t count, int64_t limit) {
+  MOE_CHECK(rows.scalar_type() == ScalarType::Int && rows.numel() == count, "rows must be int32 of shape [", count,
+            "], got ", torch::headeronly::toString(rows.scalar_type()), " with ", rows.numel(), " elements");
+  const Tensor dense = as_contiguous(rows);
+  const int32_t* index = data<int32_t>(dense);
+  for (int64_t j = 0; j < count; ++j) {
+    MOE_CHECK(index[j] >= 0 && index[j] < limit, "rows must lie in [0, ", limit, "), got ", index[j]);
+  }
 }
 
 // Calls f(expert, first_row, count) for every expert that has rows.

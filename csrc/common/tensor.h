@@ -8,11 +8,13 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -23,7 +25,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
-// Throws an error that reads as one line and, in Python, is a ValueError.
+// Throws an error that reads as one line and, in Python, is a ValueError. Not inside parallel_for: there the message is
+// lost, so what a user can get wrong is checked before.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
@@ -31,8 +34,8 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-#define MOE_CHECK(condition, ...) \
-  do {                            \
+#define MOE_CHECK(condition, ...)               \
+  do {                                          \
     if (!(condition)) ::moe::fail(__VA_ARGS__); \
   } while (0)
 
@@ -57,6 +60,18 @@ auto call_aten(const char* name, const char* overload, const Args&... args) {
   }
 }
 
+// Switches autograd off for the current thread: worker threads start with it on.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // The arithmetic type of a storage type: 16-bit floats are computed in float.
@@ -70,6 +85,21 @@ struct Accumulate<double> {
 };
 template <class T>
 using acc_t = typename Accumulate<T>::type;
+inline ScalarType accumulate_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
+
+// The fewest items of `work` element operations each that are worth a thread.
+inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); }
+
+// The string argument of an operator. torch's own conversion to std::string (2.10 to 2.13) leaks a copy in every call.
+inline std::string take_string(StringHandle handle) {
+  const char* chars;
+  size_t length;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &chars));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  std::string out(chars, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return out;
+}
 
 // Calls f with a value of the C++ type that `dtype` names.
 template <class F>
@@ -84,8 +114,7 @@ void dispatch_float(ScalarType dtype, const char* argument, F&& f) {
     case ScalarType::Half:
       return f(torch::headeronly::Half{});
     default:
-      fail(argument, " must be float64, float32, bfloat16 or float16, got ",
-           torch::headeronly::toString(dtype));
+      fail(argument, " must be float64, float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
   }
 }
 

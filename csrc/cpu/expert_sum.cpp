@@ -43,13 +43,9 @@ Tensor expert_sum(const Tensor& x, const Tensor& offsets) {
 // x [N, D], index [N] in [0, num_rows) -> [num_rows, D]: row r is the sum of x[j] over index[j] == r, by rising j.
 Tensor index_sum(const Tensor& x, const Tensor& index, int64_t num_rows) {
   const int64_t count = x.size(0), width = x.size(1);
-  MOE_CHECK(index.scalar_type() == ScalarType::Int && index.numel() == count, "rows must be int32 of shape [", count,
-            "], got ", torch::headeronly::toString(index.scalar_type()), " with ", index.numel(), " elements");
+  check_rows(index, count, num_rows);
   const Tensor dense = as_contiguous(x), dense_index = as_contiguous(index);
   const int32_t* idx = data<int32_t>(dense_index);
-  for (int64_t j = 0; j < count; ++j) {
-    MOE_CHECK(idx[j] >= 0 && idx[j] < num_rows, "rows must lie in [0, ", num_rows, "), got ", idx[j]);
-  }
   Tensor out = new_tensor(x, {num_rows, width});
   dispatch_float(x.scalar_type(), "x", [&](auto zero) {
     using T = decltype(zero);

@@ -1,13 +1,29 @@
 """The robust Mixture-of-Experts layer: route, sort by expert, run all experts at once, combine."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.nn.experts import ExpertList, ExpertMLP
+from moe_kernels.nn.experts import ExpertMLP
 from moe_kernels.nn.routing import Routing
 from moe_kernels.ops import combine, group_by_expert
+from moe_kernels.ops.topk_route import GATES
+
+
+class ExpertList(nn.ModuleList):
+    """Any modules as one grouped network: each runs on its own rows, one after the other (offsets go to the host)."""
+
+    @property
+    def num_experts(self) -> int:
+        return len(self)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, ...] sorted by expert, offsets int32 [E + 1] -> [N, ...]; a module without rows does not run."""
+        bounds = list(pairwise(offsets.tolist()))
+        outputs = [expert(x[a:b]) for expert, (a, b) in zip(self, bounds, strict=True) if b > a]
+        return torch.cat(outputs) if outputs else self[0](x)
 
 
 class RobustMoE(nn.Module):
@@ -46,6 +62,7 @@ class RobustMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.dim: int | None = dim
         experts = ExpertMLP(num_experts, dim, hidden_dim, activation, bias, device=device, dtype=dtype)
         if router is None:
             router = nn.Linear(dim, num_experts, bias=False, device=device, dtype=dtype)
@@ -78,20 +95,23 @@ class RobustMoE(nn.Module):
             )
         moe = cls.__new__(cls)
         nn.Module.__init__(moe)
+        moe.dim = None
         moe._assemble(experts, router, top_k, gate, renormalize)
         return moe
 
-    def _assemble(
-        self, experts: nn.Module, router: nn.Module, top_k: int, gate: str, renormalize: bool | None
-    ) -> None:
+    def _assemble(self, experts: nn.Module, router: nn.Module, top_k: int, gate: str, renormalize: bool | None) -> None:
         self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
         if not 1 <= top_k <= self.num_experts:
             raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k}")
+        if gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
         self.experts, self.router = experts, router
         self.top_k, self.gate, self.renormalize = top_k, gate, renormalize
 
     def route(self, x: Tensor, top_k: int | None = None) -> Routing:
         """Where x goes: the routing that forward(x) would take, or the one to `top_k` experts."""
+        if self.dim is not None and x.shape[-1] != self.dim:
+            raise ValueError(f"x must have {self.dim} features, got shape {list(x.shape)}")
         logits = self.router(x)
         if logits.shape[-1] != self.num_experts:
             raise ValueError(f"router must return logits [..., {self.num_experts}], got shape {list(logits.shape)}")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe_kernels import _checks as check
@@ -55,7 +54,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, rows:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, offsets, rows = inputs
+    x, weight, _, offsets, rows = inputs
     x_needs, weight_needs = ctx.needs_input_grad[:2]
     ctx.num_rows = x.shape[0]
     ctx.save_for_backward(x if weight_needs else None, weight if x_needs else None, offsets, rows)

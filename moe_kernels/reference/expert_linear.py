@@ -1,5 +1,7 @@
 """Row j of expert e: y[j] = x[j] @ weight[e].T + bias[e]."""
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,7 +15,7 @@ def expert_linear(
     bounds = offsets.tolist()
     parts = [
         F.linear(x[a:b], weight[e], None if bias is None else bias[e])
-        for e, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for e, (a, b) in enumerate(itertools.pairwise(bounds))
     ]
     return torch.cat(parts)
 
@@ -22,4 +24,4 @@ def expert_linear_weight_grad(grad: Tensor, x: Tensor, offsets: Tensor, rows: Te
     if rows is not None:
         x = x[rows]
     bounds = offsets.tolist()
-    return torch.stack([grad[a:b].T @ x[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    return torch.stack([grad[a:b].T @ x[a:b] for a, b in itertools.pairwise(bounds)])

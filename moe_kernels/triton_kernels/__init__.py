@@ -1,1 +1,1 @@
-"""Triton kernels: plain launchers on tensors, imported only where a GPU operator runs or a test asks."""
+"""Triton kernels, one file per operator; imported only where a kernel is about to run."""

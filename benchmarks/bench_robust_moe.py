@@ -1,0 +1,48 @@
+"""The whole layer, forward and backward, beside F.grouped_mm with argsort and index_add, and beside a loop."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from conftest import Contest
+from peers import grouped_mm_layer, masked_loop_layer
+from torch import Tensor
+
+from moe_kernels import RobustMoE
+from moe_kernels.testing import Source
+
+SHAPES = [(1024, 512, 1024, 8, 2), (2048, 256, 512, 16, 2)]  # tokens, width, hidden, experts, k
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["moe_kernels", "F.grouped_mm, argsort, index_add", "loop over experts"])
+def test_forward_and_backward(contest: Contest, shape: tuple[int, ...], name: str) -> None:
+    tokens, dim, hidden, experts, k = shape
+    torch.manual_seed(0)
+    moe = RobustMoE(dim, hidden, experts, k)
+    s = Source(torch.float32)
+    x, grad = s.randn(tokens, dim).requires_grad_(), s.randn(tokens, dim)
+
+    def step(layer: RobustMoE, function: object, x: Tensor, grad: Tensor) -> Tensor:
+        y = function(layer, x)  # type: ignore[operator]
+        dx, *_ = torch.autograd.grad(y, [x, *layer.parameters()], grad)
+        return torch.cat([y, dx]).detach()
+
+    contest(
+        f"RobustMoE forward and backward {tokens} x {dim} x {hidden}, {experts} experts, top {k}",
+        {
+            "moe_kernels": partial(step, moe, lambda layer, x: layer(x), x, grad),
+            "F.grouped_mm, argsort, index_add": partial(step, moe, grouped_mm_layer, x, grad),
+            "loop over experts": partial(step, moe, masked_loop_layer, x, grad),
+        },
+        name,
+        exact=partial(
+            step,
+            copy.deepcopy(moe).double(),
+            masked_loop_layer,
+            x.detach().double().requires_grad_(),
+            grad.double(),
+        ),
+        target=("F.grouped_mm, argsort, index_add", 1.3),
+    )

@@ -1,0 +1,133 @@
+// Weighted sums of each row's k slots, and the two adjoints: every sum in fixed order, so the same for any threads.
+#include "common/tensor.h"
+
+namespace moe {
+namespace {
+
+constexpr int64_t kColumns = 256;  // columns summed at a time: their accumulators stay in L1
+constexpr int64_t kTerms = 64;     // products summed before they join the total: rounding errors grow with n / 64
+
+// position [T, k] as a contiguous tensor, checked to hold each of the slots once.
+Tensor read_position(const Tensor& position, int64_t slots) {
+  MOE_CHECK(position.scalar_type() == ScalarType::Int && position.dim() == 2 && position.numel() == slots,
+            "position must be int32 of shape [T, k] with T * k = ", slots, ", got ",
+            torch::headeronly::toString(position.scalar_type()), " with ", position.numel(), " elements");
+  const Tensor dense = as_contiguous(position);
+  const int32_t* place = data<int32_t>(dense);
+  std::vector<char> seen(slots);
+  for (int64_t j = 0; j < slots; ++j) {
+    MOE_CHECK(place[j] >= 0 && place[j] < slots && !std::exchange(seen[place[j]], 1),
+              "position must hold each of 0 to ", slots - 1, " once, got ", place[j], " at slot ", j);
+  }
+  return dense;
+}
+
+// The weights [T, k] in the dtype that x is summed in.
+Tensor read_weights(const Tensor& weights, const Tensor& x) {
+  return as_contiguous(torch::stable::to(weights, accumulate_type(x.scalar_type())));
+}
+
+// x's shape with `rows` rows.
+Shape with_rows(const Tensor& x, int64_t rows) {
+  Shape sizes = shape(x);
+  sizes[0] = rows;
+  return sizes;
+}
+
+// Elements of one row of x.
+int64_t row_width(const Tensor& x) {
+  int64_t width = 1;
+  for (int64_t d = 1; d < x.dim(); ++d) width *= x.size(d);
+  return width;
+}
+
+// y [T * k, ...], weights [T, k], position [T, k] -> [T, ...]
+Tensor combine(const Tensor& y, const Tensor& weights, const Tensor& position) {
+  const int64_t rows = position.size(0), k = position.size(1), width = row_width(y);
+  const Tensor place = read_position(position, y.size(0)), dense = as_contiguous(y), scale = read_weights(weights, y);
+  Tensor out = new_tensor(y, with_rows(y, rows));
+  dispatch_float(y.scalar_type(), "y", [&](auto zero) {
+    using T = decltype(zero);
+    const T* src = data<T>(dense);
+    const acc_t<T>* w = data<acc_t<T>>(scale);
+    const int32_t* p = data<int32_t>(place);
+    T* dst = mutable_data<T>(out);
+    torch::stable::parallel_for(0, rows, grain(k * width), [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        for (int64_t c0 = 0; c0 < width; c0 += kColumns) {
+          const int64_t n = std::min(kColumns, width - c0);
+          acc_t<T> sum[kColumns] = {};
+          for (int64_t slot = t * k; slot < (t + 1) * k; ++slot) {
+            const T* row = src + p[slot] * width + c0;
+            for (int64_t c = 0; c < n; ++c) sum[c] += w[slot] * static_cast<acc_t<T>>(row[c]);
+          }
+          for (int64_t c = 0; c < n; ++c) dst[t * width + c0 + c] = static_cast<T>(sum[c]);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// grad [T, ...], weights [T, k], position [T, k] -> [T * k, ...]
+Tensor combine_input_grad(const Tensor& grad, const Tensor& weights, const Tensor& position) {
+  const int64_t rows = position.size(0), k = position.size(1), width = row_width(grad);
+  const Tensor place = read_position(position, rows * k), dense = as_contiguous(grad),
+               scale = read_weights(weights, grad);
+  Tensor out = new_tensor(grad, with_rows(grad, rows * k));
+  dispatch_float(grad.scalar_type(), "grad", [&](auto zero) {
+    using T = decltype(zero);
+    const T* src = data<T>(dense);
+    const acc_t<T>* w = data<acc_t<T>>(scale);
+    const int32_t* p = data<int32_t>(place);
+    T* dst = mutable_data<T>(out);
+    torch::stable::parallel_for(0, rows * k, grain(width), [&](int64_t first, int64_t last) {
+      for (int64_t slot = first; slot < last; ++slot) {
+        const T* from = src + slot / k * width;
+        T* to = dst + p[slot] * width;
+        for (int64_t c = 0; c < width; ++c) to[c] = static_cast<T>(w[slot] * static_cast<acc_t<T>>(from[c]));
+      }
+    });
+  });
+  return out;
+}
+
+// grad [T, ...], y [T * k, ...], position [T, k] -> [T, k]: the inner products of grad[t] and y[position[t, i]]
+Tensor combine_weight_grad(const Tensor& grad, const Tensor& y, const Tensor& position) {
+  const int64_t rows = position.size(0), k = position.size(1), width = row_width(y);
+  MOE_CHECK(grad.scalar_type() == y.scalar_type(), "grad must have the dtype of y, ",
+            torch::headeronly::toString(y.scalar_type()), ", got ", torch::headeronly::toString(grad.scalar_type()));
+  const Tensor place = read_position(position, y.size(0)), dense = as_contiguous(y), dense_grad = as_contiguous(grad);
+  Tensor out = new_tensor(y, {rows, k}, accumulate_type(y.scalar_type()));
+  dispatch_float(y.scalar_type(), "y", [&](auto zero) {
+    using T = decltype(zero);
+    const T *g = data<T>(dense_grad), *src = data<T>(dense);
+    const int32_t* p = data<int32_t>(place);
+    acc_t<T>* dst = mutable_data<acc_t<T>>(out);
+    torch::stable::parallel_for(0, rows * k, grain(width), [&](int64_t first, int64_t last) {
+      for (int64_t slot = first; slot < last; ++slot) {
+        const T *a = g + slot / k * width, *b = src + p[slot] * width;
+        acc_t<T> sum = 0;
+        for (int64_t c0 = 0; c0 < width; c0 += kTerms) {
+          acc_t<T> part = 0;
+#pragma omp simd reduction(+ : part)
+          for (int64_t c = c0; c < std::min(c0 + kTerms, width); ++c) {
+            part += static_cast<acc_t<T>>(a[c]) * static_cast<acc_t<T>>(b[c]);
+          }
+          sum += part;
+        }
+        dst[slot] = sum;
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace moe
+
+STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+  m.impl("combine", TORCH_BOX(&moe::combine));
+  m.impl("combine_input_grad", TORCH_BOX(&moe::combine_input_grad));
+  m.impl("combine_weight_grad", TORCH_BOX(&moe::combine_weight_grad));
+}

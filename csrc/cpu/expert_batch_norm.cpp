@@ -1,0 +1,243 @@
+// Batch normalisation with statistics per expert; sums run in double over fixed blocks, so that they are accurate and
+// bitwise the same for any thread count.
+#include <algorithm>
+#include <cmath>
+
+#include "common/layout.h"
+#include "common/offsets.h"
+
+namespace moe {
+namespace {
+
+constexpr int64_t kRows = 16;      // rows summed before they join the total: rounding errors grow with n / 16
+constexpr int64_t kChannels = 64;  // channels a task sums at a time: its accumulators stay in L1
+constexpr int64_t kGrain = 16384;  // elements that a task handles at least
+
+// A batch as `lines` of `width` elements. Channels-last, a line is one pixel and its elements are the channels;
+// contiguous, a line is one (image, channel) plane and all its elements belong to that channel.
+struct Batch {
+  Batch(const Tensor& x, const Tensor& offsets, int64_t num_experts)
+      : ranges(read_offsets(offsets, num_experts, x.size(0))), experts(num_experts), channels(x.size(1)) {
+    const int64_t spatial = channels * x.size(0) == 0 ? 1 : x.numel() / (x.size(0) * channels);
+    channels_last = is_channels_last(x);
+    by_pixel = channels_last || spatial == 1;
+    pixels = spatial;
+  }
+
+  int64_t values(int64_t e) const { return (ranges[e + 1] - ranges[e]) * pixels; }
+
+  std::vector<int64_t> ranges;
+  int64_t experts, channels, pixels;
+  bool channels_last, by_pixel;
+};
+
+ScalarType statistics_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// An optional [E, C] table in double.
+std::vector<double> table(const OptionalTensor& t, const Batch& batch, double otherwise) {
+  const int64_t size = batch.experts * batch.channels;
+  if (!t) return std::vector<double>(size, otherwise);
+  const Tensor wide = as_contiguous(torch::stable::to(*t, ScalarType::Double));
+  const double* p = data<double>(wide);
+  return {p, p + size};
+}
+
+Tensor to_tensor(const std::vector<double>& values, const Tensor& like, const Batch& batch) {
+  Tensor out = new_tensor(like, {batch.experts, batch.channels}, statistics_type(like));
+  dispatch_float(out.scalar_type(), "statistics", [&](auto zero) {
+    using T = decltype(zero);
+    std::transform(values.begin(), values.end(), mutable_data<T>(out), [](double v) { return static_cast<T>(v); });
+  });
+  return out;
+}
+
+// Sums of `first` and `second` of every element, a pair per (expert, channel). first(t, j) and second(t, j) take
+// t = expert * C + channel and the element's storage index j. Blocks have fixed borders and are added in order.
+template <class First, class Second>
+void sum_pairs(const Batch& batch, const First& first, const Second& second, std::vector<double>& out_first,
+               std::vector<double>& out_second) {
+  const int64_t C = batch.channels, S = batch.pixels, E = batch.experts;
+  out_first.assign(E * C, 0.0);
+  out_second.assign(E * C, 0.0);
+  if (batch.by_pixel) {
+    // A task is one expert and kChannels channels of it, its rows taken kRows at a time.
+    const int64_t bands = (C + kChannels - 1) / kChannels;
+    torch::stable::parallel_for(0, E * bands, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t e = task / bands, c0 = task % bands * kChannels, n = std::min(kChannels, C - c0);
+        const int64_t last = batch.ranges[e + 1] * S;
+        double* a = out_first.data() + e * C + c0;
+        double* b = out_second.data() + e * C + c0;
+        for (int64_t r = batch.ranges[e] * S; r < last; r += kRows) {
+          double pa[kChannels] = {}, pb[kChannels] = {};
+          for (int64_t i = r; i < std::min(r + kRows, last); ++i) {
+            for (int64_t c = 0; c < n; ++c) {
+              pa[c] += first(e * C + c0 + c, i * C + c0 + c);
+              pb[c] += second(e * C + c0 + c, i * C + c0 + c);
+            }
+          }
+          for (int64_t c = 0; c < n; ++c) a[c] += pa[c], b[c] += pb[c];
+        }
+      }
+    });
+  } else {
+    // A task is one channel of one expert; a plane's elements are added in kLanes interleaved sums.
+    constexpr int64_t kLanes = 16;
+    torch::stable::parallel_for(0, E * C, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t e = t / C, c = t % C;
+        for (int64_t image = batch.ranges[e]; image < batch.ranges[e + 1]; ++image) {
+          double pa[kLanes] = {}, pb[kLanes] = {};
+          const int64_t base = (image * C + c) * S;
+          int64_t s = 0;
+          for (; s + kLanes <= S; s += kLanes) {
+            for (int64_t l = 0; l < kLanes; ++l) {
+              pa[l] += first(t, base + s + l);
+              pb[l] += second(t, base + s + l);
+            }
+          }
+          for (; s < S; ++s) pa[s % kLanes] += first(t, base + s), pb[s % kLanes] += second(t, base + s);
+          for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+            for (int64_t l = 0; l < width; ++l) pa[l] += pa[l + width], pb[l] += pb[l + width];
+          }
+          out_first[t] += pa[0];
+          out_second[t] += pb[0];
+        }
+      }
+    });
+  }
+}
+
+// Calls f(t, j) for every element: t = expert * C + channel, j its storage index.
+template <class F>
+void for_each_element(const Batch& batch, const F& f) {
+  const int64_t C = batch.channels, S = batch.pixels;
+  for_each_expert(batch.ranges, [&](int64_t e, int64_t begin, int64_t count) {
+    const int64_t lines = batch.by_pixel ? count * S : count * C, width = batch.by_pixel ? C : S;
+    const int64_t first = begin * C * S;
+    torch::stable::parallel_for(0, lines, std::max<int64_t>(1, kGrain / width), [&](int64_t from, int64_t to) {
+      for (int64_t line = from; line < to; ++line) {
+        const int64_t base = first + line * width;
+        if (batch.by_pixel) {
+          for (int64_t c = 0; c < C; ++c) f(e * C + c, base + c);
+        } else {
+          const int64_t t = e * C + line % C;
+          for (int64_t s = 0; s < S; ++s) f(t, base + s);
+        }
+      }
+    });
+  });
+}
+
+// x [N, C, *], weight and bias [E, C], running statistics [E, C] -> y in the layout of x, mean [E, C], var [E, C]:
+// the statistics that were used, in training the batch's (0 for an expert without rows), else the running ones.
+std::tuple<Tensor, Tensor, Tensor> expert_batch_norm_forward(const Tensor& x, const OptionalTensor& weight,
+                                                             const OptionalTensor& bias,
+                                                             const OptionalTensor& running_mean,
+                                                             const OptionalTensor& running_var, const Tensor& offsets,
+                                                             bool training, double eps) {
+  const Batch batch(x, offsets, offsets.size(0) - 1);
+  const Tensor dense = as_layout(x, batch.channels_last);
+  Tensor y = new_tensor(x, shape(x), batch.channels_last);
+  std::vector<double> mean = table(training ? std::nullopt : running_mean, batch, 0);
+  std::vector<double> var = table(training ? std::nullopt : running_var, batch, 0);
+  const std::vector<double> w = table(weight, batch, 1), b = table(bias, batch, 0);
+  dispatch_float(x.scalar_type(), "x", [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const T* src = data<T>(dense);
+    T* dst = mutable_data<T>(y);
+    const auto value = [&](int64_t j) { return static_cast<double>(static_cast<A>(src[j])); };
+    if (training) {
+      // Two passes: the mean, then the squares about it with the correction for the mean's own rounding.
+      std::vector<double> sum, squares;
+      const auto none = [](int64_t, int64_t) { return 0.0; };
+      sum_pairs(batch, [&](int64_t, int64_t j) { return value(j); }, none, sum, squares);
+      for (size_t t = 0; t < sum.size(); ++t) mean[t] = sum[t] / std::max<int64_t>(1, batch.values(t / batch.channels));
+      const auto centred = [&](int64_t t, int64_t j) { return value(j) - mean[t]; };
+      const auto square = [&](int64_t t, int64_t j) { return centred(t, j) * centred(t, j); };
+      sum_pairs(batch, centred, square, sum, squares);
+      for (size_t t = 0; t < sum.size(); ++t) {
+        const double n = std::max<int64_t>(1, batch.values(t / batch.channels));
+        var[t] = std::max(0.0, (squares[t] - sum[t] * sum[t] / n) / n);
+        mean[t] += sum[t] / n;
+      }
+    }
+    std::vector<A> centre(mean.begin(), mean.end()), scale(mean.size()), shift(b.begin(), b.end());
+    for (size_t t = 0; t < scale.size(); ++t) scale[t] = static_cast<A>(w[t] / std::sqrt(var[t] + eps));
+    for_each_element(batch, [&, src, dst](int64_t t, int64_t j) {
+      dst[j] = static_cast<T>((static_cast<A>(src[j]) - centre[t]) * scale[t] + shift[t]);
+    });
+  });
+  return {y, to_tensor(mean, x, batch), to_tensor(var, x, batch)};
+}
+
+// grad, x [N, C, *], mean and var [E, C] -> sums of grad and of grad * (x - mean) / sqrt(var + eps), [E, C] each
+std::tuple<Tensor, Tensor> expert_batch_norm_param_grad(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                                        const Tensor& var, const Tensor& offsets, double eps) {
+  const Batch batch(grad, offsets, mean.size(0));
+  const Tensor dense_grad = as_layout(grad, batch.channels_last), dense_x = as_layout(x, batch.channels_last);
+  const std::vector<double> centre = table(mean, batch, 0), variance = table(var, batch, 0);
+  std::vector<double> dbias, dweight;
+  dispatch_float(x.scalar_type(), "x", [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const T *g = data<T>(dense_grad), *src = data<T>(dense_x);
+    const auto plain = [&](int64_t, int64_t j) { return static_cast<double>(static_cast<A>(g[j])); };
+    const auto scaled = [&](int64_t t, int64_t j) {
+      return static_cast<double>(static_cast<A>(g[j])) * (static_cast<double>(static_cast<A>(src[j])) - centre[t]);
+    };
+    sum_pairs(batch, plain, scaled, dbias, dweight);
+  });
+  for (size_t t = 0; t < dweight.size(); ++t) dweight[t] /= std::sqrt(variance[t] + eps);
+  return {to_tensor(dbias, x, batch), to_tensor(dweight, x, batch)};
+}
+
+// grad [N, C, *] -> dx in the layout of grad. With constant statistics dx = grad * weight / sqrt(var + eps); where they
+// are the batch's own, x, mean and the two sums of expert_batch_norm_param_grad are given and
+// dx = weight / sqrt(var + eps) * (grad - dbias / n - (x - mean) / sqrt(var + eps) * dweight / n).
+Tensor expert_batch_norm_input_grad(const Tensor& grad, const OptionalTensor& x, const OptionalTensor& weight,
+                                    const OptionalTensor& mean, const Tensor& var, const OptionalTensor& dbias,
+                                    const OptionalTensor& dweight, const Tensor& offsets, double eps) {
+  const Batch batch(grad, offsets, var.size(0));
+  const Tensor dense_grad = as_layout(grad, batch.channels_last);
+  const Tensor dense_x = x ? as_layout(*x, batch.channels_last) : dense_grad;
+  Tensor out = new_tensor(grad, shape(grad), batch.channels_last);
+  const std::vector<double> w = table(weight, batch, 1), variance = table(var, batch, 0), m = table(mean, batch, 0);
+  const std::vector<double> sum = table(dbias, batch, 0), sum_scaled = table(dweight, batch, 0);
+  dispatch_float(grad.scalar_type(), "grad", [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const T *g = data<T>(dense_grad), *src = data<T>(dense_x);
+    T* dst = mutable_data<T>(out);
+    std::vector<A> scale(w.size()), offset(w.size()), slope(w.size()), centre(m.begin(), m.end());
+    for (size_t t = 0; t < w.size(); ++t) {
+      const double n = std::max<int64_t>(1, batch.values(t / batch.channels)), inv = 1 / std::sqrt(variance[t] + eps);
+      scale[t] = static_cast<A>(w[t] * inv);
+      offset[t] = static_cast<A>(sum[t] / n);
+      slope[t] = static_cast<A>(inv * sum_scaled[t] / n);
+    }
+    if (x) {
+      for_each_element(batch, [&, g, src, dst](int64_t t, int64_t j) {
+        const A centred = static_cast<A>(src[j]) - centre[t];
+        dst[j] = static_cast<T>(scale[t] * (static_cast<A>(g[j]) - offset[t] - centred * slope[t]));
+      });
+    } else {
+      for_each_element(batch, [&, g, dst](int64_t t, int64_t j) {
+        dst[j] = static_cast<T>(scale[t] * static_cast<A>(g[j]));
+      });
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace moe
+
+STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+  m.impl("expert_batch_norm_forward", TORCH_BOX(&moe::expert_batch_norm_forward));
+  m.impl("expert_batch_norm_param_grad", TORCH_BOX(&moe::expert_batch_norm_param_grad));
+  m.impl("expert_batch_norm_input_grad", TORCH_BOX(&moe::expert_batch_norm_input_grad));
+}

@@ -1,0 +1,6 @@
+"""Attacks on any torch model: PGD, and the mode in which a model is attacked."""
+
+from moe_kernels.attacks.attack_mode import attack_mode
+from moe_kernels.attacks.pgd import PGD
+
+__all__ = ["PGD", "attack_mode"]

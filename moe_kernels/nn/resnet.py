@@ -1,0 +1,227 @@
+"""Grouped convolutional networks: every parameter is its plain layer's with a leading expert dimension [E]."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.nn.experts import ExpertLinear, reset_like_torch
+from moe_kernels.ops import expert_batch_norm, expert_conv2d, mask_relu
+
+
+class ExpertConv2d(nn.Module):
+    """A 2D convolution per expert: `weight` [E, O, C, kh, kw], `bias` [E, O] or None.
+
+    Args:
+        num_experts: number of experts E.
+        in_channels: channels of x, C.
+        out_channels: channels of the result, O.
+        kernel_size, stride, padding: in pixels, one number or (vertical, horizontal).
+        bias: whether there is a bias.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        shape = (num_experts, out_channels, in_channels, *kernel)
+        self.num_experts, self.stride, self.padding = num_experts, stride, padding
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_channels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        reset_like_torch(self.weight, self.bias)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, C, H, W] sorted by expert -> [N, O, H', W']."""
+        return expert_conv2d(x, self.weight, self.bias, offsets, self.stride, self.padding)
+
+    def extra_repr(self) -> str:
+        return (
+            f"weight={list(self.weight.shape)}, stride={self.stride}, padding={self.padding}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class ExpertBatchNorm2d(nn.Module):
+    """Batch normalisation per expert: `weight`, `bias`, `running_mean`, `running_var` [E, C], `num_batches_tracked` [E].
+
+    An expert without rows in a batch keeps its statistics.
+
+    Args:
+        num_experts: number of experts E.
+        num_features: channels C.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics.
+        affine: whether there are a weight and a bias.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.eps, self.momentum = num_experts, eps, momentum
+        shape = (num_experts, num_features)
+        self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(shape, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(shape, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.zeros(num_experts, dtype=torch.long, device=device))
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, C, H, W] sorted by expert -> the same shape."""
+        if self.training:
+            self.num_batches_tracked.add_(offsets.diff() > 0)
+        return expert_batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            offsets,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{list(self.running_mean.shape)}, eps={self.eps}, momentum={self.momentum}"
+
+
+class ExpertBasicBlock(nn.Module):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); the shortcut is a 1x1 convolution where shapes change."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        to = {"device": device, "dtype": dtype}
+        self.conv1 = ExpertConv2d(num_experts, in_channels, channels, 3, stride, 1, bias=False, **to)
+        self.bn1 = ExpertBatchNorm2d(num_experts, channels, **to)
+        self.conv2 = ExpertConv2d(num_experts, channels, channels, 3, 1, 1, bias=False, **to)
+        self.bn2 = ExpertBatchNorm2d(num_experts, channels, **to)
+        self.shortcut = nn.ModuleList()
+        if stride != 1 or in_channels != channels:
+            self.shortcut.append(ExpertConv2d(num_experts, in_channels, channels, 1, stride, bias=False, **to))
+            self.shortcut.append(ExpertBatchNorm2d(num_experts, channels, **to))
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        h = mask_relu(self.bn1(self.conv1(x, offsets), offsets))
+        h = self.bn2(self.conv2(h, offsets), offsets)
+        for layer in self.shortcut:
+            x = layer(x, offsets)
+        return mask_relu(h + x)
+
+
+class ExpertResNet18(nn.Module):
+    """A CIFAR ResNet-18 per expert: 3x3 stem without pooling, four stages of two basic blocks, average pool, linear.
+
+    Args:
+        num_experts: number of experts E.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        width: channels of the first stage; the others have 2, 4 and 8 times as many.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        to = {"device": device, "dtype": dtype}
+        self.num_experts = num_experts
+        self.conv1 = ExpertConv2d(num_experts, in_channels, width, 3, 1, 1, bias=False, **to)
+        self.bn1 = ExpertBatchNorm2d(num_experts, width, **to)
+        before = width
+        for stage in range(1, 5):
+            channels, stride = width * 2 ** (stage - 1), 1 if stage == 1 else 2
+            first = ExpertBasicBlock(num_experts, before, channels, stride, **to)
+            blocks = nn.ModuleList([first, ExpertBasicBlock(num_experts, channels, channels, 1, **to)])
+            self.add_module(f"layer{stage}", blocks)
+            before = channels
+        self.linear = ExpertLinear(num_experts, before, num_classes, **to)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
+        h = mask_relu(self.bn1(self.conv1(x, offsets), offsets))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                h = block(h, offsets)
+        return self.linear(h.mean((2, 3)), offsets)
+
+    @classmethod
+    def from_state_dicts(cls, experts: Sequence[Mapping[str, Tensor]]) -> "ExpertResNet18":
+        """The grouped network of plain ResNet-18 state dicts, one per expert, in pytorch-cifar's or torchvision's names.
+
+        Raises:
+            ValueError: if there are none, or keys are missing, unexpected or of another shape.
+        """
+        if not experts:
+            raise ValueError("experts must be a list of at least one state dict, got none")
+        named = [{_cifar_name(key): value for key, value in state.items()} for state in experts]
+        for key in ("conv1.weight", "linear.weight"):
+            if key not in named[0]:
+                raise ValueError(f"experts[0] must be a ResNet-18 state dict, missing {key}")
+        stem, linear = named[0]["conv1.weight"], named[0]["linear.weight"]
+        width, in_channels = stem.shape[:2]
+        net = cls(len(named), linear.shape[0], in_channels, width, stem.device, stem.dtype)
+        expected = {key: value[0].shape for key, value in net.state_dict().items()}
+        for i, state in enumerate(named):
+            _check_state(f"experts[{i}]", state, expected)
+        net.load_state_dict({key: torch.stack([state[key] for state in named]) for key in expected})
+        return net
+
+    def state_dicts(self) -> list[dict[str, Tensor]]:
+        """One plain ResNet-18 state dict per expert, in pytorch-cifar's names, sharing this network's memory."""
+        state = self.state_dict()
+        return [{key: value[e] for key, value in state.items()} for e in range(self.num_experts)]
+
+
+def _cifar_name(key: str) -> str:
+    return re.sub(r"^fc\.", "linear.", key.replace(".downsample.", ".shortcut."))
+
+
+def _check_state(name: str, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    shapes = {
+        f"{key} {list(state[key].shape)} instead of {list(shape)}"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    }
+    faults = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys(), "shapes": shapes}
+    message = "; ".join(f"{kind}: {', '.join(sorted(keys))}" for kind, keys in faults.items() if keys)
+    if message:
+        raise ValueError(f"{name} must be a ResNet-18 state dict like experts[0]; {message}")

@@ -1,0 +1,69 @@
+"""Where each row goes: the router's logits, and the experts and weights chosen from them or forced."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_kernels.ops import group_by_expert, topk_route
+
+
+@dataclass(eq=False, frozen=True)
+class Routing:
+    """One routing of T rows over E experts; a row's route never depends on its batch neighbours.
+
+    Args:
+        logits: [..., E], the leading sizes multiplying to T.
+        weights: [T, k].
+        experts: int32 [T, k], by falling logit unless forced.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    experts: Tensor
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, k: int, gate: str = "softmax", renormalize: bool | None = None) -> "Routing":
+        """Routes each row of logits [..., E] to its k largest; see `moe_kernels.topk_route`."""
+        if logits.ndim == 0 or logits.shape[-1] == 0:
+            raise ValueError(f"logits must be [..., E] with E >= 1, got shape {list(logits.shape)}")
+        return cls(logits, *topk_route(logits.reshape(-1, logits.shape[-1]), k, gate, renormalize))
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def load(self) -> Tensor:
+        """[E]: the fraction of slots that each expert gets; sums to 1, or to 0 without rows."""
+        offsets = group_by_expert(self.experts, self.num_experts)[2]
+        return offsets.diff().to(self.weights.dtype) / max(self.experts.numel(), 1)
+
+    def balance_loss(self) -> Tensor:
+        """E * sum of load * mean probability over the experts: 1 even, E collapsed (Switch Transformer, eq. 4)."""
+        mean = self._wide_logits().softmax(-1).sum(0) / max(self.experts.shape[0], 1)
+        return self.num_experts * (self.load * mean).sum()
+
+    def z_loss(self) -> Tensor:
+        """Mean squared logsumexp of the logits, which keeps them small (ST-MoE, eq. 5)."""
+        return self._wide_logits().logsumexp(-1).square().sum() / max(self.experts.shape[0], 1)
+
+    def select(self, i: int) -> "Routing":
+        """The i-th ranked expert of each row alone, with weight 1."""
+        k = self.experts.shape[1]
+        if not 0 <= i < k:
+            raise ValueError(f"i must be a rank between 0 and k - 1 = {k - 1}, got {i}")
+        return self._forced(self.experts[:, i : i + 1])
+
+    def fixed(self, e: int) -> "Routing":
+        """Expert e for every row, with weight 1."""
+        if not 0 <= e < self.num_experts:
+            raise ValueError(f"e must be an expert between 0 and E - 1 = {self.num_experts - 1}, got {e}")
+        return self._forced(torch.full_like(self.experts[:, :1], e))
+
+    def _forced(self, experts: Tensor) -> "Routing":
+        return Routing(self.logits, torch.ones_like(experts, dtype=self.weights.dtype), experts)
+
+    def _wide_logits(self) -> Tensor:
+        """[T, E] in the weights' dtype, fp32 or wider."""
+        return self.logits.reshape(-1, self.num_experts).to(self.weights.dtype)

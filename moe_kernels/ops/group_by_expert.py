@@ -1,0 +1,40 @@
+"""Sorts slots by expert: order[j] is the slot at sorted place j, position its inverse, offsets where experts begin."""
+
+import torch
+from torch import Tensor
+
+from moe_kernels import backends
+from moe_kernels._library import define
+
+
+def group_by_expert(experts: Tensor, num_experts: int, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts the slots t * k + i by experts[t, i], slots of one expert in rising order.
+
+    Args:
+        experts: int32 or int64 [T, k] or [T], in [0, num_experts).
+        num_experts: E, at least 1.
+        backend: None for the fastest on experts' device, or "reference".
+
+    Returns:
+        int32 order [T * k], position with the shape of experts, and offsets [E + 1]: the slots of expert e are
+        order[offsets[e]:offsets[e + 1]], and order[position[t, i]] == t * k + i.
+
+    Raises:
+        ValueError: if a shape or dtype does not match or, on the CPU, an expert is out of range.
+    """
+    if experts.dtype not in (torch.int32, torch.int64) or experts.ndim not in (1, 2):
+        raise ValueError(
+            f"experts must be an int32 or int64 tensor [T, k] or [T], got {experts.dtype} {list(experts.shape)}"
+        )
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    return backends.choose("group_by_expert", backend, experts)(experts, num_experts)
+
+
+def _fake(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (experts.numel(),), experts.shape, (num_experts + 1,)
+    order, position, offsets = (experts.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    return order, position, offsets
+
+
+define("group_by_expert(Tensor experts, SymInt num_experts) -> (Tensor, Tensor, Tensor)", _fake)

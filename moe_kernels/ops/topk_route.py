@@ -1,0 +1,101 @@
+"""Top-k routing: w[t, i] = gate(logits[t])[e] for the experts e = experts[t, i] with the k largest logits of row t."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_kernels import _checks as check
+from moe_kernels import backends, reference
+from moe_kernels._library import define, vjp
+
+GATES = ("softmax", "sigmoid", "hard", "straight_through", "soft")
+
+
+def topk_route(
+    logits: Tensor,
+    k: int,
+    gate: str = "softmax",
+    renormalize: bool | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Chooses each row's k experts and weighs them.
+
+    A logit of -inf masks an expert: its probability is 0. Where fewer than k are left, masked experts fill the row.
+
+    Args:
+        logits: [T, E].
+        k: experts per row, 1 to E.
+        gate: softmax: the probability over all E; sigmoid: each logit on its own; hard: 1, without a gradient;
+            straight_through: 1, with the gradient of softmax; soft: softmax with k = E.
+        renormalize: whether a row's weights are divided by their sum; None means k > 1, because a single weight
+            divided by itself gives the router no gradient.
+        backend: None for the fastest on logits' device, or "reference".
+
+    Returns:
+        weights [T, k], fp32 (fp64 for fp64 logits), and experts, int32 [T, k], by falling logit; the lowest index wins
+        ties.
+
+    Raises:
+        ValueError: if an argument is out of range or, on the CPU, a row holds NaN, +inf or nothing but -inf.
+    """
+    check.ndim("logits", logits, 2)
+    check.floating("logits", logits)
+    num_experts = logits.shape[1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k must be between 1 and the number of experts E = {num_experts}, got {k}")
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+    if gate == "soft":
+        if k != num_experts:
+            raise ValueError(f'k must be the number of experts E = {num_experts} with gate="soft", got {k}')
+        gate = "softmax"
+    if gate == "hard":
+        logits = logits.detach()
+    return backends.choose("topk_route", backend, logits)(
+        logits, k, gate, k > 1 if renormalize is None else renormalize
+    )
+
+
+def _fake(logits: Tensor, k: int, gate: str, renormalize: bool) -> tuple[Tensor, Tensor]:
+    sizes = logits.shape[0], k
+    weights = logits.new_empty(sizes, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return weights, logits.new_empty(sizes, dtype=torch.int32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, *ctx.options = inputs
+    ctx.save_for_backward(logits, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    _, gate, renormalize = ctx.options
+    return topk_route_backward(grad, *ctx.saved_tensors, gate, renormalize), None, None, None
+
+
+define(
+    "topk_route(Tensor logits, SymInt k, str gate, bool renormalize) -> (Tensor, Tensor)",
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, logits, experts, *ctx.options = inputs
+    ctx.save_for_backward(grad, logits, experts)
+
+
+def _double_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...]:
+    return vjp(
+        reference.topk_route_backward, (*ctx.saved_tensors, *ctx.options), (ddlogits,), tuple(ctx.needs_input_grad)
+    )
+
+
+topk_route_backward = define(
+    "topk_route_backward(Tensor grad, Tensor logits, Tensor experts, str gate, bool renormalize) -> Tensor",
+    lambda grad, logits, experts, gate, renormalize: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    setup_context=_backward_setup_context,
+    backward=_double_backward,
+)

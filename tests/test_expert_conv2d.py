@@ -1,0 +1,98 @@
+"""expert_conv2d beyond the common contract: layout, saved tensors, compilation, autocast, bad input."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_kernels.ops import expert_conv2d
+from moe_kernels.testing import Source
+
+
+def arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s = Source(torch.float32)
+    return s.randn(5, 3, 6, 7), s.randn(3, 4, 3, 3, 3), s.randn(3, 4), s.offsets((2, 0, 3))
+
+
+def test_is_a_loop_of_convolutions() -> None:
+    x, weight, bias, offsets = arguments()
+    parts = [F.conv2d(x[:2], weight[0], bias[0], 2, 1), F.conv2d(x[2:], weight[2], bias[2], 2, 1)]
+    torch.testing.assert_close(expert_conv2d(x, weight, bias, offsets, 2, 1), torch.cat(parts))
+
+
+def test_channels_last_stays_channels_last() -> None:
+    x, weight, bias, offsets = arguments()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = expert_conv2d(x, weight, bias, offsets, padding=1)
+    assert y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    assert dx.is_contiguous(memory_format=torch.channels_last) and not dx.is_contiguous()
+    torch.testing.assert_close(y, expert_conv2d(x.contiguous(), weight, bias, offsets, padding=1))
+
+
+def test_an_expert_without_rows_gets_a_zero_gradient() -> None:
+    x, weight, bias, offsets = arguments()
+    weight.requires_grad_()
+    bias.requires_grad_()
+    expert_conv2d(x, weight, bias, offsets).sum().backward()
+    assert weight.grad is not None and bias.grad is not None
+    assert not weight.grad[1].any() and not bias.grad[1].any()
+    assert weight.grad[0].any() and bias.grad[2].any()
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_saves_only_what_the_backward_needs(frozen: str) -> None:
+    x, weight, _, offsets = arguments()
+    x.requires_grad_(frozen != "x")
+    weight.requires_grad_(frozen != "weight")
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        expert_conv2d(x, weight, None, offsets)
+    kept = {t.data_ptr() for t in saved}
+    assert (x.data_ptr() in kept) == (frozen != "weight")
+    assert (weight.data_ptr() in kept) == (frozen != "x")
+
+
+def test_compiles_without_a_graph_break() -> None:
+    x, weight, bias, offsets = arguments()
+    leaves = [t.requires_grad_() for t in (x.contiguous(memory_format=torch.channels_last), weight, bias)]
+    compiled = torch.compile(expert_conv2d, fullgraph=True)(*leaves, offsets, 2, (1, 0))
+    eager = expert_conv2d(*leaves, offsets, 2, (1, 0))
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled.square().sum(), leaves), torch.autograd.grad(eager.square().sum(), leaves)
+    )
+
+
+def test_autocast_computes_in_bf16_and_returns_fp32_gradients() -> None:
+    x, weight, bias, offsets = arguments()
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = expert_conv2d(x, weight, bias, offsets)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+
+
+def test_bad_input_names_the_argument() -> None:
+    x, weight, bias, offsets = arguments()
+    for match, args in {
+        r"x must have 4 dimensions, got shape \[3, 6, 7\]": (x[0], weight, bias, offsets),
+        r"weight must have 5 dimensions": (x, weight[0], bias, offsets),
+        r"weight must be \[E, O, C, kh, kw\] with C = x.shape\[1\], here \['\*', '\*', 2": (
+            x[:, :2],
+            weight,
+            bias,
+            offsets,
+        ),
+        r"weight must have the dtype of x, torch.float32, got torch.float64": (x, weight.double(), bias, offsets),
+        r"bias must be \[E, O\], here \[3, 4\], got shape \[3, 3\]": (x, weight, bias[:, :3], offsets),
+        r"weight must have a kernel .* got shape \[3, 4, 3, 3, 3\]": (x[:, :, :2], weight, bias, offsets),
+        r"stride must be one or two integers >= 1, got 0": (x, weight, bias, offsets, 0),
+        r"stride must be one or two integers >= 1, got \(1, 2, 3\)": (x, weight, bias, offsets, (1, 2, 3)),
+        r"padding must be one or two integers >= 0, got -1": (x, weight, bias, offsets, 1, -1),
+        r"offsets must be int32 of shape \[4\]": (x, weight, bias, offsets[:3]),
+        r"offsets must run from 0 to the number of rows 4, got 0 to 5": (x[:4], weight, bias, offsets),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            expert_conv2d(*args)

@@ -1,0 +1,155 @@
+"""pgd_step_: exactness of the constraints, gradients that are zero or not finite, layouts, threads, messages."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_kernels import reference
+from moe_kernels.ops import pgd_step_
+
+NORMS = {"Linf": torch.inf, "L2": 2, "L1": 1}
+
+
+def images(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.rand(shape, dtype=dtype)
+    return (x + 0.1 * torch.randn_like(x)).clamp(0, 1), torch.randn_like(x), x
+
+
+def length(delta: Tensor, norm: str) -> Tensor:
+    return torch.linalg.vector_norm(delta.flatten(1), NORMS[norm], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 8 / 255), ("Linf", 1e-6), ("L2", 0.5), ("L1", 12.0)])
+def test_result_stays_in_the_ball_and_in_the_bounds(norm: str, eps: float, dtype: torch.dtype) -> None:
+    x_adv, grad, x = images(8, 3, 32, 32, dtype=dtype)
+    radius = torch.full((8,), eps, dtype=dtype)
+    for _ in range(5):
+        pgd_step_(x_adv, grad, x, radius, eps / 4, norm, (0.05, 0.95))
+        x_adv.clamp_(0.05, 0.95)
+    inside = (x >= 0.05) & (x <= 0.95)
+    delta = torch.where(inside, x_adv.double() - x.double(), 0)
+    ulps = 0 if norm == "Linf" and dtype == torch.float32 else 4
+    assert (length(delta, norm) <= radius.double() * (1 + ulps * torch.finfo(dtype).eps)).all()
+    low, high = torch.tensor([0.05, 0.95], dtype=dtype)
+    assert x_adv.min() >= low and x_adv.max() <= high
+
+
+def test_closed_forms() -> None:
+    x = torch.full((2, 2), 0.5, dtype=torch.float64)
+    grad = torch.tensor([[3.0, -4.0], [0.0, 2.0]], dtype=torch.float64)
+
+    def moved(norm: str, eps: float, alpha: float) -> list[list[float]]:
+        return (pgd_step_(x.clone(), grad, x, eps, alpha, norm) - x).tolist()
+
+    assert moved("Linf", 1.0, 0.25) == [[0.25, -0.25], [0.0, 0.25]]
+    assert moved("Linf", 0.125, 0.25) == [[0.125, -0.125], [0.0, 0.125]]
+    assert moved("L2", 1.0, 0.25) == [pytest.approx([0.15, -0.2]), [0.0, 0.25]]
+    assert moved("L2", 0.125, 0.25) == [pytest.approx([0.075, -0.1]), [0.0, 0.125]]
+    assert moved("L1", 1.0, 0.35) == [pytest.approx([0.15, -0.2]), pytest.approx([0.0, 0.35])]
+    assert moved("L1", 0.25, 0.35) == [pytest.approx([0.1, -0.15]), pytest.approx([0.0, 0.25])]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_zero_gradient_makes_no_step(norm: str) -> None:
+    x_adv, grad, x = images(3, 40)
+    expected = x_adv.clone()
+    assert torch.equal(pgd_step_(x_adv, torch.zeros_like(grad), x, torch.inf, 0.5, norm), expected)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_that_are_not_finite(norm: str) -> None:
+    x_adv, grad, x = images(4, 40, dtype=torch.float64)
+    grad[0, 3], grad[1, 5], grad[2] = torch.nan, torch.inf, torch.nan
+    expected = reference.pgd_step_(x_adv.clone(), grad, x, 0.3, 0.2, norm)
+    torch.testing.assert_close(pgd_step_(x_adv.clone(), grad, x, 0.3, 0.2, norm), expected)
+    torch.testing.assert_close(
+        pgd_step_(x_adv, grad.nan_to_num(nan=0.0, posinf=torch.inf), x, 0.3, 0.2, norm), expected
+    )
+
+
+def test_tiny_gradients_still_step() -> None:
+    x = torch.full((1, 8), 0.5)
+    moved = pgd_step_(x.clone(), torch.full_like(x, 1e-40), x, 1.0, 0.2, "L2") - x
+    torch.testing.assert_close(moved, torch.full_like(x, 0.2 / 8**0.5))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("eps", [0.0, 1e-300, torch.inf])
+def test_extreme_radii(norm: str, eps: float) -> None:
+    x_adv, grad, x = images(3, 40, dtype=torch.float64)
+    expected = reference.pgd_step_(x_adv.clone(), grad, x, eps, 0.2, norm)
+    torch.testing.assert_close(pgd_step_(x_adv, grad, x, eps, 0.2, norm), expected)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_layouts_agree(norm: str) -> None:
+    x_adv, grad, x = images(4, 3, 6, 6)
+    expected = pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1, norm)
+    last = torch.channels_last
+    for layout in (
+        lambda t: t.to(memory_format=last),
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda t: torch.stack([t, t], -1)[..., 0],
+    ):
+        for other in (layout, lambda t: t):
+            result = pgd_step_(layout(x_adv.clone()), other(grad), other(x), 0.2, 0.1, norm)
+            torch.testing.assert_close(result, expected, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_same_bits_for_any_number_of_threads(norm: str) -> None:
+    x_adv, grad, x = images(7, 3, 80, 80)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1, norm))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], r) for r in results)
+
+
+def test_compiles_as_one_graph() -> None:
+    x_adv, grad, x = images(3, 8)
+    expected = pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1)
+    compiled = torch.compile(lambda *args: pgd_step_(*args, 0.2, 0.1), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x_adv, grad, x), expected)
+    assert torch.equal(x_adv, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_adv": torch.zeros(2, 3, dtype=torch.bfloat16)}, "x_adv must be float32 or float64 .*5.8 %"),
+        ({"x_adv": torch.tensor(0.5)}, "x_adv must be"),
+        ({"grad": torch.zeros(2, 4)}, r"grad must be .*\[2, 3\], got shape \[2, 4\]"),
+        ({"grad": torch.zeros(2, 3, dtype=torch.int32)}, "grad must be a floating-point tensor"),
+        ({"x": torch.zeros(2)}, r"x must be .*\[2, 3\], got shape \[2\]"),
+        ({"x": torch.zeros(2, 3, dtype=torch.float64)}, "x must have the dtype of x_adv"),
+        ({"x": torch.zeros(2, 3, device="meta")}, "x must be on the device of x_adv"),
+        ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
+        ({"eps": float("nan")}, "eps must be at least 0, got nan"),
+        ({"eps": torch.tensor([0.1, -0.1])}, "eps must be at least 0, got -0.1"),
+        ({"alpha": torch.tensor([0.1, torch.nan])}, "alpha must be at least 0, got nan"),
+        ({"alpha": torch.ones(3)}, r"alpha must be a float or \[B\]"),
+        ({"alpha": torch.ones(2, dtype=torch.int64)}, "alpha must be a floating-point tensor"),
+        ({"norm": "L3"}, "norm must be one of Linf, L2, L1, got 'L3'"),
+        ({"bounds": (1.0, 0.0)}, "bounds must be"),
+        ({"backend": "magic"}, "backend must be None"),
+    ],
+)
+def test_mistakes(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"x_adv": torch.zeros(2, 3), "grad": torch.ones(2, 3), "x": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match=message):
+        pgd_step_(**(good | {"eps": 0.1, "alpha": 0.1} | change))
+
+
+def test_x_adv_must_not_require_grad() -> None:
+    x_adv = torch.zeros(2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="x_adv must not require grad"):
+        pgd_step_(x_adv, torch.ones(2, 3), torch.zeros(2, 3), 0.1, 0.1)
+    with torch.no_grad():
+        assert pgd_step_(x_adv, torch.ones(2, 3), torch.zeros(2, 3), 0.1, 0.1) is x_adv

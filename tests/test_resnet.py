@@ -1,0 +1,177 @@
+"""ExpertResNet18 and its layers equal a loop over plain ResNet-18s."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18
+from moe_kernels.testing import Source
+
+COUNTS = (3, 0, 2)
+OFFSETS = Source(torch.float32).offsets(COUNTS)
+
+
+class Block(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or before != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    def __init__(self, classes: int = 10, channels: int = 3, width: int = 64) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.layer1 = nn.Sequential(Block(width, width, 1), Block(width, width, 1))
+        self.layer2 = nn.Sequential(Block(width, 2 * width, 2), Block(2 * width, 2 * width, 1))
+        self.layer3 = nn.Sequential(Block(2 * width, 4 * width, 2), Block(4 * width, 4 * width, 1))
+        self.layer4 = nn.Sequential(Block(4 * width, 8 * width, 2), Block(8 * width, 8 * width, 1))
+        self.linear = nn.Linear(8 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = self.layer4(self.layer3(self.layer2(self.layer1(h))))
+        return self.linear(F.avg_pool2d(h, h.shape[-1]).flatten(1))
+
+
+def pair(width: int = 4, **kinds: torch.dtype) -> tuple[ExpertResNet18, nn.ModuleList]:
+    """Three plain networks with statistics of their own, and the grouped network of their state dicts."""
+    plain = nn.ModuleList(ResNet18(7, 2, width) for _ in COUNTS).to(**kinds)
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return ExpertResNet18.from_state_dicts([net.state_dict() for net in plain]), plain
+
+
+def loop(plain: nn.ModuleList, x: Tensor) -> Tensor:
+    return torch.cat([net(rows) for net, rows in zip(plain, x.split(COUNTS), strict=True) if len(rows)])
+
+
+def by_expert(plain: nn.ModuleList, name: str) -> Tensor:
+    values = [net.get_parameter(name) for net in plain]
+    return torch.stack([torch.zeros_like(v) if v.grad is None else v.grad for v in values])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_is_a_loop_over_plain_networks(training: bool, layout: torch.memory_format) -> None:
+    grouped, plain = pair(dtype=torch.float64)
+    grouped.train(training), plain.train(training)
+    x = torch.randn(5, 2, 16, 16, dtype=torch.float64).contiguous(memory_format=layout)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    y, expected = grouped(inputs[0], OFFSETS), loop(plain, inputs[1])
+    torch.testing.assert_close(y, expected)
+    for out in (y, expected):
+        out.square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for name, parameter in grouped.named_parameters():
+        torch.testing.assert_close(parameter.grad, by_expert(plain, name), msg=lambda m, name=name: f"{name}: {m}")
+    for ours, theirs in zip(grouped.state_dicts(), plain, strict=True):
+        torch.testing.assert_close(ours, dict(theirs.state_dict()))
+
+
+def test_state_dicts_go_both_ways() -> None:
+    grouped, plain = pair()
+    for ours, net in zip(grouped.state_dicts(), plain, strict=True):
+        assert ours.keys() == net.state_dict().keys()
+        assert all(torch.equal(ours[key], value) for key, value in net.state_dict().items())
+    net = ResNet18(7, 2, 4)
+    net.load_state_dict(grouped.state_dicts()[1])
+
+
+def test_loads_torchvision_names() -> None:
+    grouped, plain = pair()
+    renamed = [
+        {k.replace("shortcut", "downsample").replace("linear", "fc"): v for k, v in net.state_dict().items()}
+        for net in plain
+    ]
+    for key, value in ExpertResNet18.from_state_dicts(renamed).state_dict().items():
+        assert torch.equal(value, grouped.state_dict()[key])
+
+
+def test_bad_state_dicts_name_the_keys() -> None:
+    state = ResNet18(7, 2, 4).state_dict()
+    less = {k: v for k, v in state.items() if k != "bn1.bias"} | {"extra": torch.zeros(1)}
+    other = state | {"layer1.0.conv1.weight": torch.zeros(4, 4, 1, 1)}
+    for match, states in {
+        r"experts must be a list of at least one state dict, got none": [],
+        r"experts\[0\] must be a ResNet-18 state dict, missing conv1.weight": [{}],
+        r"experts\[1\] .*; missing: bn1.bias; unexpected: extra$": [state, less],
+        r"experts\[1\] .*; shapes: layer1.0.conv1.weight \[4, 4, 1, 1\] instead of \[4, 4, 3, 3\]": [state, other],
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            ExpertResNet18.from_state_dicts(states)
+
+
+def test_copies_and_files() -> None:
+    grouped, x = pair()[0].eval(), torch.randn(5, 2, 8, 8)
+    file = io.BytesIO()
+    torch.save(grouped, file)
+    file.seek(0)
+    for other in (copy.deepcopy(grouped), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x, OFFSETS), grouped(x, OFFSETS))
+
+
+def test_initial_values_are_those_of_the_plain_layers() -> None:
+    conv, plain = ExpertConv2d(3, 20, 30, (3, 5)), nn.Conv2d(20, 30, (3, 5))
+    assert conv.bias is not None and plain.bias is not None
+    bound = (20 * 15) ** -0.5
+    for ours, theirs in ((conv.weight, plain.weight), (conv.bias, plain.bias)):
+        assert 0.9 * bound < ours.abs().max() <= bound and theirs.abs().max() <= bound
+    norm = ExpertBatchNorm2d(3, 4)
+    for name, value in nn.BatchNorm2d(4).state_dict().items():
+        assert torch.equal(norm.state_dict()[name], value.expand(3, *value.shape)), name
+
+
+def test_layers_without_parameters() -> None:
+    x = torch.randn(5, 4, 3, 3)
+    assert ExpertConv2d(3, 4, 2, 1, bias=False).bias is None
+    norm = ExpertBatchNorm2d(3, 4, affine=False)
+    expected = torch.cat(
+        [F.batch_norm(x[:3], None, None, training=True), F.batch_norm(x[3:], None, None, training=True)]
+    )
+    torch.testing.assert_close(norm(x, OFFSETS), expected)
+    assert norm.num_batches_tracked.tolist() == [1, 0, 1]
+
+
+def test_autocast() -> None:
+    grouped, x = pair()[0].eval(), torch.randn(5, 2, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = grouped(x, OFFSETS)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), grouped(x, OFFSETS), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_double_backward(training: bool) -> None:
+    grouped, plain = pair(2, dtype=torch.float64)
+    grouped.train(training), plain.train(training)
+    x = torch.randn(5, 2, 16, 16, dtype=torch.float64, requires_grad=True)
+    second = []
+    for y in (grouped(x, OFFSETS), loop(plain, x)):
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(dx.square().sum(), x)[0])
+    torch.testing.assert_close(*second)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    grouped, _ = pair(2)
+    grouped.eval()
+    x = torch.randn(5, 2, 8, 8, requires_grad=True)
+    compiled, eager = torch.compile(grouped, fullgraph=True)(x, OFFSETS), grouped(x, OFFSETS)
+    torch.testing.assert_close(compiled, eager)
+    out, expected = (torch.autograd.grad(y.square().sum(), x) for y in (compiled, eager))
+    torch.testing.assert_close(out, expected)
