@@ -255,10 +255,11 @@ def _conv2d(
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
     """(architecture of the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
     num_images, experts, size, padding = 512, 4, 16, (1, 1)
-    for dtype in (torch.bfloat16, torch.float32):
+    shapes = {torch.bfloat16: ((3, 64, 1), (64, 64, 1), (128, 256, 2), (512, 512, 1)), torch.float32: ((64, 64, 1),)}
+    for dtype, layers in shapes.items():
         like = torch.empty(1, 2, 2, 2, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
         offsets = like.new_empty(experts + 1, dtype=torch.int32)
-        for c_in, c_out, step in ((3, 64, 1), (64, 64, 1), (128, 256, 2), (512, 512, 1)):
+        for c_in, c_out, step in layers:
             x = empty_like_images(like, num_images, c_in, size, size)
             out = empty_like_images(like, num_images, c_out, size // step, size // step)
             weight = like.new_empty(experts, c_out, 3, 3, c_in).permute(0, 1, 4, 2, 3)

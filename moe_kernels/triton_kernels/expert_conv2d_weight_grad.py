@@ -176,10 +176,11 @@ def _weight_grad(
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
     """(architecture of the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
     num_images, experts, size = 512, 4, 16
-    for dtype in (torch.bfloat16, torch.float32):
+    shapes = {torch.bfloat16: ((3, 64, 8), (64, 64, 8), (512, 512, 1)), torch.float32: ((64, 64, 8),)}
+    for dtype, layers in shapes.items():
         like = torch.empty(1, 2, 2, 2, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
         offsets = like.new_empty(experts + 1, dtype=torch.int32)
-        for c_in, c_out, parts in ((3, 64, 8), (64, 64, 8), (512, 512, 1)):
+        for c_in, c_out, parts in layers:
             x = empty_like_images(like, num_images, c_in, size, size)
             grad = empty_like_images(like, num_images, c_out, size, size)
             out = _empty_parts(parts, experts, grad, x, 3, 3)
