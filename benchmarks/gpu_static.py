@@ -33,7 +33,13 @@ ROOT = Path(__file__).parent.parent
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 # Modules of moe_kernels.triton_kernels whose static_launches() yields (architecture, name, launch).
-MODULES = ["expert_linear", "expert_linear_weight_grad", "expert_mlp"]
+MODULES = [
+    "expert_conv2d",
+    "expert_conv2d_weight_grad",
+    "expert_linear",
+    "expert_linear_weight_grad",
+    "expert_mlp",
+]
 # A configuration table's "default" is for consumer GPUs.
 TARGETS: dict[int | str, tuple[int, ...]] = {80: (80,), 90: (90,), 100: (100,), "default": (86, 120)}
 CUDA_TARGETS = {80: "80", 90: "90a", 100: "100"}

@@ -80,6 +80,15 @@ EXPERT_LINEAR_WEIGHT_GRAD: Table = {
         4: {"many": Tile(64, 64, 32, 8, 3), "few": Tile(64, 64, 32, 8, 3)},
     },
 }
+# Without size classes: a convolution has many rows as soon as it has images.
+EXPERT_CONV2D: dict[int | str, dict[int, Tile]] = {
+    80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(128, 64, 16, 8, 3)},
+    90: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 64, 16, 8, 3)},
+    100: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 64, 16, 8, 3)},
+    "default": {2: Tile(128, 64, 32, 4, 3), 4: Tile(128, 64, 16, 8, 3)},
+}
+# [m, n] is a tile of one expert's [O, C] under one tap; k counts positions.
+EXPERT_CONV2D_WEIGHT_GRAD: dict[int | str, dict[int, Tile]] = EXPERT_CONV2D
 
 
 def choose(table: dict[int | str, Any], device: torch.device) -> Any:
