@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from moe_kernels import reference, testing
 from moe_kernels.testing import Source, assert_matches, to_double
-
-pytest.importorskip("triton")
 from moe_kernels.triton_kernels.activations import ACTIVATIONS, GATED
 from moe_kernels.triton_kernels.configs import Tile
 from moe_kernels.triton_kernels.expert_linear import expert_linear

@@ -112,7 +112,7 @@ def expert_conv2d_weight_grad(
         parts: in how many parts to sum each expert's positions; None to fill the device.
 
     Returns:
-        [E, O, C, height, width] with C innermost in memory; zeros for an expert without images.
+        [E, O, C, height, width]; zeros for an expert without images.
     """
     tile = tile or configs.choose(configs.EXPERT_CONV2D_WEIGHT_GRAD, x.device)[x.element_size()]
     num_experts, rows = offsets.shape[0] - 1, grad.shape[0] * grad.shape[2] * grad.shape[3]
@@ -121,7 +121,7 @@ def expert_conv2d_weight_grad(
         parts = max(1, min(PROGRAMS // programs, rows // (LEAST_ROWS * num_experts)))
     out = _empty_parts(parts, num_experts, grad, x, height, width)
     _weight_grad(grad, x, offsets, out, stride, padding, tile).run()
-    return out[0] if parts == 1 else out.sum(0).to(x.dtype)
+    return (out[0] if parts == 1 else out.sum(0).to(x.dtype)).contiguous()
 
 
 def _num_tiles(grad: Tensor, x: Tensor, height: int, width: int, tile: Tile) -> int:
