@@ -166,9 +166,11 @@ def _batch_norm(
         return func(x, running_mean, running_var, weight, bias, False, momentum, eps), (running_var, weight)
 
     def backward(grad: Tensor, running_var: Tensor, weight: Tensor | None) -> Tensor:
-        scale = (running_var.to(torch.promote_types(grad.dtype, torch.float32)) + eps).rsqrt()
-        scale = scale if weight is None else scale * weight
-        return (grad * scale.view(-1, *[1] * (grad.ndim - 2))).to(grad.dtype)
+        shape = (-1, *[1] * (grad.ndim - 2))
+        dtype = torch.promote_types(running_var.dtype, torch.float32)
+        scale = (running_var.double() + eps).rsqrt().to(dtype)
+        dx = grad * scale.view(shape)
+        return dx if weight is None else dx * weight.view(shape)
 
     return _Lean.apply(input, forward, backward)
 
