@@ -102,5 +102,6 @@ def randomize_statistics(net: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.uniform_(module.running_mean, -0.2, 0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
+            if module.weight is not None:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
     return net
