@@ -194,9 +194,7 @@ def _leaky_relu(func: Any, input: Tensor, negative_slope: float = 0.01, inplace:
     return input.copy_(y) if inplace else y
 
 
-def _hardtanh(
-    func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> Tensor:
+def _hardtanh(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     y = _piecewise(input, lambda x: F.hardtanh(x, min_val, max_val), lambda x: ~((x <= min_val) | (x >= max_val)), 0)
     return input.copy_(y) if inplace else y
 
