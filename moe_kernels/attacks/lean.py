@@ -3,8 +3,8 @@
 Every rule below belongs to operations that are linear in their input, piece by piece: the input gradient needs to know
 the piece (a bit, an index) but not the input, so that second derivatives are those of the backward, and real.
 
-Layer norm, group norm, GELU, SiLU and softmax need the tensor that torch keeps for them, and torch itself keeps only the
-frozen operand of a matrix product; none of them is in the table.
+Layer norm, group norm, GELU, SiLU and softmax need the tensor that torch keeps for them, and torch keeps only the
+frozen operand of a matrix product by itself; none of them is in the table.
 """
 
 import inspect
