@@ -3,8 +3,8 @@
 Every rule below belongs to operations that are linear in their input, piece by piece: the input gradient needs to know
 the piece (a bit, an index) but not the input, so that second derivatives are those of the backward, and real.
 
-Layer norm, group norm, GELU, SiLU and softmax need the tensor that torch keeps for them, and torch itself keeps only the
-frozen operand of a matrix product; none of them is in the table.
+Layer norm, group norm, GELU, SiLU and softmax need the tensor that torch keeps for them, and of a matrix product torch
+itself keeps only the frozen operand; none of them is in the table.
 """
 
 import inspect
@@ -168,6 +168,7 @@ def _batch_norm(
     def backward(grad: Tensor, running_var: Tensor, weight: Tensor | None) -> Tensor:
         shape = (-1, *[1] * (grad.ndim - 2))
         dtype = torch.promote_types(running_var.dtype, torch.float32)
+        # torch's CPU kernel takes the root in double and multiplies twice.
         scale = (running_var.double() + eps).rsqrt().to(dtype)
         dx = grad * scale.view(shape)
         return dx if weight is None else dx * weight.view(shape)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def saved_bytes(function: Callable[[], Any], *, apart_from: nn.Module | None = None) -> int:
-    """Bytes of the distinct storages that function() saves for a backward, `apart_from`'s parameters and buffers excluded.
+    """Bytes of the distinct storages that function() saves for a backward, those of `apart_from`'s state excluded.
 
     They are counted while the result is alive, so that no storage is freed and counted again.
     """
