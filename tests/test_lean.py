@@ -149,7 +149,7 @@ def test_operation(name: str) -> None:
         (lean_ddgrad,) = torch.autograd.grad(lean_dx, grad, IMAGE)
     assert lean.stride() == y.stride() and torch.equal(lean, y)
     assert torch.equal(lean_dx, dx)
-    assert torch.equal(lean_ddgrad, ddgrad)
+    torch.testing.assert_close(lean_ddgrad, ddgrad)  # torch's double backward of batch norm rounds otherwise
     torch.set_rng_state(state)
 
 
