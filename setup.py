@@ -74,6 +74,7 @@ class NinjaBuild(build_ext):
         facts = {
             "SIMD": " ".join(simd_flags()),
             "TORCH": torch.__version__,
+            "CUDA_OPERATORS": " ".join(Path(s).stem for s in sources("cuda", ".cu")) if find_nvcc() else "",
             "CUDA_ARCHS": " ".join(f"sm_{a}" for a in CUDA_ARCHS) if find_nvcc() else "",
         }
         defines = [f"""-DMOE_KERNELS_{name}='"{value}"'""" for name, value in facts.items()]

@@ -1,0 +1,26 @@
+"""`build_info` and `python -m moe_kernels` tell what was built."""
+
+import subprocess
+import sys
+
+import moe_kernels
+from moe_kernels import _C
+
+
+def test_every_operator_has_a_cpu_kernel_and_a_reference() -> None:
+    operators = moe_kernels.build_info()["operators"]
+    assert set(operators) >= {name for name in moe_kernels.__all__ if name.islower()} - {"attack_mode", "build_info"}
+    for op, by_device in operators.items():
+        assert (by_device["cpu"], by_device["reference"]) == ("C++", "torch"), op
+        assert hasattr(moe_kernels.reference, op)
+
+
+def test_cuda_kernels_are_named_where_they_were_built() -> None:
+    operators = moe_kernels.build_info()["operators"]
+    assert operators["expert_linear"]["cuda"] == "Triton"
+    assert operators["pgd_step_"]["cuda"] == ("CUDA C++" if "pgd_step_" in _C.cuda_operators else "none")
+
+
+def test_the_command_prints_it() -> None:
+    text = subprocess.run([sys.executable, "-m", "moe_kernels"], capture_output=True, text=True, check=True).stdout
+    assert "pgd_step_" in text and _C.compiler in text
