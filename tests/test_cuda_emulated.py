@@ -12,13 +12,19 @@ OPERATORS = (
     "combine",
     "combine_input_grad",
     "combine_weight_grad",
+    "expert_sum",
+    "group_by_expert",
+    "index_sum",
+    "kl_divergence",
     "mask_relu",
+    "topk_route",
+    "topk_route_backward",
 )
 CASES = [
     pytest.param(c, d, id=f"{c}-{d}".replace("torch.", ""))
     for c in testing.CASES
     if c.op in OPERATORS
-    for d in (*c.dtypes, torch.float16)
+    for d in ((*c.dtypes, torch.float16) if len(c.dtypes) > 1 else c.dtypes)
 ]
 PGD = [
     pytest.param(c, d, id=f"{c}-{d}".replace("torch.", ""))
@@ -45,6 +51,11 @@ def test_operators_forward_and_backward(case: testing.Case, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", testing.DTYPES)
 def test_unaligned_rows(case: testing.Case, dtype: torch.dtype) -> None:
     check(case.op, case.arguments(dtype), dtype, shift=1)
+
+
+def test_groups_more_experts_than_one_digit_counts() -> None:
+    experts = testing.Source(torch.float32).randint(1500, 3000)
+    check("group_by_expert", (experts, 1500), torch.float32)
 
 
 def check_pgd_step(args: tuple[Any, ...], shift: int = 0) -> None:

@@ -24,9 +24,7 @@ struct RowTiles {
   __device__ __forceinline__ int64_t row() const {
     return int64_t{blockIdx.x / chunks} * (kRowThreads / lanes) + threadIdx.x / lanes;
   }
-  __device__ __forceinline__ int64_t pack() const {
-    return int64_t{blockIdx.x % chunks} * lanes + threadIdx.x % lanes;
-  }
+  __device__ __forceinline__ int64_t pack() const { return int64_t{blockIdx.x % chunks} * lanes + threadIdx.x % lanes; }
 };
 
 // One warp per row: the row of this thread's warp, and the number of blocks for `rows` of them.

@@ -6,7 +6,8 @@
 template <class T>
 void run(char** argv) {
   const std::string folder = argv[1], op = argv[2];
-  const int64_t rows = std::stol(argv[4]), k = std::stol(argv[5]), width = std::stol(argv[6]), shift = std::stol(argv[7]);
+  const int64_t rows = std::stol(argv[4]), k = std::stol(argv[5]), width = std::stol(argv[6]),
+                shift = std::stol(argv[7]);
   using A = moe::wide_t<T>;
   auto position = simt::read<int32_t>(folder + "/position");
   auto y = simt::read<T>(folder + "/y", shift), grad = simt::read<T>(folder + "/grad", shift);

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from simt import build
 from torch import Tensor
 
 from moe_kernels._library import memory_format
-from simt import build
 
 
 def name(dtype: torch.dtype) -> str:
@@ -18,7 +18,9 @@ def name(dtype: torch.dtype) -> str:
 
 def storage(x: Tensor) -> Tensor:
     """The bytes of x in the order of its memory if it is channels-last, else row by row."""
-    dense = x.detach() if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.detach().contiguous()
+    dense = (
+        x.detach() if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.detach().contiguous()
+    )
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
 
 
@@ -86,3 +88,57 @@ def mask_relu_backward(grad: Tensor, bits: Tensor, channels_last: bool, *, shift
     inputs = {"grad": grad.contiguous(memory_format=layout), "bits": bits}
     outputs = {"out": torch.empty_like(inputs["grad"])}
     return drive("mask_relu", inputs, outputs, "mask_relu_backward", name(grad.dtype), grad.numel(), shift)
+
+
+def topk_route(logits: Tensor, k: int, gate: str = "softmax", renormalize: bool = True) -> tuple[Tensor, Tensor]:
+    rows, num_experts = logits.shape
+    outputs = {
+        "weights": logits.new_empty(rows, k, dtype=wide(logits.dtype)),
+        "experts": logits.new_empty(rows, k, dtype=torch.int32),
+    }
+    arguments = "topk_route", name(logits.dtype), rows, num_experts, k, gate, int(renormalize)
+    return drive("topk_route", {"logits": logits}, outputs, *arguments)
+
+
+def topk_route_backward(grad: Tensor, logits: Tensor, experts: Tensor, gate: str, renormalize: bool) -> Tensor:
+    inputs, outputs = {"grad": grad, "logits": logits, "experts": experts}, {"out": logits.new_empty(logits.shape)}
+    arguments = "topk_route_backward", name(logits.dtype), *logits.shape, experts.shape[1], gate, int(renormalize)
+    return drive("topk_route", inputs, outputs, *arguments)
+
+
+def group_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = {"order": (experts.numel(),), "position": experts.shape, "offsets": (num_experts + 1,)}
+    outputs = {array: torch.empty(shape, dtype=torch.int32) for array, shape in shapes.items()}
+    return drive("group_by_expert", {"experts": experts}, outputs, name(experts.dtype), num_experts)
+
+
+def kl_divergence(clean: Tensor, adv: Tensor) -> Tensor:
+    outputs = {"out": clean.new_empty(clean.shape[0], dtype=wide(clean.dtype))}
+    return drive(
+        "kl_divergence", {"clean": clean, "adv": adv}, outputs, "kl_divergence", name(clean.dtype), *clean.shape
+    )
+
+
+def kl_divergence_backward(
+    grad: Tensor, clean: Tensor, adv: Tensor, clean_needs: bool, adv_needs: bool
+) -> tuple[Tensor, Tensor]:
+    outputs = {
+        "dclean": clean.new_empty(clean.shape if clean_needs else (0,)),
+        "dadv": adv.new_empty(adv.shape if adv_needs else (0,)),
+    }
+    inputs = {"grad": grad, "clean": clean, "adv": adv}
+    arguments = name(clean.dtype), *clean.shape, int(clean_needs), int(adv_needs)
+    return drive("kl_divergence", inputs, outputs, "kl_divergence_backward", *arguments)
+
+
+def expert_sum(x: Tensor, offsets: Tensor) -> Tensor:
+    outputs = {"out": x.new_empty(len(offsets) - 1, x.shape[1])}
+    arguments = "expert_sum", name(x.dtype), x.shape[0], len(offsets) - 1, x.shape[1]
+    return drive("expert_sum", {"x": x, "offsets": offsets}, outputs, *arguments)
+
+
+def index_sum(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    outputs = {"out": x.new_empty(num_rows, x.shape[1])}
+    return drive(
+        "expert_sum", {"x": x, "index": index}, outputs, "index_sum", name(x.dtype), len(x), num_rows, x.shape[1]
+    )
