@@ -53,11 +53,6 @@ def test_unaligned_rows(case: testing.Case, dtype: torch.dtype) -> None:
     check(case.op, case.arguments(dtype), dtype, shift=1)
 
 
-def test_groups_more_experts_than_one_digit_counts() -> None:
-    experts = testing.Source(torch.float32).randint(1500, 3000)
-    check("group_by_expert", (experts, 1500), torch.float32)
-
-
 def check_pgd_step(args: tuple[Any, ...], shift: int = 0) -> None:
     low, exact = (reference.pgd_step_(a[0].clone(), *a[1:]) for a in (args, testing.to_double(args)))
     testing.assert_matches(emulate.pgd_step_(*args, shift=shift), low, exact, args[2].dtype)
