@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+BENCH ?= .benchmarks/latest.json
 RUN ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
 SOURCES := $(shell find csrc -type f)
 READY := $(VENV)/.ready
 
-.PHONY: run test lint format bench install clean
+.PHONY: run test lint format bench gpu-static install clean
 
 run: $(READY)  ## train RT-ER on the embedded digits and write a report
 	$(BIN)/rter demo --out $(RUN)
@@ -28,7 +29,12 @@ format: $(READY)
 	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h)
 
 bench: $(READY)  ## speed and memory beside plain PyTorch, as ratios in one run
-	$(BIN)/python -m pytest benchmarks --benchmark-enable -s
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable --benchmark-json=$(BENCH) \
+	    --benchmark-columns=median --benchmark-max-time=0.5 --benchmark-warmup=on --benchmark-warmup-iterations=1
+	$(BIN)/python benchmarks/ratios.py $(BENCH)
+
+gpu-static: $(READY)  ## every GPU kernel compiled for every architecture: registers, shared memory, spills, tensor cores
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_static.py
 
 install: $(READY)
 

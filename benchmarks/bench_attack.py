@@ -1,12 +1,17 @@
 """A PGD-10 on a dense ResNet-18 and one RT-ER step of four ResNet-18 experts, beside the usual code."""
 
+import pytest
 import torch
+from conftest import Contest
+from peers import OneImageAtATime, pgd
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from moe_kernels import ExpertResNet18
+from moe_kernels import PGD, ExpertResNet18, RobustMoE, Routing, kl_divergence
 from moe_kernels.testing import Source
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 10
+WIDTH = 32
 
 
 def images(batch: int, size: int) -> tuple[Tensor, Tensor]:
@@ -23,3 +28,70 @@ class Alone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x, torch.tensor([0, x.shape[0]], dtype=torch.int32))
+
+
+def one_at_a_time(experts: ExpertResNet18, router: nn.Module) -> OneImageAtATime:
+    """The same experts as separate networks, run image by image."""
+    alone = []
+    for e in range(experts.num_experts):
+        single = ExpertResNet18(1, width=WIDTH)
+        single.load_state_dict({name: t[e : e + 1] for name, t in experts.state_dict().items()})
+        alone.append(Alone(single))
+    return OneImageAtATime(alone, router)
+
+
+@pytest.mark.parametrize("name", ["moe_kernels", "PGD as usually written"])
+def test_pgd_10(contest: Contest, name: str) -> None:
+    torch.manual_seed(0)
+    model = Alone(ExpertResNet18(1, width=WIDTH)).eval()
+    x, y = images(16, 32)
+    attack = PGD(model, EPS, ALPHA, STEPS, random_start=False, best_iterate=False)
+    contenders = {
+        "moe_kernels": lambda: attack(x, y),
+        "PGD as usually written": lambda: pgd(model, x, y, EPS, ALPHA, STEPS),
+    }
+    one_step = PGD(model, EPS, ALPHA, 1, random_start=False, best_iterate=False)(x, y)
+    different = (one_step != pgd(model, x, y, EPS, ALPHA, 1)).float().mean()
+    assert different < 0.01, f"one step differs in {different:.1%} of the pixels"  # later steps amplify rounding
+    contest(f"PGD-10 on a ResNet-18 of width {WIDTH}, 16 images", contenders, name)
+
+
+@pytest.mark.parametrize("name", ["moe_kernels", "one image at a time"])
+def test_rt_er_step(contest: Contest, name: str) -> None:
+    """Both attacks and the loss with its gradients, for four experts; experts in eval mode, so that both agree."""
+    torch.manual_seed(0)
+    experts = ExpertResNet18(4, width=WIDTH).eval()
+    router = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    moe = RobustMoE.from_experts(experts, router, gate="hard")
+    naive = one_at_a_time(experts, router).eval()
+    x, y = images(16, 32)
+
+    def ours() -> Tensor:
+        routing = moe.route(x, top_k=2)
+        second = routing.select(1)
+        both = Routing.cat([routing.select(0), second])
+        attack = PGD(moe, EPS, ALPHA, STEPS, random_start=False, best_iterate=False)
+        x1, x2 = attack(torch.cat([x, x]), torch.cat([y, y]), routing=both).chunk(2)
+        three = moe(torch.cat([x1, x2, x]), routing=Routing.cat([both, second]))
+        adversarial, second_adv, second_clean = three.chunk(3)
+        loss = F.cross_entropy(adversarial, y) + 6 * kl_divergence(second_clean, second_adv).mean()
+        loss.backward()
+        return loss.detach()
+
+    def theirs() -> Tensor:
+        second = router(x).topk(2).indices[:, 1]
+
+        def second_expert(x: Tensor) -> Tensor:
+            return torch.cat([naive.experts[int(e)](image[None]) for e, image in zip(second, x, strict=True)])
+
+        x1 = pgd(naive, x, y, EPS, ALPHA, STEPS)
+        x2 = pgd(second_expert, x, y, EPS, ALPHA, STEPS)  # type: ignore[arg-type]
+        log_p, log_q = second_expert(x).log_softmax(-1), second_expert(x2).log_softmax(-1)
+        kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        loss = F.cross_entropy(naive(x1), y) + 6 * kl
+        loss.backward()
+        return loss.detach()
+
+    torch.testing.assert_close(ours(), theirs(), rtol=1e-2, atol=0)
+    label = f"RT-ER step, 4 x ResNet-18 of width {WIDTH}, 16 images, PGD-10 twice"
+    contest(label, {"moe_kernels": ours, "one image at a time": theirs}, name, target=("one image at a time", 3))

@@ -1,5 +1,7 @@
 """Registers the operators torch.ops.moe_kernels.* and loads the libraries that implement them."""
 
+import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "moe_kernels"
+TRITON: dict[str, str] = {}  # operator: the file of triton_kernels that computes it on a GPU
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -17,14 +20,34 @@ def define(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    triton: str | None = None,
 ) -> Callable[..., Any]:
-    """Defines one operator from its schema, its shape rule and, where it is differentiable, its backward."""
+    """Defines one operator from its schema, its shape rule and, where it is differentiable, its backward.
+
+    With `triton`, its CUDA implementation is the function of its name in that file of moe_kernels/triton_kernels.
+    """
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     name = schema.split("(")[0]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    if triton is not None:
+        _library.impl(name, functools.partial(run_triton, triton, name), "CUDA")
+        TRITON[name] = triton
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.moe_kernels, name).default
+
+
+def triton_kernel(file: str, name: str) -> Callable[..., Any]:
+    """The launcher `name` in moe_kernels/triton_kernels/<file>.py; Triton is imported by the first call."""
+    return getattr(importlib.import_module(f"moe_kernels.triton_kernels.{file}"), name)
+
+
+def run_triton(file: str, name: str, x: Tensor, *args: Any) -> Any:
+    """The CUDA implementation of an operator that Triton computes."""
+    if x.dtype == torch.float64:
+        raise ValueError(f'{name} takes float32, bfloat16 or float16 on a GPU, got {x.dtype}; backend="reference" may')
+    with torch.cuda.device_of(x):
+        return triton_kernel(file, name)(x, *args)
 
 
 def vjp(

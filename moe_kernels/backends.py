@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels import reference
+from moe_kernels import _library, reference
 
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
@@ -36,10 +36,12 @@ def _has_kernel(op: str, device: str) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{op}", key)
 
 
-def _is_available(op: str, device: str) -> bool:
-    """An operator that saves more than it returns runs as `<op>_forward`."""
-    defined = [name for name in (op, f"{op}_forward") if hasattr(torch.ops.moe_kernels, name)]
-    return any(is_implemented(name, device) for name in defined)
+def _implementation(op: str, device: str) -> str:
+    """What computes `op` on a device; an operator that saves more than it returns runs as `<op>_forward`."""
+    names = [name for name in (op, f"{op}_forward") if hasattr(torch.ops.moe_kernels, name)]
+    if not any(is_implemented(name, device) for name in names):
+        return "none"
+    return "C++" if device == "cpu" else "Triton" if op in _library.TRITON else "CUDA C++"
 
 
 def build_info() -> dict[str, Any]:
@@ -57,8 +59,8 @@ def build_info() -> dict[str, Any]:
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": {
             op: {
-                "cpu": "C++" if _is_available(op, "cpu") else "none",
-                "cuda": "CUDA C++" if _is_available(op, "cuda") else "none",
+                "cpu": _implementation(op, "cpu"),
+                "cuda": _implementation(op, "cuda"),
                 "reference": "torch",
             }
             for op in ops.__all__

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels.ops import expert_conv2d
-from moe_kernels.testing import Source
+from moe_kernels.testing import Source, check_threads
 
 
 def arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,3 +96,16 @@ def test_bad_input_names_the_argument() -> None:
     }.items():
         with pytest.raises(ValueError, match=match):
             expert_conv2d(*args)
+
+
+def test_bitwise_equal_for_any_number_of_threads() -> None:
+    s = Source(torch.float32)
+    x, weight, offsets = s.randn(90, 5, 9, 8), s.randn(3, 6, 5, 3, 3), s.offsets((70, 1, 19))
+    grad = s.randn(90, 6, 9, 8)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        y = expert_conv2d(leaf, weight, None, offsets, padding=1)
+        return y, *torch.autograd.grad(y, [leaf], grad)
+
+    check_threads(results)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_kernels.ops import expert_sum, index_sum
+from moe_kernels.testing import check_threads
 
 
 def test_sums_by_expert_and_by_index() -> None:
@@ -15,15 +16,7 @@ def test_sums_by_expert_and_by_index() -> None:
 def test_bitwise_equal_for_any_number_of_threads() -> None:
     x, index = torch.randn(999, 700), torch.randint(50, (999,), dtype=torch.int32)
     offsets = torch.tensor([0, 400, 401, 999]).int()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = expert_sum(x, offsets), index_sum(x, index, 50)
-        torch.set_num_threads(2)
-        two = expert_sum(x, offsets), index_sum(x, index, 50)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    check_threads(lambda: (expert_sum(x, offsets), index_sum(x, index, 50)))
 
 
 def test_bad_input_names_the_argument() -> None:

@@ -1,7 +1,6 @@
 """PGD reaches the closed form on linear models, keeps the best, repeats itself and leaves no trace."""
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -425,72 +424,3 @@ def test_labels_may_be_any_integers() -> None:
     expected = PGD(network(), seed=0)(x, y)
     for dtype in (torch.uint8, torch.int32):
         assert torch.equal(PGD(network(), seed=0)(x, y.to(dtype)), expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"norm": "L3"}, "norm must be"),
-        ({"loss": "mse"}, "loss must be"),
-        ({"loss": "kl", "targeted": True}, "targeted must be"),
-        ({"eps": -0.1}, "eps must be"),
-        ({"eps": "8/x"}, "eps must be"),
-        ({"eps": "1/0"}, "eps must be"),
-        ({"eps": math.nan}, "eps must be"),
-        ({"eps": None}, "eps must be"),
-        ({"eps": torch.tensor([0.1, -0.1])}, "eps must be"),
-        ({"alpha": -0.1}, "alpha must be"),
-        ({"alpha": math.inf}, "alpha must be"),
-        ({"steps": -1}, "steps must be"),
-        ({"steps": 1.5}, "steps must be"),
-        ({"restarts": 0}, "restarts must be"),
-        ({"restarts": 2, "random_start": False}, "restarts must be"),
-        ({"bounds": (1, 0)}, "bounds must be"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}.*$"):
-        PGD(network(), **options)
-
-
-X = torch.full((2, 3), 0.5)
-Y = torch.tensor([0, 1])
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "options", "message"),
-    [
-        (X.int(), Y, {}, "x must be float32 or float64, got torch.int32"),
-        (X.bfloat16(), Y, {}, "x must be float32 or float64, got torch.bfloat16"),
-        (X[0, 0], Y, {}, "x must be .*scalar"),
-        (X - 1, Y, {}, r"x must lie within bounds \(0, 1\), got min -0.5 and max -0.5"),
-        (X + 1, Y, {}, "x must lie within bounds .* max 1.5"),
-        (torch.where(X == X, math.nan, X), Y, {}, "x must hold no NaN"),
-        (X, Y.float(), {}, "y must be integer"),
-        (X, Y.bool(), {}, "y must be integer"),
-        (X, Y[:1], {}, r"y must be .* \[2\], got torch.int64 \[1\]"),
-        (X, Y - 1, {}, "y must be class labels >= 0, got -1"),
-        (X, Y + 2, {}, "y must be less than the 3 classes of the logits, got 3"),
-        (X, Y, {"eps": torch.ones(3)}, r"eps must be .*\[2\], got shape \[3\]"),
-        (X, Y, {"alpha": torch.tensor(0.1)}, r"alpha must be .*\[2\], got shape \[\]"),
-        (X, Y, {"model": lambda x: x[0]}, r"model must return logits \[B, C\] with B = 2, got \[3\]"),
-        (X, Y, {"model": lambda x: (x, x)}, "model must return logits .* got tuple"),
-        (X, Y, {"model": lambda x: x.long()}, "logits must be a floating"),
-        (X, Y, {"model": lambda x: x.detach()}, "model must return logits that depend on x"),
-        (X, Y, {"model": lambda x: torch.zeros(2, 3, requires_grad=True)}, "model must return logits that depend on x"),
-        (X, Y, {"loss": F.cross_entropy}, r"loss must return one value per sample, \[2\], got \[\]"),
-    ],
-)
-def test_bad_input(x: Tensor, y: Tensor, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}.*$"):
-        PGD(**{"model": lambda x: x, **options})(x, y)
-
-
-@pytest.mark.parametrize(("eps", "message"), [(8, "8/255"), (0.031, "0.03137")])
-def test_likely_mistakes_are_warned_of(eps: float, message: str) -> None:
-    with pytest.warns(UserWarning, match=message):
-        PGD(network(), eps)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        PGD(network(), eps, norm="L2")
-        PGD(network(), 8, bounds=(0, 255))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_kernels import reference
 from moe_kernels.ops import pgd_step_
+from moe_kernels.testing import check_threads
 
 NORMS = {"Linf": torch.inf, "L2": 2, "L1": 1}
 
@@ -102,14 +103,7 @@ def test_layouts_agree(norm: str) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_same_bits_for_any_number_of_threads(norm: str) -> None:
     x_adv, grad, x = images(7, 3, 80, 80)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1, norm))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], r) for r in results)
+    check_threads(lambda: [pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1, norm)])
 
 
 def test_compiles_as_one_graph() -> None:

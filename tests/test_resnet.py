@@ -10,49 +10,16 @@ from torch.nn import functional as F
 
 from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18
 from moe_kernels.testing import Source
+from moe_kernels.testing.networks import ResNet18, randomize_statistics
 
 COUNTS = (3, 0, 2)
 OFFSETS = Source(torch.float32).offsets(COUNTS)
 
 
-class Block(nn.Module):
-    def __init__(self, before: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or before != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
-
-
-class ResNet18(nn.Module):
-    def __init__(self, classes: int = 10, channels: int = 3, width: int = 64) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        self.layer1 = nn.Sequential(Block(width, width, 1), Block(width, width, 1))
-        self.layer2 = nn.Sequential(Block(width, 2 * width, 2), Block(2 * width, 2 * width, 1))
-        self.layer3 = nn.Sequential(Block(2 * width, 4 * width, 2), Block(4 * width, 4 * width, 1))
-        self.layer4 = nn.Sequential(Block(4 * width, 8 * width, 2), Block(8 * width, 8 * width, 1))
-        self.linear = nn.Linear(8 * width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)))
-        h = self.layer4(self.layer3(self.layer2(self.layer1(h))))
-        return self.linear(F.avg_pool2d(h, h.shape[-1]).flatten(1))
-
-
 def pair(width: int = 4, **kinds: torch.dtype) -> tuple[ExpertResNet18, nn.ModuleList]:
     """Three plain networks with statistics of their own, and the grouped network of their state dicts."""
     plain = nn.ModuleList(ResNet18(7, 2, width) for _ in COUNTS).to(**kinds)
-    for module in plain.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
+    randomize_statistics(plain)
     return ExpertResNet18.from_state_dicts([net.state_dict() for net in plain]), plain
 
 

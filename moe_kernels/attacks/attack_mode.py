@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from moe_kernels.attacks.lean import LeanMode
+
 
 class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
     """Context manager that freezes a model and, on exit or exception, puts everything back exactly.
@@ -17,6 +19,8 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
     and its very .grad, every buffer name its very tensor, which was never written to, and the global random state (CPU
     and, once initialised, CUDA) is what it was. The flags are set directly, so an overridden `train` or `eval` does not
     run. May be nested and reused. Lazy parameters and buffers that are initialised inside stay initialised.
+
+    A forward inside keeps for its backward only what the gradient of its input needs: `moe_kernels.attacks.lean`.
 
     Args:
         model: any module; a callable that is no module has nothing to freeze.
@@ -36,6 +40,7 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
             stack.enter_context(torch.random.fork_rng(devices=cuda))
             if isinstance(self.model, nn.Module):
                 _freeze(self.model, stack)
+            stack.enter_context(LeanMode())
             self._restore.append(stack.pop_all())
 
     def __exit__(self, *exception: object) -> None:

@@ -97,6 +97,7 @@ _expert_conv2d = define(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="expert_conv2d",
 )
 
 
@@ -129,6 +130,7 @@ _input_grad = define(
     _input_grad_fake,
     setup_context=_input_grad_setup_context,
     backward=_input_grad_backward,
+    triton="expert_conv2d",
 )
 
 
@@ -161,4 +163,5 @@ _weight_grad = define(
     _weight_grad_fake,
     setup_context=_weight_grad_setup_context,
     backward=_weight_grad_backward,
+    triton="expert_conv2d_weight_grad",
 )

@@ -80,6 +80,7 @@ _expert_linear = define(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="expert_linear",
 )
 
 
@@ -111,4 +112,5 @@ _weight_grad = define(
     _weight_grad_fake,
     setup_context=_weight_grad_setup_context,
     backward=_weight_grad_backward,
+    triton="expert_linear_weight_grad",
 )

@@ -27,6 +27,7 @@ __all__ = [
     "check_gradients",
     "check_opcheck",
     "check_repeats",
+    "check_threads",
     "check_values",
     "gradients",
     "operator",
@@ -122,17 +123,18 @@ def check_repeats(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
 
 
 def check_threads(function: Callable[[], Sequence[Tensor]]) -> None:
-    """One thread and two give bitwise equal results."""
+    """One thread, two and four give bitwise equal results."""
     before = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2):
+        for count in (1, 2, 4):
             torch.set_num_threads(count)
             results.append(function())
     finally:
         torch.set_num_threads(before)
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
+    for other in results[1:]:
+        for one, several in zip(results[0], other, strict=True):
+            assert torch.equal(one, several)
 
 
 def check_gradcheck(case: Case) -> None:

@@ -41,7 +41,7 @@ class Config:
 
     epochs: int = _setting(50, "passes over the training images")
     batch_size: int = _setting(119, "training images per step")
-    lr: float = _setting(1e-2, "peak of the one-cycle learning rate")
+    lr: float = _setting(1.5e-2, "peak of the one-cycle learning rate")
     weight_decay: float = _setting(0.01, "AdamW's")
     eval_every: int = _setting(5, "epochs between two measurements on the held-out images")
 

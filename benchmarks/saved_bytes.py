@@ -1,0 +1,42 @@
+"""Prints what a forward saves for its backward, plainly and in attack_mode: `python benchmarks/saved_bytes.py`."""
+
+import torch
+from bench_attack import Alone
+from torch import nn
+
+from moe_kernels import ExpertResNet18
+from moe_kernels.attacks import attack_mode
+from moe_kernels.testing.networks import PreActResNet, ResNet18, ViT
+from moe_kernels.testing.saved import saved_bytes
+
+NETWORKS = {
+    "ResNet-18": (ResNet18, 32),
+    "PreAct ResNet-18": (lambda: PreActResNet(((64, 2), (128, 2), (256, 2), (512, 2)), 64), 32),
+    "WRN-28-10": (lambda: PreActResNet(((160, 4), (320, 4), (640, 4)), 16), 32),
+    "ExpertResNet18, 1 expert": (lambda: Alone(ExpertResNet18(1)), 32),
+    "ViT-S/16": (ViT, 224),
+}
+
+
+def per_image(net: nn.Module, size: int, autocast: bool) -> int:
+    """Bytes that grow with the batch."""
+
+    def of(batch: int) -> int:
+        x = torch.rand(batch, 3, size, size).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return saved_bytes(lambda: net(x), apart_from=net)
+
+    return of(2) - of(1)
+
+
+if __name__ == "__main__":
+    print("| MB saved per image | eager | attack_mode | ratio | eager, bf16 | attack_mode, bf16 | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (build, size) in NETWORKS.items():
+        net, cells = build().eval(), []
+        for autocast in (False, True):
+            eager = per_image(net, size, autocast)
+            with attack_mode(net):
+                lean = per_image(net, size, autocast)
+            cells += [f"{eager / 1e6:.4g}", f"{lean / 1e6:.4g}", f"{eager / lean:.1f}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operator; imported only where a kernel is about to run."""

@@ -1,0 +1,142 @@
+"""Backward through an expert MLP's activation, recomputed from the saved pre-activation z, one pass over the slots.
+
+With dA' = dO W2, before the gate weight S, and A = act(z): dS = <dA', A>, dz = S dA' act'(z), and S A, as
+dW2 = dO^T (S A).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_kernels.triton_kernels.activations import ACTIVATIONS, GATED, activate, activation_grad
+from moe_kernels.triton_kernels.launch import Launch
+
+
+@triton.jit
+def _expert_mlp_hidden_grad_kernel(
+    da,  # [N, n]
+    z,  # [N, n], or [N, 2 n] where GATED
+    weights,  # [N] fp32, by slot
+    slots,  # [N] or None: row j belongs to slot slots[j]
+    dz,  # like z, or None
+    weighted_a,  # [N, n] or None
+    dweights,  # [N] fp32, by slot, or None
+    num_rows, n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < num_rows
+    slot = row
+    if slots is not None:
+        slot = tl.load(slots + row, mask=real, other=0)
+    s = tl.load(weights + slot, mask=real, other=0.0)[:, None]
+    wide = row.to(tl.int64)[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for col in range(0, n, BLOCK_N):
+        cols = col + tl.arange(0, BLOCK_N)[None, :]
+        mask = real[:, None] & (cols < n)
+        g = tl.load(da + wide * n + cols, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            z1 = tl.load(z + wide * 2 * n + cols, mask=mask, other=0.0).to(tl.float32)
+            z2 = tl.load(z + wide * 2 * n + n + cols, mask=mask, other=0.0).to(tl.float32)
+            a1 = activate(z1, ACTIVATION)
+            a = a1 * z2
+            if dz is not None:
+                dz1 = s * g * activation_grad(z1, ACTIVATION) * z2
+                tl.store(dz + wide * 2 * n + cols, dz1.to(dz.dtype.element_ty), mask=mask)
+                tl.store(dz + wide * 2 * n + n + cols, (s * g * a1).to(dz.dtype.element_ty), mask=mask)
+        else:
+            z1 = tl.load(z + wide * n + cols, mask=mask, other=0.0).to(tl.float32)
+            a = activate(z1, ACTIVATION)
+            if dz is not None:
+                dz1 = s * g * activation_grad(z1, ACTIVATION)
+                tl.store(dz + wide * n + cols, dz1.to(dz.dtype.element_ty), mask=mask)
+        a = a.to(da.dtype.element_ty).to(tl.float32)  # as the forward rounded it
+        total += g * a
+        if weighted_a is not None:
+            tl.store(weighted_a + wide * n + cols, (s * a).to(weighted_a.dtype.element_ty), mask=mask)
+    if dweights is not None:
+        tl.store(dweights + slot, tl.sum(total, 1), mask=real)
+
+
+def expert_mlp_hidden_grad(
+    da: Tensor,
+    z: Tensor,
+    weights: Tensor,
+    activation: str,
+    slots: Tensor | None = None,
+    *,
+    needed: tuple[bool, bool, bool] = (True, True, True),
+    block: tuple[int, int] = (4, 512),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients at the hidden layer of an expert MLP.
+
+    Args:
+        da: [N, n], the gradient of the hidden activation before the gate weight: dO[row] @ W2.
+        z: [N, n], or [N, 2 n] of a gated activation: the saved pre-activation.
+        weights: fp32 [N], the gate weight of each slot.
+        activation: one of `activations.ACTIVATIONS`.
+        slots: int32 [N]; sorted row j belongs to slot slots[j], every slot once. None where the weights are sorted too.
+        needed: which of the results are computed; the others are None.
+        block: rows and columns that a program holds at a time.
+
+    Returns:
+        dz like z, the weighted activation [N, n], and the gate weights' gradient fp32 [N] by slot. A bias of the second
+        linear map adds <dO[row], bias[e]> to the last.
+    """
+    wanted = [torch.empty_like(like) if want else None for like, want in zip((z, da, weights), needed, strict=True)]
+    if da.numel() > 0:
+        _hidden_grad(da, z, weights, activation, slots, wanted, block).run()
+    elif wanted[2] is not None:
+        wanted[2].zero_()
+    return wanted[0], wanted[1], wanted[2]
+
+
+def _hidden_grad(
+    da: Tensor,
+    z: Tensor,
+    weights: Tensor,
+    activation: str,
+    slots: Tensor | None,
+    results: list[Tensor | None],
+    block: tuple[int, int],
+) -> Launch:
+    num_rows, n = da.shape
+    assert activation in ACTIVATIONS, activation
+    assert all(t is None or t.is_contiguous() for t in (da, z, weights, slots, *results))
+    assert z.shape == (num_rows, n * (2 if activation in GATED else 1)) and weights.dtype == torch.float32
+    block_m, block_n = block[0], min(block[1], triton.next_power_of_2(n))
+    return Launch(
+        _expert_mlp_hidden_grad_kernel,
+        (triton.cdiv(num_rows, block_m),),
+        {
+            "da": da,
+            "z": z,
+            "weights": weights,
+            "slots": slots,
+            "dz": results[0],
+            "weighted_a": results[1],
+            "dweights": results[2],
+            "num_rows": num_rows,
+            "n": n,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "ACTIVATION": GATED.get(activation, activation),
+            "GATED": activation in GATED,
+        },
+        num_warps=4,
+    )
+
+
+def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
+    """(architecture, name, launch on meta tensors) of the one configuration, to be compiled."""
+    for activation in ("gelu", "geglu"):
+        da = torch.empty(8192, 1024, dtype=torch.bfloat16, device="meta")
+        z = da.new_empty(8192, 2048 if activation in GATED else 1024)
+        weights, slots = da.new_empty(8192, dtype=torch.float32), da.new_empty(8192, dtype=torch.int32)
+        launch = _hidden_grad(da, z, weights, activation, slots, [z, da, weights], (4, 512))
+        for arch in (80, 90, 100, "default"):
+            yield arch, f"expert_mlp hidden grad {activation}", launch

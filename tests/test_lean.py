@@ -1,0 +1,229 @@
+"""Inside attack_mode a forward keeps little, and the input gradient is bitwise torch's."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from moe_kernels import ExpertResNet18
+from moe_kernels.attacks import attack_mode
+from moe_kernels.testing import Source
+from moe_kernels.testing.networks import PreActResNet, ResNet18, ViT, randomize_statistics
+from moe_kernels.testing.saved import saved_bytes
+
+S = Source(torch.float32)
+PREACT18 = ((64, 2), (128, 2), (256, 2), (512, 2))
+WRN_28_10 = ((160, 4), (320, 4), (640, 4))
+
+
+class DecoderNet(nn.Module):
+    """Transposed, grouped, dilated and strided convolutions, every pooling, and ReLUs of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 7, 2, 3),
+            nn.BatchNorm2d(8, affine=False),
+            nn.ReLU6(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
+            nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4),
+            nn.LeakyReLU(0.1, inplace=True),
+            nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1),
+            nn.GroupNorm(2, 6),
+            nn.Hardtanh(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(6, 6, 3, padding="same"),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d((3, 2)),
+            nn.Flatten(),
+            nn.Linear(36, 10),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class OneExpert(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts = ExpertResNet18(1, width=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, torch.tensor([0, len(x)], dtype=torch.int32))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet": lambda: ResNet18(width=8),
+    "preact": lambda: PreActResNet(((8, 2), (16, 2)), 8),
+    "vit": lambda: ViT(32, 8, 32, 2, 2),
+    "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 10)),
+    "decoder": DecoderNet,
+    "experts": lambda: OneExpert(4),
+}
+
+
+def input_gradient(function: Callable[[Tensor], Tensor], x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = function(x)
+    return y.detach(), torch.autograd.grad(y, x, weights.to(y.dtype))[0]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_eager_bitwise(name: str, autocast: bool, layout: torch.memory_format) -> None:
+    net = randomize_statistics(NETWORKS[name]()).eval().requires_grad_(False)
+    x, weights = S.rand(2, 3, 32, 32).contiguous(memory_format=layout), S.randn(2, 10)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = input_gradient(net, x, weights)
+        with attack_mode(net):
+            got = input_gradient(net, x, weights)
+            with torch.no_grad():
+                inference = net(x)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    torch.testing.assert_close(inference, got[0])
+
+
+@pytest.mark.parametrize(
+    ("net", "eager", "lean"),
+    [
+        (lambda: ResNet18(), 4_700_160, 69_632),  # one bit for each of the 557 056 ReLUs
+        (lambda: PreActResNet(PREACT18, 64), 4_470_784, 69_632),
+        (lambda: PreActResNet(WRN_28_10, 16), 18_496_000, 288_768),
+        (lambda: OneExpert(64), 4_756_228, 88_836),
+        (lambda: ViT(32, 4, 64, 2, 4), 582_728, 354_120),
+    ],
+    ids=["resnet-18", "preact-resnet-18", "wrn-28-10", "expert-resnet-18", "vit"],
+)
+def test_saved_bytes(net: Callable[[], nn.Module], eager: int, lean: int) -> None:
+    model, images = net().eval(), 2
+    x = S.rand(images, 3, 32, 32).requires_grad_()
+    before = saved_bytes(lambda: model(x), apart_from=model)
+    with attack_mode(model):
+        after = saved_bytes(lambda: model(x), apart_from=model)
+    assert (before, after) == (images * eager, images * lean)
+
+
+IMAGE, CONV, TRANSPOSED = S.randn(2, 4, 9, 8), S.randn(6, 2, 3, 3), S.randn(4, 3, 3, 3)
+OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "grouped conv": (lambda x: F.conv2d(x, CONV, S.randn(6), (2, 1), 1, groups=2), 0),
+    "conv1d": (lambda x: torch.conv1d(x.flatten(2), CONV[:, :, 0], dilation=2, groups=2), 0),
+    "conv3d": (lambda x: F.conv3d(x[:, None], CONV[:, :1, None]), 0),
+    "transposed conv": (lambda x: F.conv_transpose2d(x, TRANSPOSED, None, 2, 1, 1, 2), 0),
+    "relu": (torch.relu, 72),
+    "Tensor.relu": (Tensor.relu, 72),
+    "relu_": (lambda x: torch.relu_(x * 1), 72),
+    "relu of a transpose": (lambda x: F.relu(x.mT * 1, True), 72),
+    "relu6": (lambda x: F.relu6(3 * x), 72),
+    "leaky_relu": (lambda x: F.leaky_relu(x, 0.3), 72),
+    "hardtanh_": (lambda x: F.hardtanh(x * 1, -0.5, 0.2, inplace=True), 72),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), 2 * 160),
+    "max_pool3d": (lambda x: F.max_pool3d(x[:, None], (2, 3, 2), ceil_mode=True), 2 * 48),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False), 0),
+    "avg_pool3d": (lambda x: F.avg_pool3d(x[:, None], 2), 0),
+    "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (None, 3)), 0),
+    "adaptive 3d": (lambda x: F.adaptive_avg_pool3d(x[:, None], 2), 0),
+    "batch_norm": (lambda x: F.batch_norm(x, IMAGE[0, :, 0, 0], IMAGE[0, :, 0, 1].abs()), 4 * 4),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation(name: str) -> None:
+    function, most = OPERATIONS[name]
+    x = IMAGE.clone().requires_grad_()
+    frozen = nn.ParameterList([CONV, TRANSPOSED, IMAGE]).requires_grad_(False)
+    state = torch.get_rng_state()
+    S.generator.manual_seed(3)
+    y = function(x)
+    grad = torch.randn_like(y).requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, grad, create_graph=True)
+    (ddgrad,) = torch.autograd.grad(dx, grad, IMAGE)
+    with attack_mode(frozen):
+        S.generator.manual_seed(3)
+        lean = function(x)
+        assert saved_bytes(lambda: function(x), apart_from=frozen) <= most
+        (lean_dx,) = torch.autograd.grad(lean, x, grad, create_graph=True)
+        (lean_ddgrad,) = torch.autograd.grad(lean_dx, grad, IMAGE)
+    assert lean.stride() == y.stride() and torch.equal(lean, y)
+    assert torch.equal(lean_dx, dx)
+    assert torch.equal(lean_ddgrad, ddgrad)
+    torch.set_rng_state(state)
+
+
+def test_special_values_pass_as_in_torch() -> None:
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 6.0, -1.0, 1.0])
+    grad = torch.tensor([1.0, 2.0, float("nan"), 3.0, 4.0, 5.0, float("inf"), float("nan")])
+    for function in (F.relu, F.relu6, F.hardtanh, F.leaky_relu):
+        expected = input_gradient(function, values, grad)
+        with attack_mode(function):
+            got = input_gradient(function, values, grad)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_inplace_relu_is_seen_by_other_readers() -> None:
+    x = IMAGE.clone().requires_grad_()
+
+    def function(x: Tensor) -> Tensor:
+        h = 2 * x
+        y = F.relu(h[:, 1:3], inplace=True)
+        return 3 * h * y.mean()
+
+    expected = torch.autograd.grad(function(x).square().sum(), x)[0]
+    with attack_mode(function):
+        assert torch.equal(torch.autograd.grad(function(x).square().sum(), x)[0], expected)
+        with pytest.raises(RuntimeError, match="leaf"):
+            F.relu(x, inplace=True)
+
+
+def test_trainable_parameters_inside_get_their_gradients() -> None:
+    net, other = ResNet18(width=4), ResNet18(width=4)
+    x = S.rand(2, 3, 32, 32).requires_grad_()
+    other(x).sum().backward()
+    expected = [p.grad.clone() for p in other.parameters()]
+    other.zero_grad()
+    for module in other.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    with attack_mode(net):
+        other(x).sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(other.parameters(), expected, strict=True))
+
+
+def test_the_unusual_is_left_to_torch() -> None:
+    weight = S.randn(4, 4, 3, 3)
+
+    def function(x: Tensor) -> Tensor:
+        h = F.conv2d(x, weight, padding="same")
+        h = h + checkpoint(lambda h: F.relu(F.conv2d(h, weight, padding=1)), h, use_reentrant=False)
+        h = h + torch.func.vmap(lambda image: F.relu(F.conv2d(image[None], weight, padding=1)[0]))(h)
+        h, indices = F.max_pool2d(h, 2, return_indices=True)
+        return h + indices + torch.view_as_real(torch.conv2d(h.cfloat(), weight.cfloat())).mean()
+
+    x = S.randn(2, 4, 8, 8)
+    expected = input_gradient(function, x, torch.ones(2, 4, 4, 4))
+    with attack_mode(function):
+        got = input_gradient(function, x, torch.ones(2, 4, 4, 4))
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_torch_compile_inside() -> None:
+    net = randomize_statistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).eval()
+    compiled = torch.compile(net, backend="aot_eager")
+    x, weights = S.rand(2, 3, 8, 8), S.randn(2, 4, 6, 6)
+    with attack_mode(net):
+        torch.testing.assert_close(input_gradient(compiled, x, weights), input_gradient(net, x, weights))
+
+
+def test_a_second_backward_works_and_a_changed_weight_is_noticed() -> None:
+    net = nn.Conv2d(3, 4, 3)
+    x = S.randn(2, 3, 8, 8).requires_grad_()
+    with attack_mode(net):
+        y = net(x).sum()
+        first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        net.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y, x)

@@ -1,0 +1,135 @@
+"""Triton kernels of the grouped linear layer and the expert MLP, under Triton's interpreter where there is no GPU."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_kernels import reference, testing
+from moe_kernels.testing import Source, assert_matches, to_double
+from moe_kernels.triton_kernels.activations import ACTIVATIONS, GATED
+from moe_kernels.triton_kernels.configs import Tile
+from moe_kernels.triton_kernels.expert_linear import expert_linear
+from moe_kernels.triton_kernels.expert_linear_weight_grad import expert_linear_weight_grad
+from moe_kernels.triton_kernels.expert_mlp import expert_mlp_hidden_grad
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
+LARGE = Tile(128, 128, 64, 4, 2)  # few programs: the interpreter runs one after the other
+TILES = {"pointers": Tile(32, 64, 32, 4, 2), "tma": Tile(32, 64, 32, 4, 2, tma=True)}
+COUNTS = (40, 0, 33)
+
+by_dtype = pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=lambda d: str(d).removeprefix("torch."))
+by_tile = pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+
+
+def check(kernel: Callable[..., Any], meaning: Callable[..., Any], args: tuple[Any, ...], dtype: torch.dtype) -> None:
+    assert_matches(kernel(*args), meaning(*args), meaning(*to_double(args)), dtype)
+
+
+@by_dtype
+@pytest.mark.parametrize("case", testing.cases("expert_linear"), ids=str)
+def test_forward_and_gradients_on_all_cases(case: testing.Case, dtype: torch.dtype) -> None:
+    x, weight, _, offsets, rows = args = case.arguments(dtype, DEVICE)
+    check(partial(expert_linear, tile=LARGE), reference.expert_linear, args, dtype)
+    num_rows = (x if rows is None else rows).shape[0]
+    grad = Source(dtype, DEVICE, seed=1).randn(num_rows, weight.shape[1])
+    back, weight_grad = (grad, weight.transpose(1, 2), None, offsets), (grad, x, offsets, rows)
+    check(partial(expert_linear, tile=LARGE), reference.expert_linear, back, dtype)
+    check(partial(expert_linear_weight_grad, tile=LARGE), reference.expert_linear_weight_grad, weight_grad, dtype)
+
+
+def aligned_arguments(dtype: torch.dtype, gather: bool, k: int = 64, n: int = 48) -> tuple[Any, ...]:
+    """Widths that TMA descriptors can address."""
+    s = Source(dtype, DEVICE)
+    rows = s.randint(50, sum(COUNTS)) if gather else None
+    x = s.randn(50 if gather else sum(COUNTS), k)
+    return x, s.randn(3, n, k).div(k**0.5), s.randn(3, n), s.offsets(COUNTS), rows
+
+
+@by_dtype
+@pytest.mark.parametrize("gather", [False, True], ids=["sorted", "gather"])
+def test_tma_descriptors(dtype: torch.dtype, gather: bool) -> None:
+    tile = TILES["tma"]
+    x, weight, _, offsets, rows = args = aligned_arguments(dtype, gather)
+    check(partial(expert_linear, tile=tile), reference.expert_linear, args, dtype)
+    grad = Source(dtype, DEVICE, seed=1).randn(int(offsets[-1]), weight.shape[1])
+    back, weight_grad = (grad, weight.transpose(1, 2), None, offsets), (grad, x, offsets, rows)
+    check(partial(expert_linear, tile=tile), reference.expert_linear, back, dtype)
+    check(partial(expert_linear_weight_grad, tile=tile), reference.expert_linear_weight_grad, weight_grad, dtype)
+
+
+@by_tile
+def test_rows_of_other_experts_do_not_leak(tile: Tile) -> None:
+    """A row of NaN stays in its row, and in its expert's weight gradient."""
+    x, weight, _, offsets, _ = aligned_arguments(torch.float32, gather=False)
+    x[40] = float("nan")  # the first row of the last expert
+    y = expert_linear(x, weight, None, offsets, tile=tile)
+    assert y[40].isnan().all() and not y[:40].isnan().any() and not y[41:].isnan().any()
+    dweight = expert_linear_weight_grad(y.new_ones(x.shape[0], 48), x, offsets, tile=tile)
+    assert dweight[2].isnan().all() and not dweight[0].isnan().any()
+    assert (dweight[1] == 0).all()
+
+
+def test_weight_grad_into_a_transposed_view() -> None:
+    x, weight, _, offsets, rows = aligned_arguments(torch.float32, gather=True)
+    grad = Source(torch.float32, DEVICE, seed=1).randn(int(offsets[-1]), weight.shape[1])
+    out = torch.empty(3, x.shape[1], weight.shape[1], device=DEVICE)
+    expert_linear_weight_grad(grad, x, offsets, rows, out=out.transpose(1, 2))
+    assert torch.equal(out, expert_linear_weight_grad(grad, x, offsets, rows).transpose(1, 2))
+
+
+def act(z: Tensor, name: str) -> Tensor:
+    if name in GATED:
+        first, second = z.chunk(2, dim=1)
+        return act(first, GATED[name]) * second
+    return F.relu(z).square() if name == "relu2" else getattr(F, name)(z)
+
+
+@by_tile
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_epilogue(activation: str, dtype: torch.dtype, tile: Tile) -> None:
+    """The activation equals that of the stored pre-activation; z is what the plain layer gives."""
+    args = aligned_arguments(dtype, gather=True, k=32, n=96)
+    z = torch.empty(int(args[3][-1]), 96, dtype=dtype, device=DEVICE)
+    a = expert_linear(*args, activation=activation, z=z, tile=tile)
+    low, exact = reference.expert_linear(*args), reference.expert_linear(*to_double(args))
+    assert_matches(z, low, exact, dtype)
+    assert_matches(a, act(z, activation), act(z.double(), activation), dtype)
+    if activation in ("relu", "swiglu"):
+        assert torch.equal(a, expert_linear(*args, activation=activation, tile=tile))
+
+
+@by_dtype
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_hidden_grad(activation: str, dtype: torch.dtype) -> None:
+    num_rows, n = 37, 50
+    s = Source(dtype, DEVICE)
+    da, z = s.randn(num_rows, n), s.randn(num_rows, 2 * n if activation in GATED else n)
+    weights = s.rand(num_rows, dtype=torch.float32)
+    slots = torch.randperm(num_rows).int().to(DEVICE)
+
+    def meaning(da: Tensor, z: Tensor, weights: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = z.detach().requires_grad_()
+        s = weights[slots, None].to(da.dtype)
+        a = act(z, activation)
+        (dz,) = torch.autograd.grad(a, z, s * da)
+        dweights = torch.empty_like(weights)
+        dweights[slots] = (da.to(weights.dtype) * a.detach().to(weights.dtype)).sum(1)
+        return dz, (s * a).detach(), dweights
+
+    def kernel(da: Tensor, z: Tensor, weights: Tensor, slots: Tensor) -> Any:
+        return expert_mlp_hidden_grad(da, z, weights, activation, slots, block=(16, 32))
+
+    args = da, z, weights, slots
+    check(kernel, meaning, args, dtype)
+    for i in range(3):
+        needed = tuple(j == i for j in range(3))
+        alone = expert_mlp_hidden_grad(da, z, weights, activation, slots, needed=needed, block=(16, 32))
+        assert [r is not None for r in alone] == list(needed)
+        assert torch.equal(alone[i], kernel(*args)[i])
