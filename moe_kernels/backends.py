@@ -48,11 +48,12 @@ def _implementation(op: str, device: str) -> str:
 
 def build_info() -> dict[str, Any]:
     """What is built, and for every operator the implementation that each device would use here."""
-    from moe_kernels import _C, __version__, _library, ops  # type: ignore[attr-defined]
+    import moe_kernels
+    from moe_kernels import _C, ops  # type: ignore[attr-defined]
 
     cuda_library = _library.cuda_library()
     return {
-        "moe_kernels": __version__,
+        "moe_kernels": moe_kernels.__version__,
         "torch": torch.__version__,
         "built_with_torch": _C.built_with_torch,
         "compiler": _C.compiler,
@@ -66,5 +67,6 @@ def build_info() -> dict[str, Any]:
                 "reference": "torch",
             }
             for op in ops.__all__
+            if op in moe_kernels.__all__
         },
     }

@@ -1,16 +1,32 @@
 """CUDA kernels against their reference on the CPU: every .cuh runs under emulation and g++'s sanitizers."""
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from simt import build
-from torch import Tensor
+from simt import emulate
 
 from moe_kernels import reference, testing
 
+OPERATORS = (
+    "combine",
+    "combine_input_grad",
+    "combine_weight_grad",
+    "expert_sum",
+    "group_by_expert",
+    "index_sum",
+    "kl_divergence",
+    "mask_relu",
+    "topk_route",
+    "topk_route_backward",
+)
+CASES = [
+    pytest.param(c, d, id=f"{c}-{d}".replace("torch.", ""))
+    for c in testing.CASES
+    if c.op in OPERATORS
+    for d in ((*c.dtypes, torch.float16) if len(c.dtypes) > 1 else c.dtypes)
+    if d != torch.float64  # a GPU is promised 32 and 16 bits
+]
 PGD = [
     pytest.param(c, d, id=f"{c}-{d}".replace("torch.", ""))
     for c in testing.cases("pgd_step_")
@@ -19,45 +35,40 @@ PGD = [
 ]
 
 
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def check(op: str, args: tuple[Any, ...], dtype: torch.dtype, shift: int = 0) -> None:
+    """The kernel's result matches the reference; arrays begin `shift` elements past a 16-byte boundary."""
+    low, exact = (getattr(reference, op)(*a) for a in (args, testing.to_double(args)))
+    options = {"shift": shift} if shift else {}
+    testing.assert_matches(getattr(emulate, op)(*args, **options), low, exact, dtype)
 
 
-def save(folder: Path, **arrays: Tensor) -> None:
-    for array, x in arrays.items():
-        x.contiguous().flatten().view(torch.uint8).numpy().tofile(folder / array)
+@pytest.mark.parametrize(("case", "dtype"), CASES)
+def test_operators_forward_and_backward(case: testing.Case, dtype: torch.dtype) -> None:
+    for operator, args in testing.reached(case, dtype):
+        check(operator.name().split("::")[1], args, dtype)
 
 
-def load(path: Path, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return torch.from_numpy(np.fromfile(path, name(dtype))).reshape(shape)
+@pytest.mark.parametrize("case", [c for c in testing.CASES if c.name == "odd_sizes" and c.op.startswith("combine")])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_unaligned_rows(case: testing.Case, dtype: torch.dtype) -> None:
+    check(case.op, case.arguments(dtype), dtype, shift=1)
 
 
-def emulate_pgd_step(folder: Path, args: tuple[Any, ...], shift: int = 0) -> Tensor:
-    """The kernel's result; arrays begin `shift` elements past a 16-byte boundary."""
-    x_adv, grad, x, eps, alpha, norm = args
-    eps, alpha = (torch.as_tensor(r, dtype=x.dtype).reshape(-1) for r in (eps, alpha))
-    save(folder, x_adv=x_adv, grad=grad, x=x, eps=eps, alpha=alpha)
-    sizes = (x.shape[0], x[0].numel() if len(x) else 0)
-    done = build.run("pgd_step_", folder, name(x.dtype), name(grad.dtype), *sizes, shift, norm, 0.0, 1.0)
-    assert done.returncode == 0, done.stderr
-    return load(folder / "out", x.dtype, x.shape)
-
-
-def check_pgd_step(folder: Path, args: tuple[Any, ...], shift: int = 0) -> None:
+def check_pgd_step(args: tuple[Any, ...], shift: int = 0) -> None:
     low, exact = (reference.pgd_step_(a[0].clone(), *a[1:]) for a in (args, testing.to_double(args)))
-    testing.assert_matches(emulate_pgd_step(folder, args, shift), low, exact, args[2].dtype)
+    testing.assert_matches(emulate.pgd_step_(*args, shift=shift), low, exact, args[2].dtype)
 
 
 @pytest.mark.parametrize(("case", "dtype"), PGD)
-def test_pgd_step(case: testing.Case, dtype: torch.dtype, tmp_path: Path) -> None:
-    check_pgd_step(tmp_path, case.arguments(dtype))
+def test_pgd_step(case: testing.Case, dtype: torch.dtype) -> None:
+    check_pgd_step(case.arguments(dtype))
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 @pytest.mark.parametrize("grad_dtype", (*testing.DTYPES, torch.float16))
-def test_pgd_step_gradients_of_any_dtype_at_any_alignment(norm: str, grad_dtype: torch.dtype, tmp_path: Path) -> None:
+def test_pgd_step_gradients_of_any_dtype_at_any_alignment(norm: str, grad_dtype: torch.dtype) -> None:
     source = testing.Source(torch.float32)
     x, grad = source.rand(2, 1030), source.randn(2, 1030, dtype=grad_dtype)
     grad[0, 5], grad[1, 7] = torch.nan, 0
     for shift in (0, 1):
-        check_pgd_step(tmp_path, (x.clone(), grad, x, 0.2, 0.3, norm), shift)
+        check_pgd_step((x.clone(), grad, x, 0.2, 0.3, norm), shift)

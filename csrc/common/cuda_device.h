@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace moe {
 
@@ -17,25 +18,59 @@ __device__ __forceinline__ double widen(double v) { return v; }
 __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 
+// The type in which a storage type is computed, and the rounding back to storage.
+template <class T>
+using wide_t = decltype(widen(T{}));
+
+template <class T>
+__device__ __forceinline__ T narrow(wide_t<T> v) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16(v);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half(v);
+  } else {
+    return v;
+  }
+}
+
 // N neighbours, moved in accesses of up to 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T at[N];
 };
 
+// Elements of T in the widest access.
+template <class T>
+constexpr int kPack = 16 / sizeof(T);
+
+template <int N, class T>
+__device__ __forceinline__ Pack<T, N> load(const T* p) {
+  return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+template <class T, int N>
+__device__ __forceinline__ void store(T* p, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
+
 template <class T, int N>
 bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % alignof(Pack<T, N>) == 0;
 }
 
+// The sum over the warp's lanes, in a fixed order, in every lane.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
 // The sum over the block's threads, in a fixed order, in every thread. `partial` is shared memory; whole warps only.
 __device__ __forceinline__ double block_sum(double value, double (&partial)[kWarp]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  value = warp_sum(value);
   if (lane == 0) partial[warp] = value;
   __syncthreads();
-  value = lane < warps ? partial[lane] : 0;
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  value = warp_sum(lane < warps ? partial[lane] : 0.0);
   __syncthreads();
   return value;
 }

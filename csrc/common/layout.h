@@ -30,4 +30,11 @@ inline Tensor new_tensor(const Tensor& like, const Shape& sizes, bool channels_l
                               memory_format(channels_last));
 }
 
+// Checks a mask of one bit for each of `count` elements.
+inline void check_bits(const Tensor& bits, int64_t count) {
+  const int64_t bytes = (count + 7) / 8;
+  MOE_CHECK(bits.scalar_type() == ScalarType::Byte && bits.numel() == bytes, "bits must be uint8 of shape [", bytes,
+            "], got ", torch::headeronly::toString(bits.scalar_type()), " with ", bits.numel(), " elements");
+}
+
 }  // namespace moe

@@ -7,11 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#ifdef __CUDACC__
-#define MOE_INLINE __device__ __forceinline__
-#else
-#define MOE_INLINE inline __attribute__((always_inline))
-#endif
+#include "common/inline.h"
 
 namespace moe {
 

@@ -1,5 +1,5 @@
 // Weighted sums of each row's k slots, and the two adjoints: every sum in fixed order, so the same for any threads.
-#include "common/tensor.h"
+#include "common/combine_arguments.h"
 
 namespace moe {
 namespace {
@@ -9,10 +9,7 @@ constexpr int64_t kTerms = 64;     // products summed before they join the total
 
 // position [T, k] as a contiguous tensor, checked to hold each of the slots once.
 Tensor read_position(const Tensor& position, int64_t slots) {
-  MOE_CHECK(position.scalar_type() == ScalarType::Int && position.dim() == 2 && position.numel() == slots,
-            "position must be int32 of shape [T, k] with T * k = ", slots, ", got ",
-            torch::headeronly::toString(position.scalar_type()), " with ", position.numel(), " elements");
-  const Tensor dense = as_contiguous(position);
+  const Tensor dense = dense_position(position, slots);
   const int32_t* place = data<int32_t>(dense);
   std::vector<char> seen(slots);
   for (int64_t j = 0; j < slots; ++j) {
@@ -22,29 +19,10 @@ Tensor read_position(const Tensor& position, int64_t slots) {
   return dense;
 }
 
-// The weights [T, k] in the dtype that x is summed in.
-Tensor read_weights(const Tensor& weights, const Tensor& x) {
-  return as_contiguous(torch::stable::to(weights, accumulate_type(x.scalar_type())));
-}
-
-// x's shape with `rows` rows.
-Shape with_rows(const Tensor& x, int64_t rows) {
-  Shape sizes = shape(x);
-  sizes[0] = rows;
-  return sizes;
-}
-
-// Elements of one row of x.
-int64_t row_width(const Tensor& x) {
-  int64_t width = 1;
-  for (int64_t d = 1; d < x.dim(); ++d) width *= x.size(d);
-  return width;
-}
-
 // y [T * k, ...], weights [T, k], position [T, k] -> [T, ...]
 Tensor combine(const Tensor& y, const Tensor& weights, const Tensor& position) {
   const int64_t rows = position.size(0), k = position.size(1), width = row_width(y);
-  const Tensor place = read_position(position, y.size(0)), dense = as_contiguous(y), scale = read_weights(weights, y);
+  const Tensor place = read_position(position, y.size(0)), dense = as_contiguous(y), scale = dense_weights(weights, y);
   Tensor out = new_tensor(y, with_rows(y, rows));
   dispatch_float(y.scalar_type(), "y", [&](auto zero) {
     using T = decltype(zero);
@@ -73,7 +51,7 @@ Tensor combine(const Tensor& y, const Tensor& weights, const Tensor& position) {
 Tensor combine_input_grad(const Tensor& grad, const Tensor& weights, const Tensor& position) {
   const int64_t rows = position.size(0), k = position.size(1), width = row_width(grad);
   const Tensor place = read_position(position, rows * k), dense = as_contiguous(grad),
-               scale = read_weights(weights, grad);
+               scale = dense_weights(weights, grad);
   Tensor out = new_tensor(grad, with_rows(grad, rows * k));
   dispatch_float(grad.scalar_type(), "grad", [&](auto zero) {
     using T = decltype(zero);
@@ -95,8 +73,7 @@ Tensor combine_input_grad(const Tensor& grad, const Tensor& weights, const Tenso
 // grad [T, ...], y [T * k, ...], position [T, k] -> [T, k]: the inner products of grad[t] and y[position[t, i]]
 Tensor combine_weight_grad(const Tensor& grad, const Tensor& y, const Tensor& position) {
   const int64_t rows = position.size(0), k = position.size(1), width = row_width(y);
-  MOE_CHECK(grad.scalar_type() == y.scalar_type(), "grad must have the dtype of y, ",
-            torch::headeronly::toString(y.scalar_type()), ", got ", torch::headeronly::toString(grad.scalar_type()));
+  check_weight_grad(grad, y);
   const Tensor place = read_position(position, y.size(0)), dense = as_contiguous(y), dense_grad = as_contiguous(grad);
   Tensor out = new_tensor(y, {rows, k}, accumulate_type(y.scalar_type()));
   dispatch_float(y.scalar_type(), "y", [&](auto zero) {

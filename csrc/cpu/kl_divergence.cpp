@@ -1,7 +1,7 @@
 // KL(softmax(clean) || softmax(adv)) per row, from logits, in log space.
 #include <cmath>
 
-#include "common/tensor.h"
+#include "common/kl_arguments.h"
 
 namespace moe {
 namespace {
@@ -41,16 +41,6 @@ struct Row {
   }
 };
 
-ScalarType wide(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_logits(const Tensor& clean, const Tensor& adv) {
-  MOE_CHECK(clean.dim() == 2 && shape(clean) == shape(adv) && clean.scalar_type() == adv.scalar_type(),
-            "clean_logits and adv_logits must both be [B, C] of one dtype");
-  MOE_CHECK(clean.size(1) > 0, "clean_logits must have at least one class");
-}
-
 // Calls f(b, Row) for every row of the batch.
 template <class T, class F>
 void for_each_row(const Tensor& clean, const Tensor& adv, F&& f) {
@@ -68,7 +58,7 @@ void for_each_row(const Tensor& clean, const Tensor& adv, F&& f) {
 Tensor kl_divergence(const Tensor& clean_logits, const Tensor& adv_logits) {
   check_logits(clean_logits, adv_logits);
   const Tensor clean = as_contiguous(clean_logits), adv = as_contiguous(adv_logits);
-  Tensor out = new_tensor(clean, {clean.size(0)}, wide(clean));
+  Tensor out = new_tensor(clean, {clean.size(0)}, accumulate_type(clean.scalar_type()));
   dispatch_float(clean.scalar_type(), "clean_logits", [&](auto zero) {
     using T = decltype(zero);
     auto* dst = mutable_data<acc_t<T>>(out);
@@ -82,8 +72,7 @@ Tensor kl_divergence(const Tensor& clean_logits, const Tensor& adv_logits) {
 std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad, const Tensor& clean_logits,
                                                   const Tensor& adv_logits, bool clean_needs, bool adv_needs) {
   check_logits(clean_logits, adv_logits);
-  MOE_CHECK(grad.numel() == clean_logits.size(0) && grad.scalar_type() == wide(clean_logits),
-            "grad must be [B] of the dtype of the divergence");
+  check_divergence_grad(grad, clean_logits);
   const Tensor clean = as_contiguous(clean_logits), adv = as_contiguous(adv_logits), dense_grad = as_contiguous(grad);
   Tensor dclean = new_tensor(clean, clean_needs ? shape(clean) : Shape{0});
   Tensor dadv = new_tensor(adv, adv_needs ? shape(adv) : Shape{0});

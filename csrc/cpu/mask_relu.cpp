@@ -54,9 +54,8 @@ std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x) {
 // grad any shape, bits [ceil(numel / 8)] in the storage order of the given layout -> grad where the bit is set, else 0
 Tensor mask_relu_backward(const Tensor& grad, const Tensor& bits, bool channels_last) {
   const Tensor dense = as_layout(grad, channels_last), dense_bits = as_contiguous(bits);
-  const int64_t count = grad.numel(), bytes = (count + 7) / 8;
-  MOE_CHECK(bits.scalar_type() == ScalarType::Byte && bits.numel() == bytes, "bits must be uint8 of shape [", bytes,
-            "], got ", torch::headeronly::toString(bits.scalar_type()), " with ", bits.numel(), " elements");
+  const int64_t count = grad.numel();
+  check_bits(bits, count);
   Tensor out = new_tensor(grad, shape(grad), channels_last);
   const uint8_t* mask = data<uint8_t>(dense_bits);
   dispatch_float(grad.scalar_type(), "grad", [&](auto zero) {

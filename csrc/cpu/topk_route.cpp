@@ -5,6 +5,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "common/gate.h"
 #include "common/tensor.h"
 
 namespace moe {
@@ -12,49 +13,26 @@ namespace {
 
 constexpr int64_t kBlock = 16;  // terms summed before they join the total: rounding errors grow with n / 16
 
-struct Gate {
-  bool sigmoid, ones, renormalize;  // ones: the forward weights are all equal
-};
-
-Gate read_gate(StringHandle name, bool renormalize) {
-  const std::string gate = take_string(name);
-  return {gate == "sigmoid", gate == "hard" || gate == "straight_through", renormalize};
-}
-
+// The weights of one row.
 template <class A>
-A sigmoid(A x) {
-  return 1 / (1 + std::exp(-x));
-}
-
-template <class A>
-A log_sigmoid(A x) {
-  return std::min(x, A(0)) - std::log1p(std::exp(-std::abs(x)));
-}
-
-// One row's weights: sigmoid, or exp(score(e) - shift) / total with the total over the chosen experts or over all.
-template <class A>
-struct Row {
+struct Row : GateWeight<A> {
   const A* logits;
-  Gate gate;
-  A shift = 0, total = 0;
 
-  Row(const A* logits, int64_t num_experts, const int32_t* experts, int64_t k, Gate gate) : logits(logits), gate(gate) {
-    if (gate.sigmoid && !gate.renormalize) return;
-    shift = score(experts[0]);
+  Row(const A* logits, int64_t num_experts, const int32_t* experts, int64_t k, Gate gate)
+      : GateWeight<A>{gate}, logits(logits) {
+    if (!this->has_total()) return;
+    this->shift = this->score(logits[experts[0]]);
     const int64_t count = gate.renormalize ? k : num_experts;
     for (int64_t i = 0; i < count; i += kBlock) {
       A part = 0;
       for (int64_t j = i; j < std::min(i + kBlock, count); ++j) {
-        part += std::exp(score(gate.renormalize ? experts[j] : j) - shift);
+        part += this->term(logits[gate.renormalize ? experts[j] : j]);
       }
-      total += part;
+      this->total += part;
     }
   }
 
-  A score(int64_t e) const { return gate.sigmoid ? log_sigmoid(logits[e]) : logits[e]; }
-  A operator[](int64_t e) const {
-    return gate.sigmoid && !gate.renormalize ? sigmoid(logits[e]) : std::exp(score(e) - shift) / total;
-  }
+  A operator[](int64_t e) const { return (*this)(logits[e]); }
 };
 
 // The largest element, or NaN if there is one.
@@ -67,7 +45,7 @@ A largest(const A* x, int64_t n) {
 
 // logits [T, E] -> weights [T, k], experts [T, k]
 std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, int64_t k, StringHandle gate_name, bool renormalize) {
-  const Gate gate = read_gate(gate_name, renormalize);
+  const Gate gate = read_gate(take_string(gate_name), renormalize);
   const int64_t rows = logits.size(0), num_experts = logits.size(1);
   MOE_CHECK(k >= 1 && k <= num_experts, "k must be between 1 and the number of experts ", num_experts, ", got ", k);
   const Tensor dense = as_contiguous(logits);
@@ -110,7 +88,7 @@ std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, int64_t k, StringHan
 // grad [T, k], logits [T, E], experts [T, k] -> [T, E]
 Tensor topk_route_backward(const Tensor& grad, const Tensor& logits, const Tensor& experts, StringHandle gate_name,
                            bool renormalize) {
-  const Gate gate = read_gate(gate_name, renormalize);
+  const Gate gate = read_gate(take_string(gate_name), renormalize);
   const int64_t rows = logits.size(0), num_experts = logits.size(1), k = experts.size(1);
   const Tensor dense_grad = as_contiguous(grad), dense = as_contiguous(logits), dense_experts = as_contiguous(experts);
   Tensor out = new_tensor(logits, {rows, num_experts});

@@ -1,24 +1,10 @@
 // One step of projected gradient descent, in place: checks and launch.
-#include "common/cuda_stream.h"
+#include "common/cuda_tensor.h"
 #include "common/pgd_arguments.h"
 #include "cuda/pgd_step_.cuh"
 
 namespace moe {
 namespace {
-
-// The CUDA type with the bits of a torch scalar type.
-template <class T>
-struct Native {
-  using type = T;
-};
-template <>
-struct Native<torch::headeronly::BFloat16> {
-  using type = __nv_bfloat16;
-};
-template <>
-struct Native<torch::headeronly::Half> {
-  using type = __half;
-};
 
 template <class T, class G>
 void run(const PgdArguments& a, cudaStream_t stream) {
@@ -31,14 +17,12 @@ void run(const PgdArguments& a, cudaStream_t stream) {
 // x_adv, grad, x [B, ...], eps, alpha [1] or [B]
 void pgd_step_(Tensor x_adv, const Tensor& grad, const Tensor& x, const Tensor& eps, const Tensor& alpha,
                const std::string& norm, const std::vector<double>& bounds) {
-  for (const Tensor& t : {grad, x, eps, alpha}) {
-    MOE_CHECK(t.is_cuda() && t.get_device_index() == x_adv.get_device_index(), "all must be on the device of x_adv");
-  }
+  check_device(x_adv, {grad, x, eps, alpha});
   const CudaStream stream(x_adv);
   const PgdArguments arguments(x_adv, grad, x, eps, alpha, norm, bounds);
   if (x_adv.numel() == 0) return;
-  dispatch_float(grad.scalar_type(), "grad", [&](auto g) {
-    using G = typename Native<decltype(g)>::type;
+  dispatch_native(grad.scalar_type(), "grad", [&](auto g) {
+    using G = decltype(g);
     x_adv.scalar_type() == ScalarType::Double ? run<double, G>(arguments, stream) : run<float, G>(arguments, stream);
   });
   arguments.write_back(x_adv);

@@ -31,9 +31,9 @@ struct PackLoop {
   __device__ __forceinline__ void each(F f) const {
     for (int64_t i = begin + int64_t{threadIdx.x} * V; i < end; i += int64_t{stride} * V) {
       if (i + V <= end) {
-        const auto a = *reinterpret_cast<const Pack<T, V>*>(p.x_adv + i);
-        const auto g = *reinterpret_cast<const Pack<G, V>*>(p.grad + i);
-        const auto x = *reinterpret_cast<const Pack<T, V>*>(p.x + i);
+        const auto a = load<V>(p.x_adv + i);
+        const auto g = load<V>(p.grad + i);
+        const auto x = load<V>(p.x + i);
         f(a, g, x, i);
       } else {
 #pragma unroll 1  // a tail of less than a pack: not worth the code
@@ -59,7 +59,7 @@ struct PackLoop {
   __device__ __forceinline__ void update(F f) const {
     each([&](auto a, const auto& g, const auto& x, int64_t i) {
       for (size_t k = 0; k < sizeof(a) / sizeof(T); ++k) a.at[k] = f(a.at[k], widen(g.at[k]), x.at[k]);
-      *reinterpret_cast<decltype(a)*>(p.x_adv + i) = a;
+      store(p.x_adv + i, a);
     });
   }
 };
@@ -100,7 +100,7 @@ void launch_pgd_step(PgdBatch<T, G> p, Norm norm, cudaStream_t stream) {
 
 template <class T, class G>
 void launch_pgd_step(PgdBatch<T, G> p, Norm norm, cudaStream_t stream) {
-  constexpr int V = 16 / sizeof(T);
+  constexpr int V = kPack<T>;
   if (norm == Norm::Linf && p.eps_stride == 0 && p.alpha_stride == 0) p.size *= p.batch, p.batch = 1;
   const bool aligned = is_aligned<T, V>(p.x_adv) && is_aligned<G, V>(p.grad) && is_aligned<T, V>(p.x);
   if (aligned && (p.batch == 1 || p.size % V == 0)) {

@@ -31,6 +31,7 @@ __all__ = [
     "check_values",
     "gradients",
     "operator",
+    "reached",
     "to_double",
 ]
 
@@ -169,6 +170,20 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def reached(case: Case, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The operators of this package that the case calls, forward and backward, with the arguments of the first call."""
+    args = case.arguments(dtype)
+    every = differentiable(args, case.buffers)
+    source = Source(torch.float64, seed=1)
+    with _Recorder() as recorder:
+        outputs = as_tuple(operator(case)(*args))
+        grads = [source.randn(*y.shape).to(y) for y in outputs if y.is_floating_point()]
+        if case.has_gradient and any(y.requires_grad for y in as_tuple(operator(case)(*_leaves(args, every)))):
+            gradients(operator(case), args, every, grads)
+    assert recorder.calls
+    return list(recorder.calls.values())
+
+
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -176,14 +191,6 @@ def check_opcheck(case: Case, compiled: bool) -> None:
     """torch.library.opcheck of every operator that the case reaches, forward and backward; the slow check, of the
     operator under compilation with dynamic shapes, only if `compiled`."""
     checks = (*OPCHECK, "test_aot_dispatch_dynamic") if compiled else OPCHECK
-    args = case.arguments(torch.float32)
-    every = differentiable(args, case.buffers)
-    with _Recorder() as recorder:
-        outputs = as_tuple(operator(case)(*args))
-        grads = [torch.ones_like(y) for y in outputs if y.is_floating_point()]
-        if case.has_gradient and any(y.requires_grad for y in as_tuple(operator(case)(*_leaves(args, every)))):
-            gradients(operator(case), args, every, grads)
-    assert recorder.calls
-    for func, call_args in recorder.calls.values():
+    for func, call_args in reached(case, torch.float32):
         wanted = differentiable(call_args) if case.has_gradient else ()
         torch.library.opcheck(func, _leaves(call_args, wanted), test_utils=checks)

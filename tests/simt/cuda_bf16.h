@@ -1,4 +1,4 @@
-// The 16-bit brain float as the CUDA toolkit names it: storage and widening.
+// The 16-bit brain float as the CUDA toolkit names it: storage and conversion.
 #pragma once
 
 #include <cstdint>
@@ -13,4 +13,11 @@ inline float __bfloat162float(__nv_bfloat16 v) {
   float result;
   std::memcpy(&result, &bits, sizeof(result));
   return result;
+}
+
+inline __nv_bfloat16 __float2bfloat16(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  if (v != v) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }

@@ -262,6 +262,14 @@ inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE())
   return __ballot_sync(mask, predicate, line) == mask;
 }
 
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value, int line = __builtin_LINE()) {
+  const uint64_t* lanes = simt::exchange(mask, value, line);
+  unsigned equal = 0;
+  for (int i = 0; i < simt::kWarp; ++i) equal |= (mask >> i & 1 && lanes[i] == lanes[simt::lane()]) ? 1u << i : 0;
+  return equal;
+}
+
 // One OS thread: reading, changing and writing is atomic as it is.
 template <class T>
 T atomicAdd(T* address, T value) {

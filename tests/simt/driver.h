@@ -6,6 +6,7 @@
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda_bf16.h"
@@ -33,21 +34,40 @@ Array<T> read(const std::string& path, size_t shift = 0) {
   return array;
 }
 
+// An array for results: every byte 0xff, NaN in each floating type.
+template <class T>
+Array<T> poisoned(size_t size, size_t shift = 0) {
+  Array<T> array{std::vector<T>(size + shift), shift};
+  if (size + shift) std::memset(static_cast<void*>(array.memory.data()), 0xff, (size + shift) * sizeof(T));
+  return array;
+}
+
 template <class T>
 void write(const std::string& path, Array<T>& array) {
   std::ofstream(path, std::ios::binary).write(reinterpret_cast<char*>(array.data()), array.size() * sizeof(T));
 }
 
-// The result of run() -> Array, which must be the same bits for every order of the threads.
+template <class T>
+bool same_bits(Array<T>& a, Array<T>& b) {
+  return a.size() == 0 || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+template <class... T, size_t... i>
+bool same_bits(std::tuple<T...>& a, std::tuple<T...>& b, std::index_sequence<i...>) {
+  return (same_bits(std::get<i>(a), std::get<i>(b)) && ...);
+}
+template <class... T>
+bool same_bits(std::tuple<T...>& a, std::tuple<T...>& b) {
+  return same_bits(a, b, std::index_sequence_for<T...>());
+}
+
+// The result of run(), an Array or a tuple of them, which must be the same bits for every order of the threads.
 template <class Run>
 auto in_every_order(Run run) {
   order = 0;
   auto result = run();
   for (order = 1; order < 3; ++order) {
     auto other = run();
-    if (result.size() && std::memcmp(result.data(), other.data(), result.size() * sizeof(*result.data()))) {
-      fail("the result depends on the order of the threads");
-    }
+    if (!same_bits(result, other)) fail("the result depends on the order of the threads");
   }
   return result;
 }

@@ -81,6 +81,7 @@ void everything(int* out) {
   bool right = last == (warp ? 1520 : 496) && __shfl_down_sync(~0u, lane, 1, 8) == (lane % 8 == 7 ? lane : lane + 1);
   right &= __shfl_xor_sync(~0u, double(lane), 3) == (lane ^ 3);
   right &= __ballot_sync(~0u, lane % 2) == 0xaaaaaaaau && __any_sync(~0u, lane == 9) && !__all_sync(~0u, lane == 9);
+  right &= __match_any_sync(~0u, lane % 2) == (lane % 2 ? 0xaaaaaaaau : 0x55555555u);
   if (lane < 4) right &= __shfl_sync(0xfu, lane, 2) == 2;
   __syncwarp();
   atomicAdd(&total, 1);

@@ -1,0 +1,36 @@
+// How threads cover the rows of a matrix: a warp each, or in tiles of threads that lie side by side. No torch header.
+#pragma once
+
+#include "common/cuda_device.h"
+#include "common/cuda_launch.h"
+
+namespace moe {
+
+constexpr int kRowThreads = 256;
+
+// Blocks of kRowThreads threads over rows of `packs` packs: `lanes` threads, a power of two, side by side in a row, and
+// `chunks` blocks along it.
+struct RowTiles {
+  int lanes = 1;
+  unsigned chunks;
+  int64_t blocks;
+
+  RowTiles(int64_t rows, int64_t packs) {
+    while (lanes < packs && lanes < kRowThreads) lanes *= 2;
+    chunks = static_cast<unsigned>((packs + lanes - 1) / lanes);
+    const int64_t height = kRowThreads / lanes;
+    blocks = (rows + height - 1) / height * chunks;
+  }
+  __device__ __forceinline__ int64_t row() const {
+    return int64_t{blockIdx.x / chunks} * (kRowThreads / lanes) + threadIdx.x / lanes;
+  }
+  __device__ __forceinline__ int64_t pack() const { return int64_t{blockIdx.x % chunks} * lanes + threadIdx.x % lanes; }
+};
+
+// One warp per row: the row of this thread's warp, and the number of blocks for `rows` of them.
+__device__ __forceinline__ int64_t warp_row() {
+  return int64_t{blockIdx.x} * (kRowThreads / kWarp) + threadIdx.x / kWarp;
+}
+inline int64_t warp_row_blocks(int64_t rows) { return (rows + kRowThreads / kWarp - 1) / (kRowThreads / kWarp); }
+
+}  // namespace moe

@@ -1,0 +1,56 @@
+// Tensors on a GPU: torch's current stream, the check of the device, the dtype switch to the toolkit's types.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "common/tensor.h"
+
+namespace moe {
+
+// The current stream of the tensor's device, which is the current device for as long as this lives.
+class CudaStream {
+ public:
+  explicit CudaStream(const Tensor& t) : guard_(t.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  operator cudaStream_t() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+inline void check_device(const Tensor& first, std::initializer_list<OptionalTensor> others) {
+  for (const OptionalTensor& t : others) {
+    MOE_CHECK(!t || (t->is_cuda() && t->get_device_index() == first.get_device_index()),
+              "all tensors must be on the device of the first");
+  }
+}
+
+// The CUDA type with the bits of a torch scalar type.
+template <class T>
+struct Native {
+  using type = T;
+};
+template <>
+struct Native<torch::headeronly::BFloat16> {
+  using type = __nv_bfloat16;
+};
+template <>
+struct Native<torch::headeronly::Half> {
+  using type = __half;
+};
+
+// dispatch_float with the CUDA types.
+template <class F>
+void dispatch_native(ScalarType dtype, const char* argument, F&& f) {
+  dispatch_float(dtype, argument, [&](auto zero) { f(typename Native<decltype(zero)>::type{}); });
+}
+
+}  // namespace moe

@@ -1,0 +1,63 @@
+// Weighted sums of each row's k slots, and the two adjoints: checks and launches. That position is a permutation is
+// the caller's to see to: looking would halt the stream.
+#include "common/combine_arguments.h"
+#include "common/cuda_tensor.h"
+#include "cuda/combine.cuh"
+
+namespace moe {
+namespace {
+
+Slots slots(const Tensor& position, const Tensor& row) {
+  return {data<int32_t>(position), position.size(0), position.size(1), row_width(row)};
+}
+
+// y [T * k, ...], weights [T, k], position [T, k] -> [T, ...]
+Tensor combine(const Tensor& y, const Tensor& weights, const Tensor& position) {
+  check_device(y, {weights, position});
+  const CudaStream stream(y);
+  const Tensor place = dense_position(position, y.size(0)), dense = as_contiguous(y), scale = dense_weights(weights, y);
+  Tensor out = new_tensor(y, with_rows(y, position.size(0)));
+  dispatch_native(y.scalar_type(), "y", [&](auto zero) {
+    using T = decltype(zero);
+    launch_combine(slots(place, y), data<T>(dense), data<wide_t<T>>(scale), mutable_data<T>(out), stream);
+  });
+  return out;
+}
+
+// grad [T, ...], weights [T, k], position [T, k] -> [T * k, ...]
+Tensor combine_input_grad(const Tensor& grad, const Tensor& weights, const Tensor& position) {
+  check_device(grad, {weights, position});
+  const CudaStream stream(grad);
+  const Tensor place = dense_position(position, weights.numel()), dense = as_contiguous(grad),
+               scale = dense_weights(weights, grad);
+  Tensor out = new_tensor(grad, with_rows(grad, position.numel()));
+  dispatch_native(grad.scalar_type(), "grad", [&](auto zero) {
+    using T = decltype(zero);
+    launch_combine_input_grad(slots(place, grad), data<T>(dense), data<wide_t<T>>(scale), mutable_data<T>(out), stream);
+  });
+  return out;
+}
+
+// grad [T, ...], y [T * k, ...], position [T, k] -> [T, k]: the inner products of grad[t] and y[position[t, i]]
+Tensor combine_weight_grad(const Tensor& grad, const Tensor& y, const Tensor& position) {
+  check_device(grad, {y, position});
+  check_weight_grad(grad, y);
+  const CudaStream stream(grad);
+  const Tensor place = dense_position(position, y.size(0)), dense = as_contiguous(y), dense_grad = as_contiguous(grad);
+  Tensor out = new_tensor(y, shape(position), accumulate_type(y.scalar_type()));
+  dispatch_native(y.scalar_type(), "y", [&](auto zero) {
+    using T = decltype(zero);
+    launch_combine_weight_grad(slots(place, y), data<T>(dense_grad), data<T>(dense), mutable_data<wide_t<T>>(out),
+                               stream);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace moe
+
+STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CUDA, m) {
+  m.impl("combine", TORCH_BOX(&moe::combine));
+  m.impl("combine_input_grad", TORCH_BOX(&moe::combine_input_grad));
+  m.impl("combine_weight_grad", TORCH_BOX(&moe::combine_weight_grad));
+}

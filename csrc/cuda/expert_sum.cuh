@@ -1,0 +1,108 @@
+// Sums of the rows of each expert, and of rows that share an index, on the GPU: in a fixed order, without atomics.
+#pragma once
+
+#include "common/cuda_rows.h"
+#include "cuda/group_by_expert.cuh"
+
+namespace moe {
+
+constexpr int kSumRows = 128, kSumLanes = 32, kSumThreads = 256, kSumHeight = kSumThreads / kSumLanes;
+
+// Rows of partial sums: those that block b of kSumRows rows holds of expert e are summed in row b + e. With every block
+// and every expert that begins, b + e grows, so no two share a row.
+inline int64_t row_blocks(int64_t rows) { return (rows + kSumRows - 1) / kSumRows; }
+inline int64_t partial_rows(int64_t rows, int64_t experts) { return row_blocks(rows) + experts; }
+
+// x [rows, width], offsets [experts + 1] -> partial: a block sums kSumRows rows of kSumLanes columns.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    expert_sum_partial_kernel(const T* x, const int32_t* offsets, wide_t<T>* partial, int64_t rows, int64_t experts,
+                              int64_t width, unsigned bands) {
+  using A = wide_t<T>;
+  __shared__ A sums[kSumHeight][kSumLanes];
+  const int lane = threadIdx.x % kSumLanes, y = threadIdx.x / kSumLanes;
+  const int64_t b = blockIdx.x / bands, column = int64_t{blockIdx.x % bands} * kSumLanes + lane;
+  const int64_t begin = b * kSumRows, end = begin + kSumRows < rows ? begin + kSumRows : rows;
+  int64_t e = 0, above = experts;  // the expert of row `begin`: the last whose offset is at most that
+  while (above - e > 1) {
+    const int64_t middle = (e + above) / 2;
+    (offsets[middle] <= begin ? e : above) = middle;
+  }
+  for (; e < experts && offsets[e] < end; ++e) {
+    const int64_t first = offsets[e] > begin ? offsets[e] : begin, last = offsets[e + 1] < end ? offsets[e + 1] : end;
+    if (first >= last) continue;
+    A sum = 0;
+    if (column < width) {
+      for (int64_t j = first + y; j < last; j += kSumHeight) sum += widen(x[j * width + column]);
+    }
+    sums[y][lane] = sum;
+    __syncthreads();
+    for (int height = kSumHeight / 2; height > 0; height /= 2) {
+      if (y < height) sums[y][lane] += sums[y + height][lane];
+      __syncthreads();
+    }
+    if (y == 0 && column < width) partial[(b + e) * width + column] = sums[0][lane];
+    __syncthreads();
+  }
+}
+
+// partial -> out [experts, width]
+template <class T>
+__global__ void __launch_bounds__(kRowThreads)
+    expert_sum_kernel(const wide_t<T>* partial, const int32_t* offsets, T* out, int64_t experts, int64_t width,
+                      RowTiles tiles) {
+  const int64_t e = tiles.row(), column = tiles.pack();
+  if (e >= experts || column >= width) return;
+  const int64_t first = offsets[e], last = offsets[e + 1];
+  double sum = 0;
+  for (int64_t b = first / kSumRows; first < last && b <= (last - 1) / kSumRows; ++b) {
+    sum += partial[(b + e) * width + column];
+  }
+  out[e * width + column] = narrow<T>(static_cast<wide_t<T>>(sum));
+}
+
+template <class T>
+void launch_expert_sum(const T* x, const int32_t* offsets, wide_t<T>* partial, T* out, int64_t rows, int64_t experts,
+                       int64_t width, cudaStream_t stream) {
+  const int64_t bands = (width + kSumLanes - 1) / kSumLanes;
+  cuda_launch("expert_sum", expert_sum_partial_kernel<T>, row_blocks(rows) * bands, kSumThreads, stream, x, offsets,
+              partial, rows, experts, width, static_cast<unsigned>(bands));
+  const RowTiles tiles(experts, width);
+  cuda_launch("expert_sum", expert_sum_kernel<T>, tiles.blocks, kRowThreads, stream, partial, offsets, out, experts,
+              width, tiles);
+}
+
+// x [*, width]; order sorted by index, offsets [rows + 1] -> out [rows, width]: each row's terms in rising order.
+template <class T, int V>
+__global__ void __launch_bounds__(kRowThreads)
+    index_sum_kernel(const T* x, const int32_t* order, const int32_t* offsets, T* out, int64_t rows, int64_t width,
+                     RowTiles tiles) {
+  const int64_t r = tiles.row(), column = tiles.pack() * V;
+  if (r >= rows || column >= width) return;
+  wide_t<T> sum[V] = {};
+  for (int64_t j = offsets[r]; j < offsets[r + 1]; ++j) {
+    const auto part = load<V>(x + order[j] * width + column);
+    for (int v = 0; v < V; ++v) sum[v] += widen(part.at[v]);
+  }
+  Pack<T, V> result;
+  for (int v = 0; v < V; ++v) result.at[v] = narrow<T>(sum[v]);
+  store(out + r * width + column, result);
+}
+
+// Scratch of launch_index_sum in int32 elements: order, offsets, and that of the sort.
+inline int64_t index_sum_scratch(int64_t count, int64_t rows) { return count + rows + 1 + sort_scratch(count, rows); }
+
+template <class T>
+void launch_index_sum(const T* x, const int32_t* index, int32_t* scratch, T* out, int64_t count, int64_t rows,
+                      int64_t width, cudaStream_t stream) {
+  if (rows == 0) return;
+  int32_t *order = scratch, *offsets = order + count;
+  launch_group_by_expert(index, count, rows, offsets + rows + 1, order, nullptr, offsets, stream);
+  constexpr int V = kPack<T>;
+  const bool packed = width % V == 0 && is_aligned<T, V>(x) && is_aligned<T, V>(out);
+  const RowTiles tiles(rows, packed ? width / V : width);
+  cuda_launch("index_sum", packed ? index_sum_kernel<T, V> : index_sum_kernel<T, 1>, tiles.blocks, kRowThreads, stream,
+              x, order, offsets, out, rows, width, tiles);
+}
+
+}  // namespace moe

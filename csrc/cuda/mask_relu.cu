@@ -1,0 +1,43 @@
+// ReLU whose backward needs one bit per element: checks and launches.
+#include "common/cuda_tensor.h"
+#include "common/layout.h"
+#include "cuda/mask_relu.cuh"
+
+namespace moe {
+namespace {
+
+// x any shape -> y in the layout of x, bits [ceil(numel / 8)], in storage order
+std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x) {
+  const CudaStream stream(x);
+  const bool channels_last = is_channels_last(x);
+  const Tensor dense = as_layout(x, channels_last);
+  Tensor y = new_tensor(x, shape(x), channels_last);
+  Tensor bits = new_tensor(x, {(x.numel() + 7) / 8}, ScalarType::Byte);
+  dispatch_native(x.scalar_type(), "x", [&](auto zero) {
+    using T = decltype(zero);
+    launch_mask_relu(data<T>(dense), mutable_data<T>(y), mutable_data<uint8_t>(bits), x.numel(), stream);
+  });
+  return {y, bits};
+}
+
+// grad any shape, bits [ceil(numel / 8)] in the storage order of the given layout -> grad where the bit is set, else 0
+Tensor mask_relu_backward(const Tensor& grad, const Tensor& bits, bool channels_last) {
+  check_device(grad, {bits});
+  check_bits(bits, grad.numel());
+  const CudaStream stream(grad);
+  const Tensor dense = as_layout(grad, channels_last), dense_bits = as_contiguous(bits);
+  Tensor out = new_tensor(grad, shape(grad), channels_last);
+  dispatch_native(grad.scalar_type(), "grad", [&](auto zero) {
+    using T = decltype(zero);
+    launch_mask_relu_backward(data<T>(dense), data<uint8_t>(dense_bits), mutable_data<T>(out), grad.numel(), stream);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace moe
+
+STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CUDA, m) {
+  m.impl("mask_relu_forward", TORCH_BOX(&moe::mask_relu_forward));
+  m.impl("mask_relu_backward", TORCH_BOX(&moe::mask_relu_backward));
+}

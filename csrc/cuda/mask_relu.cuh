@@ -1,0 +1,77 @@
+// ReLU that keeps one bit per element, on the GPU: a pack per thread, whose neighbours join their bits to bytes.
+#pragma once
+
+#include "common/cuda_device.h"
+#include "common/cuda_launch.h"
+
+namespace moe {
+
+constexpr int kReluThreads = 256;
+
+// x [count] -> y [count], bits [ceil(count / 8)]; a NaN stays NaN and passes its gradient.
+template <class T, int V>
+__global__ void __launch_bounds__(kReluThreads) mask_relu_kernel(const T* x, T* y, uint8_t* bits, int64_t count) {
+  const int64_t i = (int64_t{blockIdx.x} * kReluThreads + threadIdx.x) * V;
+  const bool whole = i + V <= count;
+  Pack<T, V> pack = {};
+  if (whole) {
+    pack = load<V>(x + i);
+  } else {
+    for (int v = 0; v < V; ++v) pack.at[v] = i + v < count ? x[i + v] : narrow<T>(0);
+  }
+  unsigned passed = 0;
+  for (int v = 0; v < V; ++v) {
+    const bool positive = !(widen(pack.at[v]) <= 0);
+    passed |= unsigned{positive} << v;
+    pack.at[v] = positive ? pack.at[v] : narrow<T>(0);
+  }
+  if (whole) {
+    store(y + i, pack);
+  } else {
+    for (int v = 0; v < V && i + v < count; ++v) y[i + v] = pack.at[v];
+  }
+  passed <<= i % 8;
+  for (int neighbour = 1; neighbour < 8 / V; neighbour *= 2) {
+    passed |= __shfl_xor_sync(kAllLanes, passed, neighbour);
+  }
+  if (i % 8 == 0 && i < count) bits[i / 8] = static_cast<uint8_t>(passed);
+}
+
+// grad [count], bits [ceil(count / 8)] -> out [count]: grad where the bit is set, else 0
+template <class T, int V>
+__global__ void __launch_bounds__(kReluThreads)
+    mask_relu_backward_kernel(const T* grad, const uint8_t* bits, T* out, int64_t count) {
+  const int64_t i = (int64_t{blockIdx.x} * kReluThreads + threadIdx.x) * V;
+  if (i >= count) return;
+  const unsigned passed = bits[i / 8] >> i % 8;
+  if (i + V <= count) {
+    auto pack = load<V>(grad + i);
+    for (int v = 0; v < V; ++v) pack.at[v] = passed >> v & 1 ? pack.at[v] : narrow<T>(0);
+    store(out + i, pack);
+  } else {
+    for (int v = 0; v < V && i + v < count; ++v) out[i + v] = passed >> v & 1 ? grad[i + v] : narrow<T>(0);
+  }
+}
+
+inline int64_t relu_blocks(int64_t count, int pack) {
+  const int64_t width = int64_t{kReluThreads} * pack;
+  return (count + width - 1) / width;
+}
+
+template <class T>
+void launch_mask_relu(const T* x, T* y, uint8_t* bits, int64_t count, cudaStream_t stream) {
+  constexpr int V = kPack<T>;
+  const bool aligned = is_aligned<T, V>(x) && is_aligned<T, V>(y);
+  cuda_launch("mask_relu_forward", aligned ? mask_relu_kernel<T, V> : mask_relu_kernel<T, 1>,
+              relu_blocks(count, aligned ? V : 1), kReluThreads, stream, x, y, bits, count);
+}
+
+template <class T>
+void launch_mask_relu_backward(const T* grad, const uint8_t* bits, T* out, int64_t count, cudaStream_t stream) {
+  constexpr int V = kPack<T>;
+  const bool aligned = is_aligned<T, V>(grad) && is_aligned<T, V>(out);
+  cuda_launch("mask_relu_backward", aligned ? mask_relu_backward_kernel<T, V> : mask_relu_backward_kernel<T, 1>,
+              relu_blocks(count, aligned ? V : 1), kReluThreads, stream, grad, bits, out, count);
+}
+
+}  // namespace moe
