@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from rter.checkpoint import append_line, create_run, save_weights
 from rter.config import Config
-from rter.data import Split, load_data
-from rter.errors import UserError
+from rter.data import load_data
 from rter.evaluate import quick_accuracies
 from rter.methods import METHODS
 from rter.methods.step import Step
+from rter.methods.update import update
 from rter.models import build_model
 
 
@@ -39,7 +39,7 @@ def train(config: Config, out: Path) -> None:
         records = []
         for i in range(steps):
             step = Step(model, config, epoch * steps + i, exploring)
-            records.append(_update(step, optimizer, data.train[order[i * batch_size : (i + 1) * batch_size]]))
+            records.append(update(step, optimizer, data.train[order[i * batch_size : (i + 1) * batch_size]]))
             schedule.step()
         seconds += time.perf_counter() - started
         metrics = {"epoch": epoch + 1, **_means(records), "seconds": round(seconds, 3)}
@@ -51,18 +51,6 @@ def train(config: Config, out: Path) -> None:
                 save_weights(out / "best.safetensors", model)
         append_line(out / "metrics.jsonl", metrics)
         progress.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "sa", "ra") if name in metrics})
-
-
-def _update(step: Step, optimizer: torch.optim.Optimizer, batch: Split) -> dict[str, Tensor]:
-    """One step of the optimiser on the sum of the method's terms."""
-    terms = METHODS[step.config.method].terms(step, batch.x, batch.y)
-    loss = torch.stack(list(terms.values())).sum()
-    if not loss.isfinite():
-        raise UserError(f"the loss became {loss.item()} at step {step.index}: a lower lr may help")
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
 
 
 def _means(records: Sequence[dict[str, Tensor]]) -> dict[str, float]:

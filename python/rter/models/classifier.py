@@ -1,0 +1,55 @@
+"""The classifier that is trained and attacked, and the views of it that attacks look through."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import RobustMoE, Routing
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std with the training images' mean and std of each channel."""
+
+    mean: Tensor  # [C, 1, 1]
+    std: Tensor  # [C, 1, 1]
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        std, mean = torch.std_mean(images, dim=(0, 2, 3))
+        self.register_buffer("mean", mean[:, None, None])
+        self.register_buffer("std", std[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class RobustClassifier(nn.Module):
+    """Logits of images in [0, 1]: the normaliser, then a top-1 mixture of experts."""
+
+    def __init__(self, normalize: Normalize, moe: RobustMoE) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.moe = moe
+
+    @property
+    def num_experts(self) -> int:
+        return self.moe.num_experts
+
+    def route(self, x: Tensor, top_k: int | None = None) -> Routing:
+        return self.moe.route(self.normalize(x), top_k)
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        return self.moe(self.normalize(x), routing=routing)
+
+
+class View(nn.Module):
+    """A function of the model's output or route, as a module that an attack can take."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.model, x)
