@@ -25,7 +25,7 @@ def tiny(batch: Split, method: str, **settings: Any) -> tuple[RobustClassifier, 
     return build_model(config, Data(batch, batch, 3)), config
 
 
-def fgsm(model: nn.Module, config: Config, eps: float, steps: int, *purpose: str | int, best_iterate: bool) -> Any:
+def fgsm(model: nn.Module, config: Config, eps: float, steps: int, *purpose: str | int, **options: Any) -> Any:
     """Stands in for PGD: one signed step, without a random start, so that it can be followed by hand."""
 
     def run(x: Tensor, y: Tensor, **kwargs: Any) -> Tensor:

@@ -164,7 +164,7 @@ class PGD:
             loss = self.loss
         best: _Best | None = None
         for _ in range(self.restarts):
-            x_adv = self._start(x, eps, generator)
+            x_adv = self.start(x, eps, generator)
             best = best or _Best(x_adv)
             for _ in range(self.steps):
                 leaf = x_adv.detach().requires_grad_()
@@ -180,7 +180,8 @@ class PGD:
         assert best is not None
         return best.x
 
-    def _start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
+    def start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
+        """Where a restart begins, eps being [B]; a subclass may begin elsewhere in the ball."""
         if self.random_start:
             offset = _per_sample(eps, x) * _uniform_in_unit_ball(x, self.norm, generator)
         elif self.loss == "kl":

@@ -1,66 +1,97 @@
 """Every setting of a run, checked, with its JSON form."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from rter.data import DATASETS
 from rter.errors import UserError
 from rter.methods import METHODS
+from rter.optimisation import OPTIMIZERS, SCHEDULES
 
 GATES = ("hard", "sigmoid", "softmax", "straight_through")
 NORMS = ("Linf", "L2", "L1")
+GROUPS = ("run", "model", "data", "attack", "method", "optimisation")
 
 
-def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def _setting(default: Any, help: str, choices: tuple[str, ...] = (), group: str = "method") -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group})
+
+
+_run, _model, _data, _attack, _method, _optimisation = (functools.partial(_setting, group=group) for group in GROUPS)
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of a run. Raises UserError on a value that is out of range."""
 
-    method: str = _setting("rt-er", "what to train", tuple(METHODS))
-    data: str = _setting("digits", "what to train on", tuple(DATASETS))
-    seed: int = _setting(0, "split, initialisation, shuffling and attack starts all follow from it")
-    held_out: int = _setting(360, "images kept for evaluation")
+    seed: int = _run(0, "split, initialisation, shuffling and attack starts all follow from it")
+    epochs: int = _run(50, "passes over the training images")
+    eval_every: int = _run(5, "epochs between two measurements on the held-out images")
 
-    num_experts: int = _setting(4, "experts; 1 is a dense network")
-    width: int = _setting(16, "channels of an expert's first layer")
-    gate: str = _setting("straight_through", "weight of the chosen expert", GATES)
+    data: str = _data("digits", "what to train on", tuple(DATASETS))
+    held_out: int = _data(360, "images kept for evaluation")
 
-    norm: str = _setting("Linf", "norm of the perturbation", NORMS)
-    eps: float = _setting(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
-    alpha_ratio: float = _setting(0.25, "step of the attack as a part of eps")
-    attack_steps: int = _setting(10, "steps of the attack in training")
+    num_experts: int = _model(4, "experts; 1 is a dense network")
+    width: int = _model(16, "channels of an expert's first layer")
+    gate: str = _model("straight_through", "weight of the chosen expert", GATES)
 
-    epochs: int = _setting(50, "passes over the training images")
-    batch_size: int = _setting(119, "training images per step")
-    lr: float = _setting(1.5e-2, "peak of the one-cycle learning rate")
-    weight_decay: float = _setting(0.01, "AdamW's")
-    eval_every: int = _setting(5, "epochs between two measurements on the held-out images")
+    norm: str = _attack("Linf", "norm of the perturbation", NORMS)
+    eps: float = _attack(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
+    alpha_ratio: float = _attack(0.25, "step of the attack as a part of eps")
+    attack_steps: int = _attack(10, "steps of the attack in training")
 
-    beta: float = _setting(2.0, "weight of RT-ER's KL term")
-    clean_weight: float = _setting(1.0, "weight of the clean cross-entropy of RT-ER's second expert")
-    balance_weight: float = _setting(1.0, "weight of the router's balance loss on clean images")
-    explore: float = _setting(0.5, "part of the epochs in which an image goes at random to its first or second expert")
+    method: str = _method("rt-er", "what to train", tuple(METHODS))
+    beta: float = _method(2.0, "weight of RT-ER's KL term")
+    clean_weight: float = _method(1.0, "weight of the clean cross-entropy of RT-ER's second expert")
+    balance_weight: float = _method(1.0, "weight of the router's balance loss on clean images")
+    explore: float = _method(0.5, "part of the epochs in which an image goes at random to its first or second expert")
+
+    optimizer: str = _optimisation("adamw", "rule of the update", tuple(OPTIMIZERS))
+    batch_size: int = _optimisation(119, "training images per step, over all processes together")
+    lr: float = _optimisation(1.5e-2, "peak of the learning rate")
+    schedule: str = _optimisation("one-cycle", "learning rate over the steps", tuple(SCHEDULES))
+    lr_low: float = _optimisation(0.5, "lowest learning rate of the cyclic schedule, as a part of lr")
+    cycle_steps: int = _optimisation(500, "steps in which the cyclic schedule rises, and then falls")
+    drops: str = _optimisation("100,105", "epochs after which the multi-step schedule divides the learning rate by 10")
+    weight_decay: float = _optimisation(0.01, "weight decay")
+    momentum: float = _optimisation(0.9, "momentum of sgd")
+    clip_norm: float = _optimisation(0.0, "greatest norm of the gradient; 0 does not clip")
+    ema: float = _optimisation(
+        0.0, "decay of a running mean of the weights, which is then evaluated and saved; 0 is off"
+    )
+    amp: str = _optimisation("none", "arithmetic of training, attack included; evaluation is in fp32", ("none", "bf16"))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _convert(field, getattr(self, field.name)))
         for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("epochs", "batch_size", "lr", "eval_every"):
+        for name in ("epochs", "batch_size", "lr", "eval_every", "cycle_steps"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "weight_decay", "beta", "clean_weight", "balance_weight"):
+        for name in ("seed", "weight_decay", "clip_norm", "beta", "clean_weight", "balance_weight"):
             self._demand(name, getattr(self, name) >= 0, "at least 0")
         self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
-        self._demand("explore", 0 <= self.explore <= 1, "between 0 and 1")
+        for name in ("explore", "lr_low"):
+            self._demand(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("momentum", "ema"):
+            self._demand(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        if self.schedule == "multi-step":
+            epochs = self.drops.split(",")
+            valid = all(epoch.strip().isdigit() and 0 < int(epoch) < self.epochs for epoch in epochs)
+            self._demand("drops", valid, f"epochs between 1 and {self.epochs - 1}, such as 100,105")
         self._demand("num_experts", self.num_experts > 1 or self.method != "rt-er", "at least 2 for rt-er")
 
     def _demand(self, name: str, holds: bool, expected: str) -> None:
@@ -99,13 +130,14 @@ def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
 
 
 def load_settings(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file, such as another run's config.json."""
+    """The settings in a TOML file, or in a JSON file such as another run's config.json."""
+    kind, parse = ("TOML", tomllib.loads) if path.suffix == ".toml" else ("JSON", json.loads)
     try:
-        settings = json.loads(path.read_text())
+        settings = parse(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} must be a JSON file: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} must be a {kind} file: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold one JSON object, got {type(settings).__name__}")
     known = {field.name for field in dataclasses.fields(Config)}

@@ -32,8 +32,8 @@ EQUAL_TIME = ("pgd-at", "dense pgd-at")  # trained once more, for as many epochs
 def sweep(out: Path, seeds: Sequence[int], settings: dict[str, Any], ablation: bool, steps: int, restarts: int) -> Path:
     """Trains and evaluates each row with each seed in a folder of its own; returns the path of the Markdown table.
 
-    A run that is finished is taken as it is, so a sweep that was stopped goes on, and the ablation in the same folder
-    shares the first row.
+    A finished run is taken as it is and a stopped one goes on, so a sweep that was stopped goes on, and the ablation in
+    the same folder shares the first row.
     """
     out.mkdir(parents=True, exist_ok=True)
 
@@ -62,7 +62,7 @@ def _finish(run: Path, config: Config, steps: int, restarts: int) -> dict[str, A
         if run_config(run) != config or (report["attack"]["steps"], report["attack"]["restarts"]) != (steps, restarts):
             raise UserError(f"--out holds {run} with other settings: give another folder, or remove it first")
         return report
-    train(config, run)
+    train(config, run, resume=True)
     return evaluate(run, "last", steps, restarts)
 
 

@@ -4,17 +4,22 @@ import torch
 from torch import Tensor
 
 from rter.data import Split
-from rter.errors import UserError
+from rter.errors import NonFiniteError
 from rter.methods import METHODS
 from rter.methods.step import Step
 
 
 def update(step: Step, optimizer: torch.optim.Optimizer, batch: Split) -> dict[str, Tensor]:
-    """One step of the optimiser on the sum of the method's terms."""
-    terms = METHODS[step.config.method].terms(step, batch.x, batch.y)
+    """One step of the optimiser on the sum of the method's terms.
+
+    Raises:
+        NonFiniteError: if the loss or its gradient is no number; the weights are then as they were.
+    """
+    with step.arithmetic():
+        terms = METHODS[step.config.method].terms(step, batch.x, batch.y)
     loss = torch.stack(list(terms.values())).sum()
     if not loss.isfinite():
-        raise UserError(f"the loss became {loss.item()} at step {step.index}: a lower lr may help")
+        raise NonFiniteError("the loss", loss.item())
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
