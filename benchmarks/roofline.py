@@ -205,8 +205,9 @@ PREAMBLE = f"""\
 # The floor under each kernel
 
 Bytes that must move over {COPY / 1e12:.1f} TB/s, and operations over {MATRIX / 1e12:.0f} TFLOP/s: the copy bandwidth
-and the bf16 matrix rate that PyTorch reaches on one H200. The larger of the two times is the floor; what a kernel takes,
-over it, is the gap. Computed by `python benchmarks/roofline.py`, not measured: `make gpu` prints measured times beside it.
+and the bf16 matrix rate that PyTorch reaches on one H200. The larger of the two times is the floor; what a kernel
+takes, over it, is the gap. Computed by `python benchmarks/roofline.py`, not measured: `make gpu` prints measured times
+beside it.
 
 | kernel | shape | MB | GFLOP | launches | bound by | floor, us |
 |---|---|--:|--:|--:|---|--:|"""
