@@ -33,12 +33,11 @@ def train(config: Config, out: Path) -> None:
     for epoch in progress:
         started = time.perf_counter()
         model.train()
-        exploring = epoch < config.explore * config.epochs
         shuffle = torch.Generator().manual_seed(config.seed_for("shuffle", epoch))
         order = torch.randperm(len(data.train), generator=shuffle)
         records = []
         for i in range(steps):
-            step = Step(model, config, epoch * steps + i, exploring)
+            step = Step(model, config, epoch * steps + i, epoch=epoch)
             records.append(update(step, optimizer, data.train[order[i * batch_size : (i + 1) * batch_size]]))
             schedule.step()
         seconds += time.perf_counter() - started
