@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Normalize", "RobustClassifier", "View", "build_model"]
 
+STATISTICS = 10_000  # training images that the normaliser is made of
+
 
 def build_model(config: Config, data: Data) -> RobustClassifier:
     """The model before training; the global random state is left as it was."""
-    C, H, W = data.train.x.shape[1:]
+    C, H, W = data.train.pixels.shape[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed_for("init"))
         experts = ExpertConvNet(config.num_experts, (C, H, W), data.num_classes, config.width)
         linear = nn.Linear(C * H * W, config.num_experts)
         nn.init.zeros_(linear.bias)
     moe = RobustMoE.from_experts(experts, nn.Sequential(nn.Flatten(), linear), gate=config.gate)
-    return RobustClassifier(Normalize(data.train.x), moe)
+    return RobustClassifier(Normalize(data.train[:STATISTICS].x), moe)
