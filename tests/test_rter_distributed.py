@@ -43,7 +43,7 @@ def test_a_share_draws_as_the_joint_batch_does(norm: str, copies: int) -> None:
     model, batch = build_model(config, data), data.train[:7]
 
     def draws(share: Share) -> tuple[torch.Tensor, torch.Tensor]:
-        step = Step(model, config, 3, True, share)
+        step = Step(model, config, 3, epoch=0, share=share)
         own = batch[share.start : share.stop]
         attack = make_attack(model, config, 0.2, 0, "attack", 3, share=share)
         start = attack(own.x.repeat(copies, 1, 1, 1), own.y.repeat(copies))

@@ -92,8 +92,7 @@ def open_run(out: Path, config: Config, resume: bool) -> Iterator[None]:
             path.unlink()
         if holds_run:
             _demand_equal(config, run_config(out), out)
-        else:
-            write_atomic(out / "config.json", config.to_json())
+        write_atomic(out / "config.json", config.to_json())
         yield
     finally:
         os.close(folder)
@@ -114,7 +113,7 @@ def _unfinished(out: Path) -> set[Path]:
 def _demand_equal(config: Config, before: Config, out: Path) -> None:
     for field in dataclasses.fields(config):
         new, old = getattr(config, field.name), getattr(before, field.name)
-        if new != old:
+        if new != old and field.name != "data_dir":
             raise UserError(f"{field.name} must stay {old} for the run in {out}, got {new}: give another folder")
 
 

@@ -17,17 +17,19 @@ else:
     import tomli as tomllib
 
 from rter.data import DATASETS
+from rter.data.augment import make_augment
 from rter.errors import UserError
-from rter.methods import METHODS
+from rter.methods import FAITHFUL, METHODS
 from rter.optimisation import OPTIMIZERS, SCHEDULES
 
-GATES = ("hard", "sigmoid", "softmax", "straight_through")
+GATES = ("hard", "sigmoid", "softmax", "soft", "straight_through")
 NORMS = ("Linf", "L2", "L1")
 GROUPS = ("run", "model", "data", "attack", "method", "optimisation")
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] = (), group: str = "method") -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group})
+    metadata = {"default": default, "help": help, "choices": choices, "group": group}
+    return dataclasses.field(default=None, metadata=metadata)
 
 
 _run, _model, _data, _attack, _method, _optimisation = (functools.partial(_setting, group=group) for group in GROUPS)
@@ -35,18 +37,24 @@ _run, _model, _data, _attack, _method, _optimisation = (functools.partial(_setti
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run. Raises UserError on a value that is out of range."""
+    """Settings of a run; None stands for the method's default. Raises UserError on a value that is out of range."""
 
     seed: int = _run(0, "split, initialisation, shuffling and attack starts all follow from it")
     epochs: int = _run(50, "passes over the training images")
     eval_every: int = _run(5, "epochs between two measurements on the held-out images")
 
     data: str = _data("digits", "what to train on", tuple(DATASETS))
-    held_out: int = _data(360, "images kept for evaluation")
+    data_dir: str = _data("data", "folder of the data set's files")
+    held_out: int = _data(360, "training images kept to choose the best weights by, and to test on where the data "
+                          "have no test split")  # fmt: skip
+    image_size: int = _data(0, "pixels to which images in files of their own are scaled; 0: as they are")
+    augment: str = _data("auto", "changes of training images, such as flip,translate2,cutout8 or crop4; none; auto: "
+                         "none for digits, no flip for svhn, the former otherwise")  # fmt: skip
 
     num_experts: int = _model(4, "experts; 1 is a dense network")
     width: int = _model(16, "channels of an expert's first layer")
-    gate: str = _model("straight_through", "weight of the chosen expert", GATES)
+    gate: str = _model("straight_through", "weight of the chosen expert; soft mixes all experts", GATES)
+    dual_alpha: float = _model(0.7, "weight of the robust model in the dual one: (1 - alpha) F_S + alpha F_R")
 
     norm: str = _attack("Linf", "norm of the perturbation", NORMS)
     eps: float = _attack(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
@@ -54,10 +62,16 @@ class Config:
     attack_steps: int = _attack(10, "steps of the attack in training")
 
     method: str = _method("rt-er", "what to train", tuple(METHODS))
-    beta: float = _method(2.0, "weight of RT-ER's KL term")
+    faithful: bool = _method(False, "take the settings of RT-ER's public code: a hard gate, no clean or balance term")
+    beta: float = _method(2.0, "weight of the KL term")
     clean_weight: float = _method(1.0, "weight of the clean cross-entropy of RT-ER's second expert")
     balance_weight: float = _method(1.0, "weight of the router's balance loss on clean images")
-    explore: float = _method(0.5, "part of the epochs in which an image goes at random to its first or second expert")
+    explore: float = _method(0.5, "part of the epochs in which an image goes at random to its first or second expert; "
+                             "for nine-experts, in which the experts train independently")  # fmt: skip
+    awp_gamma: float = _method(0.0, "relative size of AWP's perturbation of the weights, such as 0.005; 0 for none")
+    awp_warmup: int = _method(10, "epochs before AWP begins")
+    fgsm_reach: float = _method(1.0, "greatest radius of the nine experts' FGSM, in eps")
+    pgd_scale: float = _method(0.2, "the nine experts' PGD takes 10 to 50 steps times this")
 
     optimizer: str = _optimisation("adamw", "rule of the update", tuple(OPTIMIZERS))
     batch_size: int = _optimisation(119, "training images per step, over all processes together")
@@ -69,22 +83,22 @@ class Config:
     weight_decay: float = _optimisation(0.01, "weight decay")
     momentum: float = _optimisation(0.9, "momentum of sgd")
     clip_norm: float = _optimisation(0.0, "greatest norm of the gradient; 0 does not clip")
-    ema: float = _optimisation(
-        0.0, "decay of a running mean of the weights, which is then evaluated and saved; 0 is off"
-    )
+    ema: float = _optimisation(0.0, "decay of a running mean of the weights, then evaluated and saved; 0 for none")
     amp: str = _optimisation("none", "arithmetic of training, attack included; evaluation is in fp32", ("none", "bf16"))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _convert(field, getattr(self, field.name)))
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, _convert(field, self._default(field) if value is None else value))
         for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
             self._demand(name, getattr(self, name) > 0, "above 0")
         for name in ("epochs", "batch_size", "lr", "eval_every", "cycle_steps"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "weight_decay", "clip_norm", "beta", "clean_weight", "balance_weight"):
+        for name in ("seed", "image_size", "weight_decay", "clip_norm", "beta", "clean_weight", "balance_weight",
+                     "awp_gamma", "awp_warmup"):  # fmt: skip
             self._demand(name, getattr(self, name) >= 0, "at least 0")
         self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
-        for name in ("explore", "lr_low"):
+        for name in ("explore", "dual_alpha", "lr_low"):
             self._demand(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("momentum", "ema"):
             self._demand(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
@@ -92,11 +106,27 @@ class Config:
             epochs = self.drops.split(",")
             valid = all(epoch.strip().isdigit() and 0 < int(epoch) < self.epochs for epoch in epochs)
             self._demand("drops", valid, f"epochs between 1 and {self.epochs - 1}, such as 100,105")
-        self._demand("num_experts", self.num_experts > 1 or self.method != "rt-er", "at least 2 for rt-er")
+        for name in ("fgsm_reach", "pgd_scale"):
+            self._demand(name, getattr(self, name) > 0, "above 0")
+        if METHODS[self.method].second_expert:
+            self._demand("num_experts", self.num_experts > 1, f"at least 2 for {self.method}")
+            self._demand("gate", self.gate != "soft", f"one that chooses an expert for {self.method}")
+        if self.method == "nine-experts":
+            self._demand("num_experts", self.num_experts == 9, "9 for nine-experts")
+            self._demand("gate", self.gate == "soft", "soft for nine-experts")
+        make_augment(self)
 
     def _demand(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+    def _default(self, field: "dataclasses.Field[Any]") -> Any:
+        own = {} if self.method is None else {**METHODS[self.method].defaults, **(FAITHFUL if self.faithful else {})}
+        return own.get(field.name, field.metadata["default"])
+
+    @property
+    def dual(self) -> bool:
+        return METHODS[self.method].dual
 
     def seed_for(self, *purpose: str | int) -> int:
         """A seed of its own for each purpose, such as ("attack", step), so that no draw depends on earlier ones."""
@@ -109,9 +139,9 @@ class Config:
 
 def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
     """The value in the field's type; text is parsed, as it comes from the command line."""
-    expected = {int: "a whole number", float: "a finite number", str: "text"}[field.type]  # type: ignore[index]
+    expected = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}[field.type]  # type: ignore[index]
     try:
-        if field.type is str and isinstance(value, str):
+        if isinstance(value, field.type) and field.type in (str, bool):  # type: ignore[arg-type]
             converted: Any = value
         elif field.type is int and not isinstance(value, (bool, float)):
             converted = int(value)

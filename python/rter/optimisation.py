@@ -60,23 +60,23 @@ SCHEDULES = {
 }
 
 
-def make_optimizer(config: Config, model: nn.Module, share: Share | None = None) -> torch.optim.Optimizer:
-    """The optimiser, which before each step makes the gradient that of the joint batch, checks and clips it."""
-    optimizer = OPTIMIZERS[config.optimizer](list(model.parameters()), config)
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    return OPTIMIZERS[config.optimizer](list(model.parameters()), config)
 
-    def prepare(*_: object) -> None:
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
-        if share:
-            share.mean_gradients_(weights)
-        grads = [p.grad for p in weights if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        if not norm.isfinite():
-            raise NonFiniteError("the gradient", norm.item())
-        if config.clip_norm > 0:
-            nn.utils.clip_grads_with_norm_(weights, config.clip_norm, norm)
 
-    optimizer.register_step_pre_hook(prepare)
-    return optimizer
+def finish_gradients(weights: list[nn.Parameter], share: Share | None, clip_norm: float) -> None:
+    """Makes the gradients those of the joint batch, checks them and, with a `clip_norm` above 0, clips them.
+
+    Raises:
+        NonFiniteError: if their norm is no finite number.
+    """
+    if share:
+        share.mean_gradients_(weights)
+    norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    if not norm.isfinite():
+        raise NonFiniteError("the gradient", norm.item())
+    if clip_norm > 0:
+        nn.utils.clip_grads_with_norm_(weights, clip_norm, norm)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, config: Config, index: int, total: int) -> None:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from rter.checkpoint import append_line, keep_lines, open_run, read_lines, save_tensors, save_weights, write_csv
 from rter.config import Config
-from rter.data import Data, load_data
+from rter.data import Data, Split, load_data
+from rter.data.augment import make_augment
 from rter.distributed import Share, is_first, processes, wait_for_all
 from rter.errors import NonFiniteError, UserError
 from rter.evaluate import quick_accuracies
@@ -39,7 +40,7 @@ def train(
     Raises:
         UserError: if the folder cannot be used, or if the loss is no number.
     """
-    data = load_data(config.data, config.held_out, config.seed)
+    data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes())
         board = Board(out) if tensorboard and is_first() else None
@@ -52,10 +53,11 @@ def train(
 class _Training:
     def __init__(self, config: Config, out: Path, data: Data, board: Board | None) -> None:
         self.config, self.out, self.data, self.board = config, out, data, board
+        self.augment = make_augment(config)
         self.share = Share.of(min(config.batch_size, len(data.train)))
         self.steps = len(data.train) // self.share.total  # per epoch
         model = build_model(config, data)
-        optimizer = make_optimizer(config, model, self.share)
+        optimizer = make_optimizer(config, model)
         self.state = State(model, optimizer, RunningMean(model, config.ema) if config.ema else None)
         self.saved = time.monotonic()
 
@@ -97,14 +99,16 @@ class _Training:
         state, config, share = self.state, self.config, self.share
         state.model.train()
         set_rate(state.optimizer, config, state.step, total)
-        step = Step(state.model, config, state.step, epoch < config.explore * config.epochs, share)
-        batch = self.data.train[rows[share.start : share.stop]]
+        step = Step(state.model, config, state.step, epoch=epoch, share=share)
+        chance = torch.Generator().manual_seed(config.seed_for("augment", step.index))
+        joint, ours = self.data.train[rows], slice(share.start, share.stop)
+        batch = Split(self.augment(joint.x, chance)[ours], joint.y[ours])
         try:
             terms = update(step, state.optimizer, batch)
         except NonFiniteError as error:
             path = self.out / "nan-batch.safetensors"
             found = {f"x_adv.{i}": x_adv for i, x_adv in enumerate(step.found)}
-            save_tensors(path, {"x": batch.x, "y": batch.y, "rows": rows[share.start : share.stop], **found})
+            save_tensors(path, {"x": batch.x, "y": batch.y, "rows": rows[ours], **found})
             raise UserError(f"{error} at step {step.index}: a lower lr may help; the batch is in {path}") from None
         share.mean_(list(terms.values()))
         share.mean_(running_statistics(state.model))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_kernels import Routing
 from moe_kernels.attacks import PGD
 from rter.distributed import Share
-from rter.models import RobustClassifier, View
+from rter.models import DualClassifier, RobustClassifier, View
 
 if TYPE_CHECKING:
     from rter.config import Config  # which imports the methods
@@ -31,21 +31,36 @@ class Step:
     model: RobustClassifier
     config: Config
     index: int
-    exploring: bool
+    epoch: int = field(kw_only=True)
     share: Share | None = None
     found: list[Tensor] = field(default_factory=list)
+
+    @property
+    def exploring(self) -> bool:
+        return self.epoch < self.config.explore * self.config.epochs
+
+    @property
+    def awp_gamma(self) -> float:
+        return self.config.awp_gamma if self.epoch >= self.config.awp_warmup else 0.0
+
+    @property
+    def dual(self) -> DualClassifier:
+        assert isinstance(self.model, DualClassifier)
+        return self.model
 
     def arithmetic(self) -> torch.autocast:
         """The precision of the method's forwards and of its attacks."""
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.amp == "bf16")
 
-    def attack(self, model: nn.Module) -> Callable[..., Tensor]:
+    def attack(
+        self, model: nn.Module, *, eps: float | Tensor | None = None, steps: int | None = None, **options: Any
+    ) -> Callable[..., Tensor]:
         """The training attack: its last iterate, as in the papers, which also spares a forward."""
-        config, purpose = self.config, ("attack", self.index)
-        attack = make_attack(
-            model, config, config.eps, config.attack_steps, *purpose, best_iterate=False, share=self.share
-        )
+        eps = self.config.eps if eps is None else eps
+        steps = self.config.attack_steps if steps is None else steps
+        options |= {"best_iterate": False, "share": self.share}
+        attack = make_attack(model, self.config, eps, steps, "attack", self.index, **options)
 
         def remembered(x: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
             self.found.append(attack(x, y, **kwargs))
@@ -55,35 +70,42 @@ class Step:
 
     def own_route(self, x: Tensor) -> Routing | None:
         """While exploring, each image's first or second expert at random; afterwards None: the model routes."""
-        if not self.exploring or self.model.num_experts == 1:
+        if not self.exploring or self.model.num_experts == 1 or self.config.gate == "soft":
             return None
         generator = torch.Generator().manual_seed(self.config.seed_for("explore", self.index))
         rows, ours = (self.share or Share.whole(len(x))).joint_rows(len(x))
         rank = torch.randint(2, (rows,), generator=generator)[ours]
         return self.model.route(x, top_k=2).select(rank)
 
-    def balance(self, x: Tensor) -> Tensor:
-        """Given the load of the joint batch it is a mean over rows, as every other term is."""
+    def balance(self, x: Tensor) -> dict[str, Tensor]:
+        """The balance loss; nothing where its weight is 0, so that it does not give the router a gradient of zeros.
+
+        Given the load of the joint batch it is a mean over rows, as every other term is.
+        """
+        if not self.config.balance_weight:
+            return {}
         routing = self.model.route(x)
         load = routing.load
         if self.share:
             self.share.mean_([load])
-        return self.config.balance_weight * routing.balance_loss(load)
+        return {"balance": self.config.balance_weight * routing.balance_loss(load)}
 
 
 def make_attack(
     model: nn.Module,
     config: Config,
-    eps: float,
+    eps: float | Tensor,
     steps: int,
     *purpose: str | int,
-    best_iterate: bool = True,
+    alpha_ratio: float | None = None,
     share: Share | None = None,
+    **options: Any,
 ) -> PGD:
-    """PGD on the cross-entropy, its random start drawn for `purpose` alone, and for the joint batch of a share."""
-    alpha, seed = config.alpha_ratio * eps, config.seed_for(*purpose)
+    """PGD, on the cross-entropy unless `options` say otherwise; its random start is drawn for `purpose` alone, and for
+    the joint batch of a share."""
+    alpha = (config.alpha_ratio if alpha_ratio is None else alpha_ratio) * eps
     pgd = PGD if share is None or share.alone else functools.partial(SharedPGD, share)
-    return pgd(model, eps, alpha, steps, norm=config.norm, seed=seed, best_iterate=best_iterate)
+    return pgd(model, eps, alpha, steps, norm=config.norm, seed=config.seed_for(*purpose), **options)
 
 
 class SharedPGD(PGD):
