@@ -92,7 +92,8 @@ def open_run(out: Path, config: Config, resume: bool) -> Iterator[None]:
             path.unlink()
         if holds_run:
             _demand_equal(config, run_config(out), out)
-        write_atomic(out / "config.json", config.to_json())
+        if not holds_run or run_config(out) != config:
+            write_atomic(out / "config.json", config.to_json())
         yield
     finally:
         os.close(folder)
