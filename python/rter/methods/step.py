@@ -59,7 +59,7 @@ class Step:
         """The training attack: its last iterate, as in the papers, which also spares a forward."""
         eps = self.config.eps if eps is None else eps
         steps = self.config.attack_steps if steps is None else steps
-        options |= {"best_iterate": False, "share": self.share}
+        options |= {"best_iterate": False, **({"share": self.share} if self.share else {})}
         attack = make_attack(model, self.config, eps, steps, "attack", self.index, **options)
 
         def remembered(x: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
