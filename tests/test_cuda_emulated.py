@@ -12,6 +12,7 @@ OPERATORS = (
     "combine",
     "combine_input_grad",
     "combine_weight_grad",
+    "expert_batch_norm",
     "expert_sum",
     "group_by_expert",
     "index_sum",
@@ -45,6 +46,17 @@ def check(op: str, args: tuple[Any, ...], dtype: torch.dtype, shift: int = 0) ->
 @pytest.mark.parametrize(("case", "dtype"), CASES)
 def test_operators_forward_and_backward(case: testing.Case, dtype: torch.dtype) -> None:
     for operator, args in testing.reached(case, dtype):
+        check(operator.name().split("::")[1], args, dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_batch_norm_of_whole_packs_far_from_zero(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    def make(s: testing.Source) -> tuple[Any, ...]:
+        x = (s.randn(70, 24, 4, 4) + 50).contiguous(memory_format=layout)
+        return x, s.randn(3, 24), s.randn(3, 24), None, None, s.offsets((33, 0, 37)), True, 0.1, 1e-3
+
+    for operator, args in testing.reached(testing.Case("expert_batch_norm", "packs", make), dtype):
         check(operator.name().split("::")[1], args, dtype)
 
 
