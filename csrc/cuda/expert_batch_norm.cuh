@@ -51,7 +51,7 @@ struct NormTiles {
 // Pairs of sums, of W channels.
 template <class A, int W>
 struct Pairs {
-  A first[W] = {}, second[W] = {};
+  A first[W], second[W];
 
   __device__ __forceinline__ Pairs& operator+=(const Pairs& other) {
     for (int w = 0; w < W; ++w) first[w] += other.first[w], second[w] += other.second[w];
@@ -101,7 +101,7 @@ struct NormTile {
   // The sums over the tile: term(index of a pack, sums) adds it to this thread's.
   template <class A, class Term>
   __device__ __forceinline__ Pairs<A, W> sums(Pairs<A, W> (&shared)[kNormThreads], Term term) const {
-    Pairs<A, W> sum;
+    Pairs<A, W> sum = {};
     each([&](int64_t at) { term(at, sum); });
     return lane_sum(sum, shared, lanes);
   }
@@ -182,7 +182,7 @@ template <class Term>
 __device__ __forceinline__ Pair merged(const NormBatch& b, const NormTiles& tiles, const Pair* partial, int64_t e,
                                        int64_t channel, Pair (&shared)[kNormThreads], Term term) {
   const int64_t begin = b.begin(e), end = b.begin(e + 1);
-  Pair sum;
+  Pair sum = {};
   for (int64_t i = begin / tiles.rows + threadIdx.x / kMergeLanes; channel < b.channels && i * tiles.rows < end;
        i += kNormThreads / kMergeLanes) {
     const int64_t rows = tiles.last(i, end) - tiles.first(i, begin);
