@@ -52,9 +52,9 @@ def paper_certificate(model: nn.Module, x: Tensor, y: Tensor, weight: Tensor) ->
     The paper leaves the constants open. Here they bound the difference of two classes' probabilities, so that the
     formula is sound: M_i = 1; r_i = max_j ||w_i - w_j||_1 / 4, since a_i (1 - a_i) <= 1/4; L_i = the product of the
     layers' operator norms from max to max norm, since that difference moves by at most the logits' largest change.
-    None for experts other than ExpertConvNet, whose layers are known to follow one another.
+    None for a dual model, and for experts other than ExpertConvNet, whose layers are known to follow one another.
     """
-    if not isinstance(model, RobustClassifier) or not isinstance(model.moe.experts, ExpertConvNet):
+    if type(model) is not RobustClassifier or not isinstance(model.moe.experts, ExpertConvNet):
         return None
     gate_lipschitz = (weight[:, None] - weight).abs().sum(-1).amax(1) / 4
     lipschitz = (1 / model.normalize.std).max() * torch.ones_like(gate_lipschitz)

@@ -37,11 +37,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Attacks the run's `last` or `best` weights with a suite; writes report.json and examples.safetensors."""
     config = run_config(run)
-    data = load_data(config.data, config.held_out, config.seed)
+    data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
     model = build_model(config, data)
     load_weights(run / f"{weights}.safetensors", model)
     model.eval()
-    results, adversarial = measure(model, config, data.held_out, steps, restarts, suite, queries)
+    results, adversarial = measure(model, config, data.test, steps, restarts, suite, queries)
     report = {
         "method": config.method,
         "data": config.data,
@@ -52,7 +52,8 @@ def evaluate(
         "epochs": config.epochs,
         "train_seconds": read_lines(run / "metrics.jsonl")[-1]["seconds"],
         "weights": weights,
-        "held_out": len(data.held_out),
+        "split": "held-out" if data.official_test is None else "test",
+        "held_out": len(data.test),
         "attack": {"name": "PGD", "steps": steps, "alpha_ratio": config.alpha_ratio, "restarts": restarts},
         "suite": suite,
         "torch": torch.__version__,
@@ -92,6 +93,7 @@ def measure(
     checks                   of the evaluation itself, see `sanity`
     eps_curve                [eps, accuracy] pairs; what breaks at one eps counts as broken at every larger one
     """
+    images = Split(images.x, images.y)
     full, tally = suite == "full", Tally(model, images)
 
     def attacked(target: nn.Module, name: str, restarts: int = 1, y: Tensor = images.y) -> Attacked:
@@ -216,13 +218,14 @@ def _mean_of_experts(model: RobustClassifier, x: Tensor) -> Tensor:
 
 
 def examples(model: RobustClassifier, data: Data, adversarial: Tensor) -> dict[str, Tensor]:
-    """The first held-out image of each class, its adversarial twin, and what the model says to both."""
-    rows = torch.cat([(data.held_out.y == label).nonzero()[:1, 0] for label in range(data.num_classes)])
-    x, x_adv = data.held_out.x[rows], adversarial[rows]
+    """The first test image of each class, its adversarial twin, and what the model says to both."""
+    test = data.test
+    rows = torch.cat([(test.y == label).nonzero()[:1, 0] for label in range(data.num_classes)])
+    x, x_adv = test[rows].x, adversarial[rows]
     return {
         "x": x,
         "x_adv": x_adv,
-        "label": data.held_out.y[rows],
+        "label": test.y[rows],
         "clean": predict(model, x),
         "adversarial": predict(model, x_adv),
     }
