@@ -29,7 +29,9 @@ ABLATION: dict[str, dict[str, Any]] = {
 EQUAL_TIME = ("pgd-at", "dense pgd-at")  # trained once more, for as many epochs as fit into RT-ER's time
 
 
-def sweep(out: Path, seeds: Sequence[int], settings: dict[str, Any], ablation: bool, steps: int, restarts: int) -> Path:
+def sweep(
+    out: Path, seeds: Sequence[int], settings: dict[str, Any], ablation: bool, steps: int, restarts: int, suite: str
+) -> Path:
     """Trains and evaluates each row with each seed in a folder of its own; returns the path of the Markdown table.
 
     A run that is finished is taken as it is, so a sweep that was stopped goes on, and the ablation in the same folder
@@ -39,7 +41,7 @@ def sweep(out: Path, seeds: Sequence[int], settings: dict[str, Any], ablation: b
 
     def finish(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
         configs = [Config(**(settings | row | {"seed": seed})) for seed in seeds]
-        return [_finish(out / f"{name.replace(' ', '-')}-{c.seed}", c, steps, restarts) for c in configs]
+        return [_finish(out / f"{name.replace(' ', '-')}-{c.seed}", c, steps, restarts, suite) for c in configs]
 
     reports = {name: finish(name, row) for name, row in (ABLATION if ablation else METHODS).items()}
     if not ablation:
@@ -56,14 +58,15 @@ def sweep(out: Path, seeds: Sequence[int], settings: dict[str, Any], ablation: b
     return file.with_suffix(".md")
 
 
-def _finish(run: Path, config: Config, steps: int, restarts: int) -> dict[str, Any]:
+def _finish(run: Path, config: Config, steps: int, restarts: int, suite: str) -> dict[str, Any]:
     if (run / "report.json").exists():
         report = read_report(run)
-        if run_config(run) != config or (report["attack"]["steps"], report["attack"]["restarts"]) != (steps, restarts):
+        attack = report["attack"]["steps"], report["attack"]["restarts"], report["suite"]
+        if run_config(run) != config or attack != (steps, restarts, suite):
             raise UserError(f"--out holds {run} with other settings: give another folder, or remove it first")
         return report
     train(config, run)
-    return evaluate(run, "last", steps, restarts)
+    return evaluate(run, "last", steps, restarts, suite)
 
 
 def _seconds(reports: Sequence[dict[str, Any]]) -> float:
