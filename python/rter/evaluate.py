@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rter.alpha import alpha_curve
 from rter.checkpoint import load_weights, read_lines, run_config, save_tensors, write_json
 from rter.config import Config
 from rter.data import Data, Split, load_data
 from rter.methods.step import make_attack
-from rter.models import RobustClassifier, View, build_model
+from rter.models import DualClassifier, RobustClassifier, View, build_model
 
 BATCH = 512
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # eps, in units of the run's
@@ -101,6 +102,7 @@ def measure(
     expert_load              part of the images that each expert gets, clean and under ra's attack
     route_flip_rate          part of the images that change expert, under the router's attack and under ra's
     eps_curve                [eps, accuracy] pairs; what breaks at one eps counts as broken at every larger one
+    alpha_curve              of a dual model: see rter.alpha
     """
 
     def attacked(target: nn.Module, name: str, restarts: int = 1, y: Tensor = images.y) -> Attacked:
@@ -127,6 +129,11 @@ def measure(
         "route_flip_rate": _mean(~router.robust) if router else 0.0,
         "route_flip_rate_whole": _mean(routed_to(model, whole.x) != clean_route),
         "eps_curve": eps_curve(model, config, images, steps, whole.robust),
+        **(
+            {"alpha_curve": alpha_curve(model, images, lambda dual: attacked(dual, "alpha").x, predict)}
+            if isinstance(model, DualClassifier)
+            else {}
+        ),
     }, whole.x
 
 
