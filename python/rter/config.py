@@ -34,7 +34,9 @@ class Config:
     num_experts: int = _setting(4, "experts; 1 is a dense network")
     width: int = _setting(16, "channels of an expert's first layer")
     gate: str = _setting("straight_through", "weight of the chosen expert; soft mixes all experts", GATES)
-    dual_alpha: float = _setting(0.7, "weight of the robust model in the dual one: (1 - alpha) F_S + alpha F_R")
+    dual_alpha: float = _setting(
+        0.98, "weight of the robust model in the dual one, (1 - alpha) F_S + alpha F_R; the paper's is 0.7"
+    )
 
     norm: str = _setting("Linf", "norm of the perturbation", NORMS)
     eps: float = _setting(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
