@@ -78,6 +78,8 @@ class Config:
         if METHODS[self.method].second_expert:
             self._demand("num_experts", self.num_experts > 1, f"at least 2 for {self.method}")
             self._demand("gate", self.gate != "soft", f"one that chooses an expert for {self.method}")
+        elif self.faithful:
+            raise UserError(f"faithful must be given with rt-er, dual or jtdmoe, got {self.method}")
         if self.method == "nine-experts":
             self._demand("num_experts", self.num_experts == 9, "9 for nine-experts")
             self._demand("gate", self.gate == "soft", "soft for nine-experts")
