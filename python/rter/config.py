@@ -89,7 +89,8 @@ class Config:
             raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
 
     def _default(self, field: "dataclasses.Field[Any]") -> Any:
-        own = {} if self.method is None else {**METHODS[self.method].defaults, **(FAITHFUL if self.faithful else {})}
+        own = {**METHODS[self.method].defaults} if self.method in METHODS else {}
+        own |= FAITHFUL if self.faithful else {}
         return own.get(field.name, field.metadata["default"])
 
     @property
