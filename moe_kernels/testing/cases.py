@@ -132,7 +132,7 @@ def _expert_mlp_cases() -> list[Case]:
         # In fp64 <da, act(z)> and <dout, y> differ by more than two ulps over many terms that cancel.
         return Case("expert_mlp_output", name, make, DTYPES[1:] if name == "odd_sizes" else DTYPES)
 
-    def hidden_grad(activation: str, needed: tuple[bool, bool, bool]) -> Case:
+    def hidden_grad(activation: str, needed: tuple[bool, ...]) -> Case:
         def make(s: Source) -> tuple[Any, ...]:
             z = s.randn(7, 10 if activation in GATED else 5)
             return s.randn(7, 5), z, s.rand(7, dtype=s.wide), activation, *needed
@@ -271,6 +271,7 @@ def _mask_relu_cases() -> list[Case]:
         case("odd_sizes", 63, 129),
         case("images", 2, 3, 3, 2),
         case("channels_last", 2, 3, 3, 2, layout=Source.channels_last),
+        case("one_channel_channels_last", 2, 1, 3, 3, layout=Source.channels_last),
         case("transposed", 3, 5, layout=lambda s, x: x.T),
         case("strided", 3, 5, layout=Source.strided),
     ]

@@ -1,4 +1,4 @@
-"""The command line: rter train | evaluate | report | demo | sweep."""
+"""The command line: rter train | evaluate | report | demo | sweep | data."""
 
 import argparse
 import dataclasses
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rter.config import Config, load_settings
+from rter.data.command import add_command as add_data_command
 from rter.errors import UserError
 from rter.methods import METHODS
 
@@ -68,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(sweep, without=("method", "seed"))
     _add_strength(sweep)
     sweep.set_defaults(run=_sweep)
+
+    add_data_command(commands)
     return parser
 
 

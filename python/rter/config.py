@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rter.data import DATASETS
+from rter.data.augment import make_augment
 from rter.errors import UserError
 from rter.methods import FAITHFUL, METHODS
 
@@ -29,7 +30,12 @@ class Config:
     faithful: bool = _setting(False, "take the settings of RT-ER's public code: a hard gate, no clean or balance term")
     data: str = _setting("digits", "what to train on", tuple(DATASETS))
     seed: int = _setting(0, "split, initialisation, shuffling and attack starts all follow from it")
-    held_out: int = _setting(360, "images kept for evaluation")
+    held_out: int = _setting(360, "training images kept to choose the best weights by, and to test on where the data "
+                             "have no test split")  # fmt: skip
+    data_dir: str = _setting("data", "folder of the data set's files")
+    image_size: int = _setting(0, "pixels to which images in files of their own are scaled; 0: as they are")
+    augment: str = _setting("auto", "changes of training images, such as flip,translate2,cutout8 or crop4; none; auto: "
+                            "none for digits, no flip for svhn, the former otherwise")  # fmt: skip
 
     num_experts: int = _setting(4, "experts; 1 is a dense network")
     width: int = _setting(16, "channels of an expert's first layer")
@@ -67,7 +73,7 @@ class Config:
             self._demand(name, getattr(self, name) > 0, "above 0")
         for name in ("epochs", "batch_size", "lr", "eval_every"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "weight_decay", "beta", "clean_weight", "balance_weight",
+        for name in ("seed", "image_size", "weight_decay", "beta", "clean_weight", "balance_weight",
                      "awp_gamma", "awp_warmup"):  # fmt: skip
             self._demand(name, getattr(self, name) >= 0, "at least 0")
         self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
@@ -83,6 +89,7 @@ class Config:
         if self.method == "nine-experts":
             self._demand("num_experts", self.num_experts == 9, "9 for nine-experts")
             self._demand("gate", self.gate == "soft", "soft for nine-experts")
+        make_augment(self)
 
     def _demand(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

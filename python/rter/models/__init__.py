@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DualClassifier", "Normalize", "RobustClassifier", "View", "build_model"]
 
+STATISTICS = 10_000  # training images that the normaliser is made of
+
 
 def build_model(config: Config, data: Data) -> RobustClassifier:
     """The model before training; the global random state is left as it was."""
@@ -27,10 +29,10 @@ def build_model(config: Config, data: Data) -> RobustClassifier:
 
 
 def _classifier(config: Config, data: Data) -> RobustClassifier:
-    C, H, W = data.train.x.shape[1:]
+    C, H, W = data.train.pixels.shape[1:]
     experts = ExpertConvNet(config.num_experts, (C, H, W), data.num_classes, config.width)
     linear = nn.Linear(C * H * W, config.num_experts)
     nn.init.zeros_(linear.bias)
     top_k = config.num_experts if config.gate == "soft" else 1
     moe = RobustMoE.from_experts(experts, nn.Sequential(nn.Flatten(), linear), top_k, config.gate)
-    return RobustClassifier(Normalize(data.train.x), moe)
+    return RobustClassifier(Normalize(data.train[:STATISTICS].x), moe)
