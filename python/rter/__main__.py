@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--out", type=Path, required=True, help="folder of the runs; finished ones in it are kept")
     sweep.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     sweep.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="some of the methods, or dense-pgd-at; default: all"
+    )
+    sweep.add_argument(
         "--ablation", action="store_true", help="RT-ER without one part of the recipe at a time, instead"
     )
     _add_settings(sweep, without=("method", "seed"))
@@ -141,9 +144,14 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from rter.sweep import sweep
+    from rter.sweep import ABLATION, ROWS, sweep
 
-    written = sweep(args.out, args.seeds, _settings(args), args.ablation, args.steps, args.restarts, args.suite)
+    names = {name.replace(" ", "-"): name for name in ROWS}
+    for name in args.methods or ():
+        if name not in names:
+            raise UserError(f"--methods must be among {', '.join(names)}, got {name!r}")
+    rows = ABLATION if args.ablation else {names[name]: ROWS[names[name]] for name in args.methods or names}
+    written = sweep(args.out, args.seeds, _settings(args), rows, args.steps, args.restarts, args.suite)
     print(written.read_text())
     print(f"written: {written}")
 
