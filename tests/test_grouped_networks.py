@@ -93,13 +93,10 @@ def test_input_gradient_in_attack_mode(pair: tuple[GroupedNetwork, nn.ModuleList
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("name", ["wide", "vit"])
-def test_compiles_without_a_graph_break(name: str) -> None:
-    grouped = NETWORKS[name][1]().eval()
-    x = torch.rand(5, 3, 8, 8)
-    torch.testing.assert_close(
-        torch.compile(grouped, fullgraph=True, backend="aot_eager")(x, OFFSETS), grouped(x, OFFSETS)
-    )
+def test_a_transformer_compiles_without_a_graph_break() -> None:
+    grouped, x = NETWORKS["vit"][1]().eval(), torch.rand(5, 3, 8, 8)
+    compiled = torch.compile(grouped, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, OFFSETS), grouped(x, OFFSETS))
 
 
 def test_layer_norm_starts_as_torchs() -> None:
@@ -117,7 +114,5 @@ def test_refuses() -> None:
     grouped = NETWORKS["vit"][1]()
     with pytest.raises(ValueError, match="experts must be 3 state dicts, got 2"):
         grouped.load_state_dicts([{}, {}])
-    with pytest.raises(
-        ValueError, match=r"experts\[0\] must be a state dict for one expert of ExpertViT; missing: .*head"
-    ):
+    with pytest.raises(ValueError, match=r"experts\[0\] must be a state dict .* of ExpertViT; missing: .*head"):
         grouped.load_state_dicts([{}, {}, {}])
