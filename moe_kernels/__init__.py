@@ -1,6 +1,6 @@
 """Fast, memory-lean kernels for adversarially robust Mixture-of-Experts."""
 
-from moe_kernels.attacks import PGD, attack_mode
+from moe_kernels.attacks import APGD, PGD, attack_mode
 from moe_kernels.backends import build_info
 from moe_kernels.nn import (
     ExpertBatchNorm2d,
@@ -29,6 +29,7 @@ from moe_kernels.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "APGD",
     "PGD",
     "ExpertBatchNorm2d",
     "ExpertConv2d",

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from moe_kernels import _checks as check
 from moe_kernels.backends import is_implemented
 from moe_kernels.ops.mask_relu import mask_relu
 
@@ -138,7 +139,7 @@ def _lean_convolution(
 
 
 def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not torch.is_autocast_enabled(input.device.type):  # under which torch keeps a cast copy of the weight
+    if not check.autocast_is_on(input.device.type):  # under which torch keeps a cast copy of the weight
         return NotImplemented
 
     def backward(grad: Tensor, weight: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from rter.methods import METHODS
 from rter.methods.step import Step
 from rter.methods.update import update
 from rter.models import build_model
+from rter.models.initial import load_initial
 
 
 def train(config: Config, out: Path) -> None:
@@ -28,6 +29,8 @@ def train(config: Config, out: Path) -> None:
     steps = len(data.train) // batch_size  # per epoch
     create_run(out, config)
     model = build_model(config, data)
+    if config.init:
+        load_initial(model, Path(config.init))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.epochs * steps)
     best_by, best, seconds = METHODS[config.method].best_by, -1.0, 0.0
@@ -35,12 +38,11 @@ def train(config: Config, out: Path) -> None:
     for epoch in progress:
         started = time.perf_counter()
         model.train()
-        exploring = epoch < config.explore * config.epochs
         shuffle = torch.Generator().manual_seed(config.seed_for("shuffle", epoch))
         order = torch.randperm(len(data.train), generator=shuffle)
         records = []
         for i in range(steps):
-            step = Step(model, config, epoch * steps + i, exploring)
+            step = Step(model, config, epoch * steps + i, epoch=epoch)
             batch = data.train[order[i * batch_size : (i + 1) * batch_size]]
             chance = torch.Generator().manual_seed(config.seed_for("augment", step.index))
             records.append(update(step, optimizer, Split(augment(batch.x, chance), batch.y)))
