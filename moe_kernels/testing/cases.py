@@ -132,7 +132,7 @@ def _expert_mlp_cases() -> list[Case]:
         # In fp64 <da, act(z)> and <dout, y> differ by more than two ulps over many terms that cancel.
         return Case("expert_mlp_output", name, make, DTYPES[1:] if name == "odd_sizes" else DTYPES)
 
-    def hidden_grad(activation: str, needed: tuple[bool, bool, bool]) -> Case:
+    def hidden_grad(activation: str, needed: tuple[bool, ...]) -> Case:
         def make(s: Source) -> tuple[Any, ...]:
             z = s.randn(7, 10 if activation in GATED else 5)
             return s.randn(7, 5), z, s.rand(7, dtype=s.wide), activation, *needed
