@@ -74,12 +74,24 @@ def test_networks_have_sizes_of_their_own() -> None:
         ({"model": "cnn"}, "model must be one of small-conv, resnet18, preact-resnet18, wrn, vit, got 'cnn'"),
         ({"router": "lottery"}, "router must be one of linear, conv, mlp, got 'lottery'"),
         ({"patch": 0}, "patch must be above 0, got 0"),
+        (
+            {"normalize": "0.5"},
+            "normalize must be data, or means/deviations as 0.49,0.48,0.45/0.25,0.24,0.26, got '0.5'",
+        ),
+        ({"normalize": "0.5/0"}, "normalize must have finite means and deviations above 0, got '0.5/0'"),
+        ({"normalize": "0.5,0.5/1"}, "normalize must give one number or 3, one per channel, got '0.5,0.5/1'"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         tiny(**settings)
     assert str(error.value).startswith(message)
+
+
+def test_normalises_by_what_is_given() -> None:
+    classifier, x = tiny(normalize="0.1,0.2,0.3/0.5"), torch.rand(2, 3, 8, 8)
+    expected = (x - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / 0.5
+    torch.testing.assert_close(classifier.normalize(x), expected)
 
 
 # weights of other code

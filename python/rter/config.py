@@ -13,6 +13,7 @@ from rter.data import DATASETS
 from rter.data.augment import make_augment
 from rter.errors import UserError
 from rter.methods import FAITHFUL, METHODS
+from rter.models import parse_normalize
 from rter.models.networks import NETWORKS
 from rter.models.routers import ROUTERS
 
@@ -45,6 +46,8 @@ class Config:
     depth: int = _setting(0, "layers of wrn (28) or blocks of vit (12)")
     patch: int = _setting(4, "pixels of vit's patches")
     router: str = _setting("linear", "network that chooses the expert", tuple(ROUTERS))
+    normalize: str = _setting("data", "means/deviations of the channels, such as 0.49,0.48,0.45/0.25,0.24,0.26, for a "
+                              "network of other code; data: the training images'")  # fmt: skip
     init: str = _setting("", "file of weights to begin with: RT-ER's public code, or one network for all experts")
     gate: str = _setting("straight_through", "weight of the chosen expert; soft mixes all experts", GATES)
     dual_alpha: float = _setting(0.7, "weight of the robust model in the dual one: (1 - alpha) F_S + alpha F_R")
@@ -93,6 +96,8 @@ class Config:
             self._demand("num_experts", self.num_experts == 9, "9 for nine-experts")
             self._demand("gate", self.gate == "soft", "soft for nine-experts")
         make_augment(self)
+        if self.normalize != "data":
+            parse_normalize(self.normalize)
 
     def _demand(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

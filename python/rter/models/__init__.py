@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from moe_kernels import RobustMoE
 from rter.data import Data
+from rter.errors import UserError
 from rter.models.classifier import DualClassifier, Normalize, RobustClassifier, View
 from rter.models.networks import make_experts
 from rter.models.routers import make_router
@@ -34,4 +37,30 @@ def _classifier(config: Config, data: Data) -> RobustClassifier:
     router = make_router(config, image)
     top_k = config.num_experts if config.gate == "soft" else 1
     moe = RobustMoE.from_experts(experts, router, top_k, config.gate)
-    return RobustClassifier(Normalize(data.train[:STATISTICS].x), moe)
+    return RobustClassifier(_normalize(config, data.train[:STATISTICS].x), moe)
+
+
+def _normalize(config: Config, images: Tensor) -> Normalize:
+    """By the images' mean and deviation, or by those that the setting gives."""
+    normalize = Normalize(images)
+    if config.normalize != "data":
+        C = images.shape[1]
+        values = parse_normalize(config.normalize)
+        if any(len(part) not in (1, C) for part in values):
+            raise UserError(f"normalize must give one number or {C}, one per channel, got {config.normalize!r}")
+        for buffer, part in zip((normalize.mean, normalize.std), values, strict=True):
+            buffer.copy_(torch.tensor(part)[:, None, None])
+    return normalize
+
+
+def parse_normalize(text: str) -> list[list[float]]:
+    """Mean and deviation of each channel, as in 0.49,0.48,0.45/0.25,0.24,0.26."""
+    try:
+        mean, std = ([float(number) for number in part.split(",")] for part in text.split("/"))
+    except ValueError:
+        raise UserError(
+            f"normalize must be data, or means/deviations as 0.49,0.48,0.45/0.25,0.24,0.26, got {text!r}"
+        ) from None
+    if not all(map(math.isfinite, mean)) or not all(math.isfinite(value) and value > 0 for value in std):
+        raise UserError(f"normalize must have finite means and deviations above 0, got {text!r}")
+    return [mean, std]
