@@ -200,3 +200,4 @@ def test_resnets_on_cifar10s_format(tmp_path: Path) -> None:
     report = (run / "report.json").read_text()
     assert '"split": "test"' in report and '"held_out": 4' in report
     assert main(["train", "--out", str(tmp_path / "other"), *settings.split(), "--init", str(tmp_path / "moe.pt")]) == 2
+    assert not (tmp_path / "other").exists()
