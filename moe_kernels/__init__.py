@@ -25,6 +25,7 @@ from moe_kernels.ops import (
     pgd_step_,
     topk_route,
 )
+from moe_kernels.triton_kernels.tuning import autotune
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "RobustMoE",
     "Routing",
     "attack_mode",
+    "autotune",
     "build_info",
     "combine",
     "expert_batch_norm",
