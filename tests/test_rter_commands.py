@@ -28,8 +28,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_holds_its_files(demo: Path) -> None:
     run = demo / "rt-er"
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "last.safetensors", "best.safetensors", "report.json", "report.md",
-        "examples.safetensors", "plots",
+        "config.json", "metrics.jsonl", "metrics.csv", "last.safetensors", "best.safetensors", "resume.safetensors",
+        "report.json", "report.md", "examples.safetensors", "plots",
     }  # fmt: skip
     plots = {path.name for path in (run / "plots").iterdir()}
     assert plots == {"accuracy.png", "learning.png", "experts.png", "images.png"}

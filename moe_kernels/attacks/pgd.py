@@ -89,7 +89,7 @@ class PGD(Attack):
             loss = self.loss
         best: Best | None = None
         for _ in range(self.restarts):
-            x_adv = self._start(x, eps, generator)
+            x_adv = self.start(x, eps, generator)
             best = best or Best(x_adv)
             for _ in range(self.steps):
                 leaf = x_adv.detach().requires_grad_()
@@ -105,7 +105,8 @@ class PGD(Attack):
         assert best is not None
         return best.x
 
-    def _start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
+    def start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
+        """Where a restart begins, eps being [B]; a subclass may begin elsewhere in the ball."""
         if self.random_start:
             return self._uniform_start(x, eps, generator)
         if self.loss == "kl":
