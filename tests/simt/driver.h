@@ -1,4 +1,4 @@
-// What a driver of one operator needs: raw arrays from files, and one run for every order of the threads.
+// What a driver of one operator needs: raw arrays from files, and one run for every order of blocks and threads.
 #pragma once
 
 #include <cstdio>
@@ -60,14 +60,14 @@ bool same_bits(std::tuple<T...>& a, std::tuple<T...>& b) {
   return same_bits(a, b, std::index_sequence_for<T...>());
 }
 
-// The result of run(), an Array or a tuple of them, which must be the same bits for every order of the threads.
+// The result of run(), an Array or a tuple of them, which must be the same bits for every order of blocks and threads.
 template <class Run>
 auto in_every_order(Run run) {
   order = 0;
   auto result = run();
   for (order = 1; order < 3; ++order) {
     auto other = run();
-    if (!same_bits(result, other)) fail("the result depends on the order of the threads");
+    if (!same_bits(result, other)) fail("the result depends on the order of blocks and threads");
   }
   return result;
 }
