@@ -10,6 +10,7 @@ from moe_kernels import _library, reference, testing
 OPS = (
     "expert_linear",
     "expert_linear_weight_grad",
+    "expert_mlp_hidden_grad",
     "expert_conv2d",
     "expert_conv2d_input_grad",
     "expert_conv2d_weight_grad",

@@ -1,23 +1,14 @@
 """Grouped feed-forward layers: every parameter is its plain layer's with a leading expert dimension [E]."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from moe_kernels.ops import expert_linear, mask_relu
-
-# name: (function, whether it gates one half of its input by the other)
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
-    "relu": (mask_relu, False),
-    "gelu": (F.gelu, False),
-    "silu": (F.silu, False),
-    "relu2": (lambda x: mask_relu(x).square(), False),
-    "swiglu": (F.silu, True),
-    "geglu": (F.gelu, True),
-}
+from moe_kernels.nn.recompute import check_recompute
+from moe_kernels.ops import combine, expert_linear, mask_relu
+from moe_kernels.ops.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp_output
 
 
 def reset_like_torch(weight: Tensor, bias: Tensor | None) -> None:
@@ -78,12 +69,15 @@ class ExpertMLP(nn.Module):
         activation: relu, gelu (exact), silu, relu2 (squared relu), or gated: swiglu, geglu, which multiply the
             activation of the first half of `up`'s result by its second half.
         bias: whether the layers have biases.
+        recompute: what the backward computes again instead of keeping it: "none"; "activations", which keeps x and the
+            result of `up` but not its activation, nor the result of `down` for the gradient of the gate; "all", which
+            keeps x alone.
 
     Raises:
-        ValueError: if the activation is unknown.
+        ValueError: if the activation or recompute is unknown.
     """
 
-    gathers_rows = True
+    combines = True
 
     def __init__(
         self,
@@ -94,23 +88,48 @@ class ExpertMLP(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: str = "activations",
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.num_experts, self.activation = num_experts, activation
-        width = 2 * hidden_dim if ACTIVATIONS[activation][1] else hidden_dim
-        self.up = ExpertLinear(num_experts, dim, width, bias, device, dtype)
+        check_recompute(recompute)
+        self.num_experts, self.activation, self.recompute = num_experts, activation, recompute
+        self.up = ExpertLinear(num_experts, dim, hidden_dim * (1 + (activation in GATED)), bias, device, dtype)
         self.down = ExpertLinear(num_experts, hidden_dim, dim, bias, device, dtype)
 
-    def forward(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
-        """x [N, dim] sorted by expert -> [N, dim]; with `rows` [N], slot j reads x[rows[j]]."""
-        function, gated = ACTIVATIONS[self.activation]
+    def forward(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """x [N, dim] sorted by expert -> [N, dim]; with `rows` [N], slot j reads x[rows[j]].
+
+        With the gate's `weights` and the slots' `position`, [T, k] with T * k = N, the slots of each of x's T rows are
+        combined -> [T, dim].
+        """
+        if self.recompute == "all" and torch.is_grad_enabled():
+            arguments = (x, offsets, rows, weights, position)
+            return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, offsets, rows, weights, position)
+
+    def _forward(
+        self, x: Tensor, offsets: Tensor, rows: Tensor | None, weights: Tensor | None, position: Tensor | None
+    ) -> Tensor:
         hidden = self.up(x, offsets, rows)
-        if gated:
-            gate, value = hidden.chunk(2, dim=1)
-            return self.down(function(gate) * value, offsets)
-        return self.down(function(hidden), offsets)
+        learns = self.down.weight.requires_grad or (weights is not None and weights.requires_grad)
+        if self.recompute == "none" or (self.activation == "relu" and not learns):  # whose gradient needs one bit
+            a = mask_relu(hidden) if self.activation == "relu" else activate(hidden, self.activation)
+            y = self.down(a, offsets)
+            return y if weights is None or position is None else combine(y, weights, position)
+        rows = None if weights is None else rows
+        return expert_mlp_output(
+            hidden, self.down.weight, self.down.bias, offsets, self.activation, weights, position, rows
+        )
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        return f"activation={self.activation!r}, recompute={self.recompute!r}"

@@ -42,6 +42,7 @@ class RobustMoE(nn.Module):
         gate: softmax, sigmoid, hard, straight_through or soft; see `moe_kernels.topk_route`.
         renormalize: whether the top_k weights are divided by their sum; None means top_k > 1.
         router: a module that maps x to logits [..., E]; None for a linear map without bias.
+        recompute: "none", "activations" or "all": what the backward computes again, see `moe_kernels.ExpertMLP`.
 
     Raises:
         ValueError: if top_k or an option is out of range.
@@ -61,10 +62,11 @@ class RobustMoE(nn.Module):
         router: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        recompute: str = "activations",
     ) -> None:
         super().__init__()
         self.dim: int | None = dim
-        experts = ExpertMLP(num_experts, dim, hidden_dim, activation, bias, device=device, dtype=dtype)
+        experts = ExpertMLP(num_experts, dim, hidden_dim, activation, bias, device, dtype, recompute=recompute)
         if router is None:
             router = nn.Linear(dim, num_experts, bias=False, device=device, dtype=dtype)
         self._assemble(experts, router, top_k, gate, renormalize)
@@ -135,11 +137,10 @@ class RobustMoE(nn.Module):
         rows = x.reshape(-1, *x.shape[len(lead) :])
         order, position, offsets = group_by_expert(routing.experts, self.num_experts)
         source = order // position.shape[1]  # the row behind each sorted slot
-        if getattr(self.experts, "gathers_rows", False):
-            h = self.experts(rows, offsets, source)
+        if getattr(self.experts, "combines", False):
+            y = self.experts(rows, offsets, source, routing.weights, position)
         else:
-            h = self.experts(rows.index_select(0, source), offsets)
-        y = combine(h, routing.weights, position)
+            y = combine(self.experts(rows.index_select(0, source), offsets), routing.weights, position)
         return y.reshape(*lead, *y.shape[1:])
 
     def extra_repr(self) -> str:

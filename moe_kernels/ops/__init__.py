@@ -5,6 +5,7 @@ from moe_kernels.ops.combine import combine, combine_input_grad, combine_weight_
 from moe_kernels.ops.expert_batch_norm import expert_batch_norm
 from moe_kernels.ops.expert_conv2d import expert_conv2d
 from moe_kernels.ops.expert_linear import expert_linear
+from moe_kernels.ops.expert_mlp import expert_mlp_hidden_grad, expert_mlp_output
 from moe_kernels.ops.expert_sum import expert_sum, index_sum
 from moe_kernels.ops.group_by_expert import group_by_expert
 from moe_kernels.ops.kl_divergence import kl_divergence
@@ -21,6 +22,8 @@ __all__ = [
     "expert_batch_norm",
     "expert_conv2d",
     "expert_linear",
+    "expert_mlp_hidden_grad",
+    "expert_mlp_output",
     "expert_sum",
     "group_by_expert",
     "index_sum",

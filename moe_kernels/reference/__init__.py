@@ -9,6 +9,7 @@ from moe_kernels.reference.expert_batch_norm import (
 )
 from moe_kernels.reference.expert_conv2d import expert_conv2d, expert_conv2d_input_grad, expert_conv2d_weight_grad
 from moe_kernels.reference.expert_linear import expert_linear, expert_linear_weight_grad
+from moe_kernels.reference.expert_mlp import expert_mlp_hidden_grad, expert_mlp_output
 from moe_kernels.reference.expert_sum import expert_sum, index_sum
 from moe_kernels.reference.group_by_expert import group_by_expert
 from moe_kernels.reference.kl_divergence import kl_divergence, kl_divergence_backward
@@ -29,6 +30,8 @@ __all__ = [
     "expert_conv2d_weight_grad",
     "expert_linear",
     "expert_linear_weight_grad",
+    "expert_mlp_hidden_grad",
+    "expert_mlp_output",
     "expert_sum",
     "group_by_expert",
     "index_sum",

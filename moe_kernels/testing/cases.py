@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import reference
+from moe_kernels.reference.expert_mlp import GATED
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -107,6 +108,57 @@ def _expert_linear_cases() -> list[Case]:
         case("strided_gather", (4, 0, 5), 7, 3, strided=True, gather=True),
     ]
     return cases
+
+
+def _expert_mlp_cases() -> list[Case]:
+    def output(
+        name: str, tokens: int, num_experts: int, k: int, n: int, d: int, activation: str, **options: Any
+    ) -> Case:
+        def make(s: Source) -> tuple[Any, ...]:
+            bias, combined, strided = (options.get(o, o != "strided") for o in ("bias", "combined", "strided"))
+            experts = s.rand(tokens, num_experts).argsort(dim=1)[:, :k] // options.get("unused", 1)
+            order, position, offsets = reference.group_by_expert(experts.int(), num_experts)
+            z = s.randn(tokens * k, 2 * n if activation in GATED else n)
+            weight = s.randn(num_experts, d, n).div(n**0.5)
+            return (
+                s.strided(z) if strided else z,
+                weight,
+                s.randn(num_experts, d) if bias else None,
+                offsets,
+                activation,
+                *((s.rand(tokens, k, dtype=s.wide), position, order // k) if combined else (None, None, None)),
+            )
+
+        # In fp64 <da, act(z)> and <dout, y> differ by more than two ulps over many terms that cancel.
+        return Case("expert_mlp_output", name, make, DTYPES[1:] if name == "odd_sizes" else DTYPES)
+
+    def hidden_grad(activation: str, needed: tuple[bool, ...]) -> Case:
+        def make(s: Source) -> tuple[Any, ...]:
+            z = s.randn(7, 10 if activation in GATED else 5)
+            return s.randn(7, 5), z, s.rand(7, dtype=s.wide), activation, *needed
+
+        name = "_".join((activation, *(str(int(n)) for n in needed)))
+        return Case("expert_mlp_hidden_grad", name, make, has_gradient=all(needed))
+
+    sizes = {
+        "no_rows": (0, 3, 2),
+        "one_row": (1, 3, 2),
+        "single_expert": (5, 1, 1),
+        "all_experts": (4, 3, 3),
+        "top_1": (7, 3, 1),
+    }
+    activations = ("relu", "gelu", "silu", "relu2", "swiglu", "geglu")
+    return [
+        *(output(name, *size, 4, 3, "gelu") for name, size in sizes.items()),
+        *(output(activation, 5, 3, 2, 4, 3, activation) for activation in activations),
+        output("odd_sizes", 63, 9, 3, 17, 33, "swiglu"),
+        output("one_expert_takes_all", 6, 4, 1, 3, 2, "silu", unused=4),
+        output("no_bias", 5, 3, 2, 4, 3, "geglu", bias=False),
+        output("sorted", 5, 3, 2, 4, 3, "swiglu", combined=False),
+        output("strided", 5, 3, 2, 4, 3, "relu", strided=True),
+        *(hidden_grad(activation, (True, True, True)) for activation in activations),
+        *(hidden_grad("geglu", tuple(i == j for j in range(3))) for i in range(3)),
+    ]
 
 
 def _expert_sum_cases() -> list[Case]:
@@ -380,6 +432,7 @@ CASES: list[Case] = [
     *_expert_batch_norm_cases(),
     *_expert_conv2d_cases(),
     *_expert_linear_cases(),
+    *_expert_mlp_cases(),
     *_expert_sum_cases(),
     *_group_by_expert_cases(),
     *_kl_divergence_cases(),

@@ -19,20 +19,16 @@ from moe_kernels.triton_kernels.launch import Launch
 def _expert_mlp_hidden_grad_kernel(
     da,  # [N, n]
     z,  # [N, n], or [N, 2 n] where GATED
-    weights,  # [N] fp32, by slot
-    slots,  # [N] or None: row j belongs to slot slots[j]
+    weights,  # [N] fp32
     dz,  # like z, or None
     weighted_a,  # [N, n] or None
-    dweights,  # [N] fp32, by slot, or None
+    dweights,  # [N] fp32, or None
     num_rows, n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = row < num_rows
-    slot = row
-    if slots is not None:
-        slot = tl.load(slots + row, mask=real, other=0)
-    s = tl.load(weights + slot, mask=real, other=0.0)[:, None]
+    s = tl.load(weights + row, mask=real, other=0.0)[:, None]
     wide = row.to(tl.int64)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for col in range(0, n, BLOCK_N):
@@ -59,7 +55,7 @@ def _expert_mlp_hidden_grad_kernel(
         if weighted_a is not None:
             tl.store(weighted_a + wide * n + cols, (s * a).to(weighted_a.dtype.element_ty), mask=mask)
     if dweights is not None:
-        tl.store(dweights + slot, tl.sum(total, 1), mask=real)
+        tl.store(dweights + row, tl.sum(total, 1), mask=real)
 
 
 def expert_mlp_hidden_grad(
@@ -67,32 +63,36 @@ def expert_mlp_hidden_grad(
     z: Tensor,
     weights: Tensor,
     activation: str,
-    slots: Tensor | None = None,
+    z_needs: bool = True,
+    weight_needs: bool = True,
+    weights_needs: bool = True,
     *,
-    needed: tuple[bool, bool, bool] = (True, True, True),
     block: tuple[int, int] = (4, 512),
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, ...]:
     """Gradients at the hidden layer of an expert MLP.
 
     Args:
         da: [N, n], the gradient of the hidden activation before the gate weight: dO[row] @ W2.
         z: [N, n], or [N, 2 n] of a gated activation: the saved pre-activation.
-        weights: fp32 [N], the gate weight of each slot.
+        weights: fp32 [N], the gate weight of each row.
         activation: one of `activations.ACTIVATIONS`.
-        slots: int32 [N]; sorted row j belongs to slot slots[j], every slot once. None where the weights are sorted too.
-        needed: which of the results are computed; the others are None.
+        z_needs, weight_needs, weights_needs: which of the results are computed; the others are empty.
         block: rows and columns that a program holds at a time.
 
     Returns:
-        dz like z, the weighted activation [N, n], and the gate weights' gradient fp32 [N] by slot. A bias of the second
-        linear map adds <dO[row], bias[e]> to the last.
+        dz like z, the weighted activation [N, n], and the gate weights' gradient fp32 [N]. A bias of the second linear
+        map adds <dO[row], bias[e]> to the last.
     """
-    wanted = [torch.empty_like(like) if want else None for like, want in zip((z, da, weights), needed, strict=True)]
+    da, z, weights = da.contiguous(), z.contiguous(), weights.contiguous()
+    pairs = ((z, z_needs), (da, weight_needs), (weights, weights_needs))
+    wanted = [torch.empty_like(like) if needs else None for like, needs in pairs]
     if da.numel() > 0:
-        _hidden_grad(da, z, weights, activation, slots, wanted, block).run()
+        _hidden_grad(da, z, weights, activation, wanted, block).run()
     elif wanted[2] is not None:
         wanted[2].zero_()
-    return wanted[0], wanted[1], wanted[2]
+    return tuple(
+        like.new_empty(0) if result is None else result for (like, _), result in zip(pairs, wanted, strict=True)
+    )
 
 
 def _hidden_grad(
@@ -100,13 +100,12 @@ def _hidden_grad(
     z: Tensor,
     weights: Tensor,
     activation: str,
-    slots: Tensor | None,
     results: list[Tensor | None],
     block: tuple[int, int],
 ) -> Launch:
     num_rows, n = da.shape
     assert activation in ACTIVATIONS, activation
-    assert all(t is None or t.is_contiguous() for t in (da, z, weights, slots, *results))
+    assert all(t is None or t.is_contiguous() for t in (da, z, weights, *results))
     assert z.shape == (num_rows, n * (2 if activation in GATED else 1)) and weights.dtype == torch.float32
     block_m, block_n = block[0], min(block[1], triton.next_power_of_2(n))
     return Launch(
@@ -116,7 +115,6 @@ def _hidden_grad(
             "da": da,
             "z": z,
             "weights": weights,
-            "slots": slots,
             "dz": results[0],
             "weighted_a": results[1],
             "dweights": results[2],
@@ -136,7 +134,7 @@ def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
     for activation in ("gelu", "geglu"):
         da = torch.empty(8192, 1024, dtype=torch.bfloat16, device="meta")
         z = da.new_empty(8192, 2048 if activation in GATED else 1024)
-        weights, slots = da.new_empty(8192, dtype=torch.float32), da.new_empty(8192, dtype=torch.int32)
-        launch = _hidden_grad(da, z, weights, activation, slots, [z, da, weights], (4, 512))
+        weights = da.new_empty(8192, dtype=torch.float32)
+        launch = _hidden_grad(da, z, weights, activation, [z, da, weights], (4, 512))
         for arch in (80, 90, 100, "default"):
             yield arch, f"expert_mlp hidden grad {activation}", launch

@@ -1,0 +1,197 @@
+"""The second half of an expert MLP: out[t] = sum over i of weights[t, i] * (weight[e] @ act(z[j]) + bias[e]).
+
+j = position[t, i] is a sorted row of expert e. The backward keeps z and the indices, and nothing else of a row's size:
+act(z) is computed again, and the gate's gradient is <weight[e].T @ dout[t], act(z[j])>, so y[j] is not needed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_kernels import _checks as check
+from moe_kernels import backends, reference
+from moe_kernels._library import define, vjp
+from moe_kernels.ops.combine import _combine, combine_input_grad, combine_weight_grad
+from moe_kernels.ops.expert_linear import _expert_linear, _weight_grad
+from moe_kernels.reference.expert_mlp import GATED, activate
+
+ACTIVATIONS = ("relu", "gelu", "silu", "relu2", *GATED)
+CHUNK = 1 << 16  # sorted rows whose activations exist at a time on a GPU
+
+
+def expert_mlp_output(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    activation: str,
+    weights: Tensor | None = None,
+    position: Tensor | None = None,
+    rows: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Activates a batch sorted by expert, applies expert e's linear map to its rows and, with `weights`, combines them.
+
+    Args:
+        z: [N, n] pre-activations, rows sorted by expert; [N, 2 n] of a gated activation.
+        weight: [E, d, n].
+        bias: [E, d] or None.
+        offsets: int32 [E + 1]; rows offsets[e] to offsets[e + 1] belong to expert e.
+        activation: relu, gelu (exact), silu, relu2 (squared relu), or gated: swiglu, geglu, which multiply the
+            activation of z's first half by its second half.
+        weights: [T, k] with T * k = N, or None for sorted rows as the result.
+        position: int32 [T, k], the sorted place of each slot; with weights.
+        rows: int32 [N], the row t that sorted row j belongs to: position's inverse divided by k; with weights.
+        backend: None for the fastest on z's device, or "reference".
+
+    Returns:
+        [T, d]; without weights [N, d].
+
+    Raises:
+        ValueError: if the activation is unknown, or a shape, dtype or device does not match.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check.ndim("z", z, 2)
+    width = z.shape[1] // 2 if activation in GATED else z.shape[1]
+    check.ndim("weight", weight, 3)
+    check.shape("weight", weight, (None, None, width), "[E, d, n] with n the width of act(z)")
+    check.shape("z", z, (None, 2 * width if activation in GATED else width), "[N, 2 n] of a gated activation")
+    check.same_kind("weight", weight, "z", z)
+    if bias is not None:
+        check.shape("bias", bias, tuple(weight.shape[:2]), "[E, d]")
+        check.same_kind("bias", bias, "z", z)
+    check.offsets(offsets, weight.shape[0], z)
+    if weights is not None:
+        if position is None or rows is None:
+            raise ValueError("position and rows must be given with weights, got None")
+        check.floating("weights", weights)
+        check.shape("weights", weights, tuple(position.shape), "[T, k] like position")
+        check.same_device("weights", weights, "z", z)
+        check.indices("position", position, z, ndim=2, like_name="z")
+        check.indices("rows", rows, z, ndim=1, like_name="z")
+        for name, count in (("position", position.numel()), ("rows", rows.numel())):
+            if count != z.shape[0]:
+                raise ValueError(f"{name} must have one index for each of the {z.shape[0]} rows of z, got {count}")
+    elif position is not None or rows is not None:
+        raise ValueError("weights must be given with position and rows, got None")
+    z, weight, bias = check.autocast(z, weight, bias)
+    function = backends.choose("expert_mlp_output", backend, z)
+    return function(z, weight, bias, offsets, activation, weights, position, rows)
+
+
+def _output(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    activation: str,
+    weights: Tensor | None,
+    position: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    parts = [
+        _expert_linear(
+            activate(z[first : first + CHUNK], activation),
+            weight,
+            bias,
+            offsets.clamp(first, first + CHUNK) - first,
+            None,
+        )
+        for first in range(0, max(z.shape[0], 1), CHUNK)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y if weights is None else _combine(y, weights, position)
+
+
+def _output_fake(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    activation: str,
+    weights: Tensor | None,
+    position: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    return z.new_empty((z if weights is None else weights).shape[0], weight.shape[1])
+
+
+def _output_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, weight, bias, offsets, ctx.activation, weights, position, rows = inputs
+    z_needs, weight_needs, _, _, _, weights_needs = ctx.needs_input_grad[:6]
+    through = z_needs or weight_needs or weights_needs
+    ctx.save_for_backward(
+        z if through else None,
+        weight if through else None,
+        bias if weights_needs else None,
+        offsets,
+        weights,
+        position,
+        rows,
+    )
+
+
+def _output_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    z, weight, bias, offsets, weights, position, rows = ctx.saved_tensors
+    z_needs, weight_needs, bias_needs, _, _, weights_needs = ctx.needs_input_grad[:6]
+    dz = dweight = dbias = dweights = None
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    if weights is None:
+        s = grad.new_ones(grad.shape[0], dtype=wide)
+    else:
+        one = grad.new_ones(grad.shape[0], dtype=wide)
+        s = combine_input_grad(one, weights, position)  # [N], the weights in sorted order
+    if z_needs or weight_needs or weights_needs:
+        da = _expert_linear(grad, weight.transpose(1, 2), None, offsets, rows)
+        needed = (z_needs, weight_needs, weights_needs)
+        dz, weighted_a, ds = expert_mlp_hidden_grad(da, z, s, ctx.activation, *needed)
+        if weight_needs:
+            dweight = _weight_grad(weighted_a, grad, offsets, rows).transpose(1, 2)
+        if weights_needs:
+            if bias is not None:
+                ds = ds + _expert_linear(grad, bias.unsqueeze(1), None, offsets, rows).squeeze(1)
+            dweights = combine_weight_grad(one, ds, position).to(weights.dtype)
+    if bias_needs:
+        dbias = _weight_grad(s.unsqueeze(1).to(grad.dtype), grad, offsets, rows).squeeze(1)
+    return dz if z_needs else None, dweight, dbias, None, None, dweights, None, None
+
+
+_expert_mlp_output = define(
+    "expert_mlp_output(Tensor z, Tensor weight, Tensor? bias, Tensor offsets, str activation, Tensor? weights, "
+    "Tensor? position, Tensor? rows) -> Tensor",
+    _output_fake,
+    setup_context=_output_setup_context,
+    backward=_output_backward,
+    composed=_output,
+)
+
+
+def _hidden_grad_fake(
+    da: Tensor, z: Tensor, weights: Tensor, activation: str, z_needs: bool, weight_needs: bool, weights_needs: bool
+) -> tuple[Tensor, ...]:
+    pairs = ((z, z_needs), (da, weight_needs), (weights, weights_needs))
+    return tuple(x.new_empty(x.shape if needs else (0,)) for x, needs in pairs)
+
+
+def _hidden_grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+
+
+def _hidden_grad_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = tuple(g if needs else None for g, needs in zip(grads, ctx.settings[1:], strict=True))
+    inputs = (*ctx.saved_tensors, *ctx.settings)
+    return vjp(reference.expert_mlp_hidden_grad, inputs, wanted, ctx.needs_input_grad)
+
+
+expert_mlp_hidden_grad = define(
+    "expert_mlp_hidden_grad(Tensor da, Tensor z, Tensor weights, str activation, bool z_needs, bool weight_needs, "
+    "bool weights_needs) -> (Tensor, Tensor, Tensor)",
+    _hidden_grad_fake,
+    setup_context=_hidden_grad_setup_context,
+    backward=_hidden_grad_backward,
+    triton="expert_mlp",
+)
