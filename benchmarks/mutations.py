@@ -81,21 +81,26 @@ def run_gate(folder: Path, gate: tuple[str, ...]) -> tuple[bool, str]:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{' '.join(command)} did not run:\n{done.stdout}{done.stderr}")
-    said = re.search(r"ERROR: \w+: [\w-]+|simt: .*|error \S+ beyond the bound \S+|integers differ", done.stdout)
-    return done.returncode == 0, said.group() if said else done.stdout.splitlines()[-1]
+    said = "\n".join(re.findall(r"^E +(.*)", done.stdout, re.MULTILINE))
+    telling = re.search(r"AddressSanitizer: [\w-]+|simt: .*|error \S+ beyond the bound \S+|NaN in the result", said)
+    return done.returncode == 0, telling.group() if telling else said.split("\n")[0]
 
 
 def cell(code: str) -> str:
     return "`" + re.sub(r"\s+", " ", code).replace("|", r"\|") + "`"
 
 
+HEADER = """# Kernels broken on purpose
+
+Written by `python benchmarks/mutations.py > docs/mutations.md`: each mutation alone, in a copy of the tree; its gate
+passes before it and fails after it.
+
+| mutation | file | from | to | gate (`pytest`) | what it printed |
+|---|---|---|---|---|---|"""
+
+
 def main() -> None:
-    print(
-        f"# Kernels broken on purpose\n\nWritten by `python benchmarks/{Path(__file__).name} > docs/mutations.md`: ",
-        end="",
-    )
-    print("each mutation alone, in a copy of the tree; its gate\npasses before it and fails after it.\n")
-    print("| mutation | file | from | to | gate (`pytest`) | what it printed |\n|---|---|---|---|---|---|")
+    print(HEADER, flush=True)
     survived = False
     for m in MUTATIONS:
         with tempfile.TemporaryDirectory() as name:
