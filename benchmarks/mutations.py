@@ -43,10 +43,10 @@ MUTATIONS = [
     ),
     Mutation(
         "wrong stride",
-        "csrc/cuda/expert_batch_norm.cuh",
-        "int64_t{i % packs} * V",
-        "int64_t{i % packs}",
-        (*EMULATED, "far_from_zero and contiguous and float32"),
+        "csrc/cuda/kl_divergence.cuh",
+        "{adv + b * classes, classes}};\n  const double sum",
+        "{adv + b, classes}};\n  const double sum",
+        (*EMULATED, "kl_divergence-odd_sizes-float32"),
     ),
     Mutation(
         "missing barrier",
@@ -101,7 +101,7 @@ passes before it and fails after it.
 
 def main() -> None:
     print(HEADER, flush=True)
-    survived = False
+    survived, healthy = False, set[tuple[str, ...]]()
     for m in MUTATIONS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -109,9 +109,11 @@ def main() -> None:
             source = (folder / m.file).read_text()
             if source.count(m.old) != 1:
                 raise SystemExit(f"{m.file} must contain exactly once: {m.old}")
-            healthy, said = run_gate(folder, m.gate)
-            if not healthy:
-                raise SystemExit(f"{m.gate} fails before any mutation: {said}")
+            if m.gate not in healthy:
+                passes, said = run_gate(folder, m.gate)
+                if not passes:
+                    raise SystemExit(f"{m.gate} fails before any mutation: {said}")
+                healthy.add(m.gate)
             (folder / m.file).write_text(source.replace(m.old, m.new))
             passes, said = run_gate(folder, m.gate)
         survived |= passes

@@ -75,9 +75,10 @@ auto in_every_order(Run run) {
 // Calls f with a value of the named floating type; those that a GPU is promised.
 template <class F>
 void with_float(const std::string& dtype, F f) {
-  if (dtype == "float32") f(float{});
-  if (dtype == "bfloat16") f(__nv_bfloat16{});
-  if (dtype == "float16") f(__half{});
+  if (dtype == "float32") return f(float{});
+  if (dtype == "bfloat16") return f(__nv_bfloat16{});
+  if (dtype == "float16") return f(__half{});
+  fail("no driver takes %s", dtype.c_str());
 }
 
 }  // namespace simt
