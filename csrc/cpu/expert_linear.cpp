@@ -8,7 +8,7 @@ using torch::stable::narrow;
 using torch::stable::select;
 using torch::stable::transpose;
 
-constexpr int64_t kBlock = 128;  // rows of a block: enough for the GEMM's full speed, few enough to share among threads
+constexpr int64_t kBlock = 256;  // rows of a block: enough for the GEMM's full speed, few enough to share among threads
 
 // The rows of x that the sorted slots [begin, begin + count) read: a view, or a gathered copy.
 Tensor slot_rows(const Tensor& x, const OptionalTensor& rows, int64_t begin, int64_t count) {
@@ -26,9 +26,14 @@ Tensor expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
   const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), num_rows), kBlock);
   Tensor out = new_tensor(x, {num_rows, weight.size(1)});
   for_each_block(blocks, [&](const Block& b) {
-    Tensor target = out;
-    call_aten("aten::linear", "out", slot_rows(x, rows, b.begin, b.count), select(weight, 0, b.expert),
-              bias ? OptionalTensor(select(*bias, 0, b.expert)) : std::nullopt, narrow(target, 0, b.begin, b.count));
+    Tensor target = out, matrix = select(weight, 0, b.expert);
+    const Tensor source = slot_rows(x, rows, b.begin, b.count);
+    target = narrow(target, 0, b.begin, b.count);
+    if (bias) {
+      call_aten("aten::linear", "out", source, matrix, OptionalTensor(select(*bias, 0, b.expert)), target);
+    } else {
+      call_aten("aten::mm", "out", source, transpose(matrix, 0, 1), target);
+    }
   });
   return out;
 }
