@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := $(shell find csrc -type f)
 READY := $(VENV)/.ready
 
-.PHONY: run test lint format bench gpu-static install clean
+.PHONY: run test lint format bench gpu gpu-static install clean
 
 run: $(READY)  ## train RT-ER on the embedded digits and write a report
 	$(BIN)/rter demo --out $(RUN)
@@ -35,6 +35,12 @@ bench: $(READY)  ## speed and memory beside plain PyTorch, as ratios in one run
 
 gpu-static: $(READY)  ## every GPU kernel compiled for every architecture: registers, shared memory, spills, tensor cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_static.py
+
+# On the machine's own Python, which has a CUDA torch; builds offline, where that was not done yet.
+gpu:  ## on a machine with a GPU: all cases, compute-sanitizer, graphs, benchmarks, into benchmarks/results
+	$(PYTHON) -c "from moe_kernels import _library; assert _library.cuda_library()" 2>/dev/null || \
+	    MOE_KERNELS_CUDA=1 $(PYTHON) -m pip install -q -e . --no-build-isolation --no-deps
+	$(PYTHON) benchmarks/gpu.py
 
 install: $(READY)
 

@@ -1,6 +1,6 @@
 """Fast, memory-lean kernels for adversarially robust Mixture-of-Experts."""
 
-from moe_kernels.attacks import PGD, attack_mode
+from moe_kernels.attacks import APGD, PGD, attack_mode
 from moe_kernels.backends import build_info
 from moe_kernels.nn import (
     ExpertBatchNorm2d,
@@ -22,10 +22,12 @@ from moe_kernels.ops import (
     pgd_step_,
     topk_route,
 )
+from moe_kernels.triton_kernels.tuning import autotune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "APGD",
     "PGD",
     "ExpertBatchNorm2d",
     "ExpertConv2d",
@@ -35,6 +37,7 @@ __all__ = [
     "RobustMoE",
     "Routing",
     "attack_mode",
+    "autotune",
     "build_info",
     "combine",
     "expert_batch_norm",

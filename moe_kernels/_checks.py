@@ -37,7 +37,7 @@ def same_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     floating(other_name, other)
     same_device(name, x, other_name, other)
     floating(name, x)
-    if x.dtype != other.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != other.dtype and not autocast_is_on(x.device.type):
         raise ValueError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
 
 
@@ -72,7 +72,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     first = tensors[0]
     assert first is not None
     device = first.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_is_on(device):
         return tensors  # type: ignore[return-value]
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[misc]
+
+
+def autocast_is_on(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch raises on meta

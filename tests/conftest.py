@@ -2,9 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from rter.data import Split
+    from rter.models import RobustClassifier
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -17,3 +22,22 @@ def poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def robust_digits(tmp_path_factory: pytest.TempPathFactory) -> "tuple[RobustClassifier, Split]":
+    """Three small experts trained by PGD-AT for a few seconds, in eval mode, and the held-out images."""
+    from rter.checkpoint import load_weights
+    from rter.config import Config
+    from rter.data import load_data
+    from rter.models import build_model
+    from rter.train import train
+
+    settings = {"num_experts": 3, "width": 4, "epochs": 6, "attack_steps": 2, "eps": 0.15, "alpha_ratio": 0.6}
+    config = Config(method="pgd-at", batch_size=120, lr=2e-2, eval_every=6, held_out=120, **settings)
+    run = tmp_path_factory.mktemp("robust") / "digits"
+    train(config, run)
+    data = load_data(config.data, config.held_out, config.seed)
+    model = build_model(config, data).eval()
+    load_weights(run / "last.safetensors", model)
+    return model, data.held_out

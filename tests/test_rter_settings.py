@@ -22,9 +22,9 @@ def test_config_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "magic"}, "method must be one of standard, pgd-at, rt-er, got 'magic'"),
-        ({"data": "letters"}, "data must be one of digits, got 'letters'"),
-        ({"gate": "garden"}, "gate must be one of hard, sigmoid, softmax, straight_through, got 'garden'"),
+        ({"method": "magic"}, "method must be one of standard, pgd-at, trades, "),
+        ({"data": "letters"}, "data must be one of digits, cifar10, svhn, tiny-imagenet, image-folder, got 'letters'"),
+        ({"gate": "garden"}, "gate must be one of hard, sigmoid, softmax, soft, straight_through, got 'garden'"),
         ({"eps": -0.1}, "eps must be above 0, got -0.1"),
         ({"eps": "nan"}, "eps must be a finite number, got 'nan'"),
         ({"eps": "1/0"}, "eps must be a finite number, got '1/0'"),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_kernels._checks import inside_checkpoint
+from moe_kernels import _checks as check
 from moe_kernels.backends import is_implemented
 from moe_kernels.ops.mask_relu import mask_relu
 
@@ -52,7 +52,7 @@ class LeanMode(TorchFunctionMode):
 def _applies() -> bool:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not inside_checkpoint()
+    return not check.inside_checkpoint()
 
 
 def _only_input_needs_grad(args: Sequence[Any]) -> bool:
@@ -138,7 +138,7 @@ def _lean_convolution(
 
 
 def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not torch.is_autocast_enabled(input.device.type):  # under which torch keeps a cast copy of the weight
+    if not check.autocast_is_on(input.device.type):  # under which torch keeps a cast copy of the weight
         return NotImplemented
 
     def backward(grad: Tensor, weight: Tensor) -> Tensor:

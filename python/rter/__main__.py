@@ -1,4 +1,4 @@
-"""The command line: rter train | evaluate | report | demo | sweep."""
+"""The command line: rter train | evaluate | report | demo | sweep | data."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rter.config import Config, load_settings
+from rter.data.command import add_command as add_data_command
 from rter.errors import UserError
+from rter.methods import METHODS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="rter", description="Adversarially robust Mixture-of-Experts: train, evaluate, report.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a model into a new folder")
+    methods = "\n".join(f"  {name:13} {method.summary}" for name, method in METHODS.items())
+    train = commands.add_parser("train", help="train a model into a new folder", epilog=f"methods:\n{methods}",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder to make")
     train.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings, which the flags override")
     _add_settings(train)
@@ -62,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(sweep, without=("method", "seed"))
     _add_strength(sweep)
     sweep.set_defaults(run=_sweep)
+
+    add_data_command(commands)
     return parser
 
 
@@ -70,9 +76,15 @@ def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
     for field in dataclasses.fields(Config):
         if field.name not in without:
             choices = field.metadata["choices"]
-            text = f"{field.metadata['help']}{': ' + ', '.join(choices) if choices else ''} (default: {field.default})"
+            own = (f"; {method.defaults[field.name]} for {name}" for name, method in METHODS.items()
+                   if field.name in method.defaults)  # fmt: skip
+            default = f"(default: {field.metadata['default']}{''.join(own)})"
+            text = f"{field.metadata['help']}{': ' + ', '.join(choices) if choices else ''} {default}"
             flag = "--" + field.name.replace("_", "-")
-            parser.add_argument(flag, dest=f"set_{field.name}", metavar="VALUE", help=text)
+            kind: dict[str, Any] = (
+                {"action": "store_const", "const": True} if field.type is bool else {"metavar": "VALUE"}
+            )
+            parser.add_argument(flag, dest=f"set_{field.name}", help=text, **kind)
 
 
 def _add_strength(parser: argparse.ArgumentParser) -> None:

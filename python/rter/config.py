@@ -10,29 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from rter.data import DATASETS
+from rter.data.augment import make_augment
 from rter.errors import UserError
-from rter.methods import METHODS
+from rter.methods import FAITHFUL, METHODS
 
-GATES = ("hard", "sigmoid", "softmax", "straight_through")
+GATES = ("hard", "sigmoid", "softmax", "soft", "straight_through")
 NORMS = ("Linf", "L2", "L1")
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    return dataclasses.field(default=None, metadata={"default": default, "help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run. Raises UserError on a value that is out of range."""
+    """Settings of a run; None stands for the method's default. Raises UserError on a value that is out of range."""
 
     method: str = _setting("rt-er", "what to train", tuple(METHODS))
+    faithful: bool = _setting(False, "take the settings of RT-ER's public code: a hard gate, no clean or balance term")
     data: str = _setting("digits", "what to train on", tuple(DATASETS))
     seed: int = _setting(0, "split, initialisation, shuffling and attack starts all follow from it")
-    held_out: int = _setting(360, "images kept for evaluation")
+    held_out: int = _setting(360, "training images kept to choose the best weights by, and to test on where the data "
+                             "have no test split")  # fmt: skip
+    data_dir: str = _setting("data", "folder of the data set's files")
+    image_size: int = _setting(0, "pixels to which images in files of their own are scaled; 0: as they are")
+    augment: str = _setting("auto", "changes of training images, such as flip,translate2,cutout8 or crop4; none; auto: "
+                            "none for digits, no flip for svhn, the former otherwise")  # fmt: skip
 
     num_experts: int = _setting(4, "experts; 1 is a dense network")
     width: int = _setting(16, "channels of an expert's first layer")
-    gate: str = _setting("straight_through", "weight of the chosen expert", GATES)
+    gate: str = _setting("straight_through", "weight of the chosen expert; soft mixes all experts", GATES)
+    dual_alpha: float = _setting(0.7, "weight of the robust model in the dual one: (1 - alpha) F_S + alpha F_R")
 
     norm: str = _setting("Linf", "norm of the perturbation", NORMS)
     eps: float = _setting(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
@@ -45,27 +53,51 @@ class Config:
     weight_decay: float = _setting(0.01, "AdamW's")
     eval_every: int = _setting(5, "epochs between two measurements on the held-out images")
 
-    beta: float = _setting(2.0, "weight of RT-ER's KL term")
+    beta: float = _setting(2.0, "weight of the KL term")
     clean_weight: float = _setting(1.0, "weight of the clean cross-entropy of RT-ER's second expert")
     balance_weight: float = _setting(1.0, "weight of the router's balance loss on clean images")
-    explore: float = _setting(0.5, "part of the epochs in which an image goes at random to its first or second expert")
+    explore: float = _setting(0.5, "part of the epochs in which an image goes at random to its first or second expert; "
+                              "for nine-experts, in which the experts train independently")  # fmt: skip
+    awp_gamma: float = _setting(0.0, "relative size of AWP's perturbation of the weights, such as 0.005; 0 for none")
+    awp_warmup: int = _setting(10, "epochs before AWP begins")
+    fgsm_reach: float = _setting(1.0, "greatest radius of the nine experts' FGSM, in eps")
+    pgd_scale: float = _setting(0.2, "the nine experts' PGD takes 10 to 50 steps times this")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _convert(field, getattr(self, field.name)))
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, _convert(field, self._default(field) if value is None else value))
         for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
             self._demand(name, getattr(self, name) > 0, "above 0")
         for name in ("epochs", "batch_size", "lr", "eval_every"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "weight_decay", "beta", "clean_weight", "balance_weight"):
+        for name in ("seed", "image_size", "weight_decay", "beta", "clean_weight", "balance_weight",
+                     "awp_gamma", "awp_warmup"):  # fmt: skip
             self._demand(name, getattr(self, name) >= 0, "at least 0")
         self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
-        self._demand("explore", 0 <= self.explore <= 1, "between 0 and 1")
-        self._demand("num_experts", self.num_experts > 1 or self.method != "rt-er", "at least 2 for rt-er")
+        for name in ("explore", "dual_alpha"):
+            self._demand(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("fgsm_reach", "pgd_scale"):
+            self._demand(name, getattr(self, name) > 0, "above 0")
+        if METHODS[self.method].second_expert:
+            self._demand("num_experts", self.num_experts > 1, f"at least 2 for {self.method}")
+            self._demand("gate", self.gate != "soft", f"one that chooses an expert for {self.method}")
+        if self.method == "nine-experts":
+            self._demand("num_experts", self.num_experts == 9, "9 for nine-experts")
+            self._demand("gate", self.gate == "soft", "soft for nine-experts")
+        make_augment(self)
 
     def _demand(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+    def _default(self, field: "dataclasses.Field[Any]") -> Any:
+        own = {} if self.method is None else {**METHODS[self.method].defaults, **(FAITHFUL if self.faithful else {})}
+        return own.get(field.name, field.metadata["default"])
+
+    @property
+    def dual(self) -> bool:
+        return METHODS[self.method].dual
 
     def seed_for(self, *purpose: str | int) -> int:
         """A seed of its own for each purpose, such as ("attack", step), so that no draw depends on earlier ones."""
@@ -78,9 +110,9 @@ class Config:
 
 def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
     """The value in the field's type; text is parsed, as it comes from the command line."""
-    expected = {int: "a whole number", float: "a finite number", str: "text"}[field.type]  # type: ignore[index]
+    expected = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}[field.type]  # type: ignore[index]
     try:
-        if field.type is str and isinstance(value, str):
+        if isinstance(value, field.type) and field.type in (str, bool):  # type: ignore[arg-type]
             converted: Any = value
         elif field.type is int and not isinstance(value, (bool, float)):
             converted = int(value)

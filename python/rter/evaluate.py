@@ -60,11 +60,11 @@ def quick_accuracies(model: RobustClassifier, config: Config, images: Split) -> 
 def evaluate(run: Path, weights: str, steps: int, restarts: int) -> dict[str, Any]:
     """Measures the run's `last` or `best` weights by PGD; writes report.json and examples.safetensors."""
     config = run_config(run)
-    data = load_data(config.data, config.held_out, config.seed)
+    data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
     model = build_model(config, data)
     load_weights(run / f"{weights}.safetensors", model)
     model.eval()
-    results, adversarial = measure(model, config, data.held_out, steps, restarts)
+    results, adversarial = measure(model, config, data.test, steps, restarts)
     report = {
         "method": config.method,
         "data": config.data,
@@ -75,7 +75,8 @@ def evaluate(run: Path, weights: str, steps: int, restarts: int) -> dict[str, An
         "epochs": config.epochs,
         "train_seconds": read_lines(run / "metrics.jsonl")[-1]["seconds"],
         "weights": weights,
-        "held_out": len(data.held_out),
+        "split": "held-out" if data.official_test is None else "test",
+        "held_out": len(data.test),
         "attack": {"name": "PGD", "steps": steps, "alpha_ratio": config.alpha_ratio, "restarts": restarts},
         "torch": torch.__version__,
         **results,
@@ -164,13 +165,14 @@ def _router_logits(model: RobustClassifier, x: Tensor) -> Tensor:
 
 
 def examples(model: RobustClassifier, data: Data, adversarial: Tensor) -> dict[str, Tensor]:
-    """The first held-out image of each class, its adversarial twin, and what the model says to both."""
-    rows = torch.cat([(data.held_out.y == label).nonzero()[:1, 0] for label in range(data.num_classes)])
-    x, x_adv = data.held_out.x[rows], adversarial[rows]
+    """The first test image of each class, its adversarial twin, and what the model says to both."""
+    test = data.test
+    rows = torch.cat([(test.y == label).nonzero()[:1, 0] for label in range(data.num_classes)])
+    x, x_adv = test[rows].x, adversarial[rows]
     return {
         "x": x,
         "x_adv": x_adv,
-        "label": data.held_out.y[rows],
+        "label": test.y[rows],
         "clean": predict(model, x),
         "adversarial": predict(model, x_adv),
     }

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from rter.checkpoint import append_line, create_run, save_weights
 from rter.config import Config
-from rter.data import load_data
+from rter.data import Split, load_data
+from rter.data.augment import make_augment
 from rter.evaluate import quick_accuracies
 from rter.methods import METHODS
 from rter.methods.step import Step
@@ -21,7 +22,8 @@ from rter.models import build_model
 
 def train(config: Config, out: Path) -> None:
     """Trains a model into the folder `out`: config.json, metrics.jsonl, last.safetensors and best.safetensors."""
-    data = load_data(config.data, config.held_out, config.seed)
+    data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
+    augment = make_augment(config)
     batch_size = min(config.batch_size, len(data.train))
     steps = len(data.train) // batch_size  # per epoch
     create_run(out, config)
@@ -33,13 +35,14 @@ def train(config: Config, out: Path) -> None:
     for epoch in progress:
         started = time.perf_counter()
         model.train()
-        exploring = epoch < config.explore * config.epochs
         shuffle = torch.Generator().manual_seed(config.seed_for("shuffle", epoch))
         order = torch.randperm(len(data.train), generator=shuffle)
         records = []
         for i in range(steps):
-            step = Step(model, config, epoch * steps + i, exploring)
-            records.append(update(step, optimizer, data.train[order[i * batch_size : (i + 1) * batch_size]]))
+            step = Step(model, config, epoch * steps + i, epoch=epoch)
+            batch = data.train[order[i * batch_size : (i + 1) * batch_size]]
+            chance = torch.Generator().manual_seed(config.seed_for("augment", step.index))
+            records.append(update(step, optimizer, Split(augment(batch.x, chance), batch.y)))
             schedule.step()
         seconds += time.perf_counter() - started
         metrics = {"epoch": epoch + 1, **_means(records), "seconds": round(seconds, 3)}

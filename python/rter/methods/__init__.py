@@ -1,24 +1,20 @@
-"""Training methods. Each maps a model and a batch to the named terms whose sum is the loss."""
+"""Training methods, each a file with its formula, its loss and its METHOD."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from rter.methods import advmoe, dual, fast_at, jtdmoe, mart, nine_experts, pgd_at, rt_er, standard, trades
+from rter.methods.method import Method
+from rter.methods.rt_er import FAITHFUL
 
-from torch import Tensor
-
-from rter.methods import pgd_at, rt_er, standard
-from rter.methods.step import Step
-
-
-@dataclass(frozen=True)
-class Method:
-    """`terms(step, x, y)` gives the terms of the loss; `best_by` is the accuracy that names the best weights."""
-
-    terms: Callable[[Step, Tensor, Tensor], dict[str, Tensor]]
-    best_by: str
-
+__all__ = ["FAITHFUL", "METHODS", "Method"]
 
 METHODS = {
-    "standard": Method(standard.terms, best_by="sa"),
-    "pgd-at": Method(pgd_at.terms, best_by="ra"),
-    "rt-er": Method(rt_er.terms, best_by="ra"),
+    "standard": standard.METHOD,
+    "pgd-at": pgd_at.METHOD,
+    "trades": trades.METHOD,
+    "mart": mart.METHOD,
+    "fast-at": fast_at.METHOD,
+    "advmoe": advmoe.METHOD,
+    "rt-er": rt_er.METHOD,
+    "dual": dual.METHOD,
+    "jtdmoe": jtdmoe.METHOD,
+    "nine-experts": nine_experts.METHOD,
 }

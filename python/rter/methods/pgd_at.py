@@ -1,15 +1,19 @@
 """PGD adversarial training: L = CE(F(x1), y) + lambda balance(x), with x1 = PGD(F, x, y).
 
-Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018.
+Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018. With experts, AT-MoE.
 """
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from rter.methods.method import Loss, Method, Pass
 from rter.methods.step import Step
 
 
-def terms(step: Step, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     route = step.own_route(x)
     x1 = step.attack(step.model)(x, y, routing=route)
-    return {"adversarial": F.cross_entropy(step.model(x1, routing=route), y), "balance": step.balance(x)}
+    return lambda: {"adversarial": F.cross_entropy(step.model(x1, routing=route), y), **step.balance(x)}
+
+
+METHOD = Method(__doc__, (Pass(terms),))

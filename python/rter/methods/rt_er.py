@@ -4,6 +4,10 @@ s is the second-ranked expert of the clean x, x1 = PGD(F, x, y) attacks the whol
 expert alone; KL is the mean over the batch, and neither of its sides is detached. The paper has the first two terms.
 The KL alone is content with a constant expert, which the third forbids; the fourth keeps the router from collapse.
 
+F(x) = sum_i a_i(x) f_i(x) over the chosen expert, where a is its softmax probability with `--gate softmax` (the
+paper's), 1 with the softmax's gradient with `--gate straight_through`, and 1 without any with `--gate hard`.
+`--faithful` is the public code: the hard gate, so a router that stays as it was initialised, and the first two terms.
+
 Both attacks run as one batch of 2B rows, and the three forwards as one of 3B. An expert with BatchNorm would therefore
 take its statistics over the clean and the adversarial rows that reach it together.
 
@@ -16,21 +20,30 @@ from torch.nn import functional as F
 
 from moe_kernels import Routing
 from moe_kernels.ops import kl_divergence
+from rter.methods.method import Loss, Method, Pass
 from rter.methods.step import Step, partly_forced
 
+FAITHFUL = {"gate": "hard", "beta": 6.0, "clean_weight": 0.0, "balance_weight": 0.0, "explore": 0.0}
 
-def terms(step: Step, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+
+def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     model, config = step.model, step.config
     own = step.own_route(x)
     second = model.route(x, top_k=2).select(1)
     both = partly_forced(model, own, second)
     x1, x2 = step.attack(both)(torch.cat([x, x]), torch.cat([y, y])).chunk(2)
-
     three = partly_forced(model, own, Routing.cat([second, second]))
-    moe_adv, second_adv, second_clean = three(torch.cat([x1, x2, x])).chunk(3)
-    return {
-        "adversarial": F.cross_entropy(moe_adv, y),
-        "kl": config.beta * kl_divergence(second_clean, second_adv).mean(),
-        "clean_second": config.clean_weight * F.cross_entropy(second_clean, y),
-        "balance": step.balance(x),
-    }
+
+    def loss() -> dict[str, Tensor]:
+        moe_adv, second_adv, second_clean = three(torch.cat([x1, x2, x])).chunk(3)
+        return {
+            "adversarial": F.cross_entropy(moe_adv, y),
+            "kl": config.beta * kl_divergence(second_clean, second_adv).mean(),
+            "clean_second": config.clean_weight * F.cross_entropy(second_clean, y),
+            **step.balance(x),
+        }
+
+    return loss
+
+
+METHOD = Method(__doc__, (Pass(terms),), second_expert=True)

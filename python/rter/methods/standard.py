@@ -3,8 +3,13 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from rter.methods.method import Loss, Method, Pass
 from rter.methods.step import Step
 
 
-def terms(step: Step, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    return {"clean": F.cross_entropy(step.model(x, routing=step.own_route(x)), y), "balance": step.balance(x)}
+def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
+    route = step.own_route(x)
+    return lambda: {"clean": F.cross_entropy(step.model(x, routing=route), y), **step.balance(x)}
+
+
+METHOD = Method(__doc__, (Pass(terms),), best_by="sa")

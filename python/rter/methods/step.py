@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_kernels import Routing
 from moe_kernels.attacks import PGD
-from rter.models import RobustClassifier, View
+from rter.models import DualClassifier, RobustClassifier, View
 
 if TYPE_CHECKING:
     from rter.config import Config  # which imports the methods
@@ -23,31 +23,55 @@ class Step:
     model: RobustClassifier
     config: Config
     index: int
-    exploring: bool
+    epoch: int = field(kw_only=True)
 
-    def attack(self, model: nn.Module) -> PGD:
+    @property
+    def exploring(self) -> bool:
+        return self.epoch < self.config.explore * self.config.epochs
+
+    @property
+    def awp_gamma(self) -> float:
+        return self.config.awp_gamma if self.epoch >= self.config.awp_warmup else 0.0
+
+    @property
+    def dual(self) -> DualClassifier:
+        assert isinstance(self.model, DualClassifier)
+        return self.model
+
+    def attack(
+        self, model: nn.Module, *, eps: float | Tensor | None = None, steps: int | None = None, **options: Any
+    ) -> PGD:
         """The training attack: its last iterate, as in the papers, which also spares a forward."""
-        config = self.config
-        return make_attack(model, config, config.eps, config.attack_steps, "attack", self.index, best_iterate=False)
+        eps = self.config.eps if eps is None else eps
+        steps = self.config.attack_steps if steps is None else steps
+        return make_attack(model, self.config, eps, steps, "attack", self.index, best_iterate=False, **options)
 
     def own_route(self, x: Tensor) -> Routing | None:
         """While exploring, each image's first or second expert at random; afterwards None: the model routes."""
-        if not self.exploring or self.model.num_experts == 1:
+        if not self.exploring or self.model.num_experts == 1 or self.config.gate == "soft":
             return None
         generator = torch.Generator().manual_seed(self.config.seed_for("explore", self.index))
         rank = torch.randint(2, (len(x),), generator=generator)
         return self.model.route(x, top_k=2).select(rank)
 
-    def balance(self, x: Tensor) -> Tensor:
-        return self.config.balance_weight * self.model.route(x).balance_loss()
+    def balance(self, x: Tensor) -> dict[str, Tensor]:
+        """The balance loss; nothing where its weight is 0, so that it does not give the router a gradient of zeros."""
+        weight = self.config.balance_weight
+        return {"balance": weight * self.model.route(x).balance_loss()} if weight else {}
 
 
 def make_attack(
-    model: nn.Module, config: Config, eps: float, steps: int, *purpose: str | int, best_iterate: bool = True
+    model: nn.Module,
+    config: Config,
+    eps: float | Tensor,
+    steps: int,
+    *purpose: str | int,
+    alpha_ratio: float | None = None,
+    **options: Any,
 ) -> PGD:
-    """PGD on the cross-entropy, its random start drawn for `purpose` alone."""
-    alpha, seed = config.alpha_ratio * eps, config.seed_for(*purpose)
-    return PGD(model, eps, alpha, steps, norm=config.norm, seed=seed, best_iterate=best_iterate)
+    """PGD, on the cross-entropy unless `options` say otherwise; its random start is drawn for `purpose` alone."""
+    alpha = (config.alpha_ratio if alpha_ratio is None else alpha_ratio) * eps
+    return PGD(model, eps, alpha, steps, norm=config.norm, seed=config.seed_for(*purpose), **options)
 
 
 def partly_forced(model: RobustClassifier, own: Routing | None, forced: Routing) -> View:

@@ -43,6 +43,35 @@ class RobustClassifier(nn.Module):
         return self.moe(self.normalize(x), routing=routing)
 
 
+class DualClassifier(RobustClassifier):
+    """F_D = (1 - alpha) F_S + alpha F_R on logits: a robust classifier with a standard one beside it.
+
+    Experts and routes are the robust one's; the standard one always routes by itself.
+
+    Args:
+        standard: F_S.
+        robust: F_R, whose parts this model takes over.
+        alpha: weight of F_R, in [0, 1]; may be set at any time.
+
+    Source: Zhang et al., ICML 2025.
+    """
+
+    def __init__(self, standard: RobustClassifier, robust: RobustClassifier, alpha: float) -> None:
+        super().__init__(robust.normalize, robust.moe)
+        self.standard = standard
+        self.alpha = alpha
+
+    @property
+    def robust(self) -> RobustClassifier:
+        return RobustClassifier(self.normalize, self.moe)
+
+    def mix(self, standard: Tensor, robust: Tensor) -> Tensor:
+        return (1 - self.alpha) * standard + self.alpha * robust
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        return self.mix(self.standard(x), super().forward(x, routing))
+
+
 class View(nn.Module):
     """A function of the model's output or route, as a module that an attack can take."""
 

@@ -1,0 +1,223 @@
+"""What gradient attacks share: their checks, the start in the ball, the gradient, and the best candidate so far."""
+
+import math
+import warnings
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_kernels import _checks as check
+from moe_kernels.attacks.attack_mode import attack_mode
+from moe_kernels.attacks.losses import Loss
+from moe_kernels.ops.pgd_step_ import pgd_step_
+
+
+class Attack:
+    """Base of `PGD` and `APGD`, which say how the iterates move (`_attack`).
+
+    Attributes:
+        nan_gradients, zero_gradients: how many gradients of single samples, in the last call, held a NaN, and were zero
+            everywhere.
+    """
+
+    targeted = False
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        eps: float | str | Tensor,
+        steps: int,
+        norm: str,
+        random_start: bool,
+        restarts: int,
+        bounds: tuple[float, float],
+        seed: int | None,
+    ) -> None:
+        check_count("steps", steps, 0)
+        check_count("restarts", restarts, 1)
+        if restarts > 1 and not random_start:
+            raise ValueError(f"restarts must be 1 without random_start, since all would be equal, got {restarts}")
+        if not bounds[0] < bounds[1]:
+            raise ValueError(f"bounds must be (low, high) with low < high, got {bounds!r}")
+        self.model = model
+        self.eps = magnitude("eps", eps)
+        self.steps = steps
+        self.norm = norm
+        self.random_start = random_start
+        self.restarts = restarts
+        self.bounds = bounds
+        self.seed = seed
+        self._counts = torch.zeros(3, dtype=torch.int64)
+        if norm == "Linf" and not isinstance(self.eps, Tensor):
+            if self.eps > bounds[1] - bounds[0]:
+                warnings.warn(f"eps={self.eps} is wider than bounds {bounds}; is 8/255 meant by 8?", stacklevel=3)
+            if self.eps == 0.031:
+                warnings.warn("eps=0.031 is not 8/255 = 0.03137..., which published results use", stacklevel=3)
+
+    @property
+    def nan_gradients(self) -> int:
+        return int(self._counts[0])
+
+    @property
+    def zero_gradients(self) -> int:
+        return int(self._counts[1])
+
+    def __call__(self, x: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+        """Attacks a batch.
+
+        Args:
+            x: float32 or float64 [B, ...] within bounds. 16-bit images are refused, since an eps ball is finer than
+                they are; run the model under autocast instead, which the attack follows.
+            y: integer [B], true classes, or target classes if targeted.
+            kwargs: passed on to the model, e.g. routing=... to attack under a forced route.
+
+        Returns:
+            x_adv, detached, with the dtype, shape and memory format of x; x itself if the batch is empty.
+
+        Raises:
+            ValueError: if x, y, a magnitude, the logits or the losses do not match, or if the logits do not depend on
+                x through differentiable operations.
+        """
+        _check_shapes(x, y, **self._magnitudes())
+        with torch.inference_mode(False):
+            self._counts = torch.zeros(3, dtype=torch.int64, device=x.device)  # with a NaN, zero, all
+        if x.numel() == 0:
+            return x.detach()
+        _check_values(x, y, self.bounds)
+        self._least_classes = int(y.max()) + 1
+        with torch.inference_mode(False), torch.enable_grad(), attack_mode(self.model):
+            x_adv = self._attack(x.detach(), y.to(torch.int64, copy=True), kwargs)
+        if self.nan_gradients:
+            message = f"{self.nan_gradients} of {int(self._counts[2])} gradients held a NaN"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return x_adv
+
+    def _magnitudes(self) -> dict[str, float | Tensor]:
+        return {"eps": self.eps}
+
+    def _attack(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+    def _generator(self, x: Tensor) -> torch.Generator:
+        generator = torch.Generator(x.device)
+        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
+        return generator
+
+    def _logits(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        logits = self.model(x, **kwargs)
+        _check_logits(logits, len(x), self._least_classes)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _evaluate(self, x: Tensor, y: Tensor, loss: Loss, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The objective to ascend and whether the attack has succeeded, both [B]."""
+        logits = self._logits(x, kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            losses = loss(logits, y)
+        if losses.shape != y.shape:
+            raise ValueError(f"loss must return one value per sample, [{len(y)}], got {list(losses.shape)}")
+        return (-losses if self.targeted else losses), (logits.argmax(1) == y) == self.targeted
+
+    def _gradient(self, objective: Tensor, leaf: Tensor) -> Tensor:
+        grad = torch.autograd.grad(objective.sum(), [leaf], allow_unused=True)[0] if objective.requires_grad else None
+        if grad is None:
+            raise ValueError("model must return logits that depend on x through differentiable operations, got none")
+        largest = torch.linalg.vector_norm(grad.reshape(len(grad), -1), torch.inf, dim=1)  # NaN where there is one
+        self._counts[:2] += torch.stack([largest.isnan().sum(), (largest == 0).sum()])
+        self._counts[2] += len(grad)
+        return grad
+
+    def _uniform_start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
+        return self._projected(x + per_sample(eps, x) * _uniform_in_unit_ball(x, self.norm, generator), x, eps)
+
+    def _projected(self, candidate: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+        """The candidate, overwritten, in the ball and within the bounds."""
+        return pgd_step_(candidate, torch.zeros_like(x), x, eps, 0.0, self.norm, self.bounds)
+
+
+class Best:
+    """Per sample the strongest candidate offered: a success before a failure, then the greater objective."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x.clone()
+        self.objective = x.new_full((len(x),), -math.inf)
+        self.success = torch.zeros_like(self.objective, dtype=torch.bool)
+
+    def offer(self, x: Tensor, objective: Tensor, success: Tensor) -> None:
+        greater = (success == self.success) & (objective > self.objective)  # a NaN objective never is
+        better = greater | (success & ~self.success)
+        torch.where(per_sample(better, x), x, self.x, out=self.x)
+        number = objective.nan_to_num(-math.inf, math.inf, -math.inf).to(self.objective.dtype)
+        torch.where(better, number, self.objective, out=self.objective)
+        self.success |= success
+
+
+def per_sample(value: Tensor, x: Tensor) -> Tensor:
+    """[B] shaped to broadcast against x [B, ...]."""
+    return value.view(-1, *[1] * (x.ndim - 1))
+
+
+def _uniform_in_unit_ball(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
+    """One point per sample, in the shape of x [B, ...].
+
+    For p = 1, 2: g / (sum |g|^p + z)^(1/p), where g has a density proportional to exp(-|g|^p) and z ~ Exp(1) (Barthe,
+    Guedon, Mendelson and Naor, "A probabilistic approach to the geometry of the l_p^n-ball", 2005, theorem 1).
+    """
+    if norm == "Linf":
+        return torch.empty_like(x).uniform_(-1, 1, generator=generator)
+    z = x.new_empty(len(x)).exponential_(generator=generator)
+    if norm == "L2":
+        g = torch.empty_like(x).normal_(0, math.sqrt(0.5), generator=generator)
+        return g / per_sample((g.square().reshape(len(x), -1).sum(1) + z).sqrt(), x)
+    g = torch.empty_like(x).exponential_(generator=generator) - torch.empty_like(x).exponential_(generator=generator)
+    return g / per_sample(g.abs().reshape(len(x), -1).sum(1) + z, x)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def magnitude(name: str, value: float | str | Tensor) -> float | Tensor:
+    try:
+        number = float(Fraction(value)) if isinstance(value, str) else value
+        valid = bool(torch.as_tensor(number).isfinite().all() and (torch.as_tensor(number) >= 0).all())
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{name} must be finite and >= 0: a number, a fraction '8/255' or a tensor [B], got {value!r}")
+    return number
+
+
+def _check_shapes(x: Tensor, y: Tensor, **magnitudes: float | Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x must be float32 or float64, got {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError("x must be [B, ...], got a scalar")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.shape != x.shape[:1]:
+        raise ValueError(f"y must be integer class labels [B], here [{len(x)}], got {y.dtype} {list(y.shape)}")
+    check.same_device("y", y, "x", x)
+    for name, value in magnitudes.items():
+        if isinstance(value, Tensor):
+            check.shape(name, value, (len(x),), "a number or [B]")
+
+
+def _check_values(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
+    least, greatest = x.aminmax()
+    if least.isnan():
+        raise ValueError("x must hold no NaN, got one")
+    if least < bounds[0] or greatest > bounds[1]:
+        raise ValueError(f"x must lie within bounds {bounds}, got min {least:.6g} and max {greatest:.6g}")
+    if y.min() < 0:
+        raise ValueError(f"y must be class labels >= 0, got {int(y.min())}")
+
+
+def _check_logits(logits: Tensor, batch: int, least_classes: int) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch:
+        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model must return logits [B, C] with B = {batch}, got {came}")
+    check.floating("logits", logits)
+    if logits.shape[1] < least_classes:
+        raise ValueError(f"y must be less than the {logits.shape[1]} classes of the logits, got {least_classes - 1}")

@@ -1,0 +1,89 @@
+"""Random changes of a batch of images in [0, 1], each image's own, drawn from a generator alone.
+
+flip         left to right, every second image
+translateN   by up to N pixels in each direction, black behind; cropN, a crop after padding by N, is the same
+cutoutN      a black square of N pixels
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rter.errors import UserError
+
+if TYPE_CHECKING:
+    from rter.config import Config  # which imports the data sets
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+# what `auto` stands for; flip, translate and cutout are those of the RT-ER paper on CIFAR-10
+AUTO = {"digits": "none", "svhn": "translate2,cutout8"}
+PAPER = "flip,translate2,cutout8"
+
+
+def flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrors each image [n, C, H, W] with probability 1/2."""
+    return torch.where(_draw(2, x, generator)[:, None, None, None] == 1, x.flip(-1), x)
+
+
+def translate(x: Tensor, generator: torch.Generator, pixels: int) -> Tensor:
+    """Shifts each image by up to `pixels` in each direction."""
+    n, C, H, W = x.shape
+    rows = _draw(2 * pixels + 1, x, generator)[:, None] + torch.arange(H, device=x.device)  # [n, H]
+    columns = _draw(2 * pixels + 1, x, generator)[:, None] + torch.arange(W, device=x.device)  # [n, W]
+    padded = F.pad(x, [pixels] * 4)
+    tall = padded.gather(2, rows[:, None, :, None].expand(n, C, H, padded.shape[3]))
+    return tall.gather(3, columns[:, None, None, :].expand(n, C, H, W))
+
+
+def cutout(x: Tensor, generator: torch.Generator, pixels: int) -> Tensor:
+    """Blackens a square of `pixels`, wholly inside each image."""
+    outside = []
+    for size in x.shape[2:]:
+        first = _draw(max(size - pixels, 0) + 1, x, generator)[:, None]
+        at = torch.arange(size, device=x.device)
+        outside.append((at < first) | (at >= first + pixels))
+    return x * (outside[0][:, None, :, None] | outside[1][:, None, None, :])
+
+
+def _draw(high: int, x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(high, (len(x),), generator=generator, device=generator.device).to(x.device)
+
+
+def parse(text: str) -> Sequence[Augment]:
+    """The changes that a setting such as "flip,translate2,cutout8" names; "none" names none.
+
+    Raises:
+        UserError: for an unknown name or a size that is missing.
+    """
+    sized = {"translate": translate, "crop": translate, "cutout": cutout}
+    changes: list[Augment] = []
+    for name in text.split(",") if text != "none" else ():
+        match = re.fullmatch(r"(translate|crop|cutout)([1-9][0-9]*)", name)
+        if match:
+            changes.append(functools.partial(sized[match[1]], pixels=int(match[2])))
+        elif name == "flip":
+            changes.append(flip)
+        else:
+            known = "auto, none, or flip, translateN, cropN and cutoutN with commas between"
+            raise UserError(f"augment must be {known}, got {text!r}")
+    return changes
+
+
+def make_augment(config: Config) -> Augment:
+    """augment(x [n, C, H, W], generator): the changes of the setting `augment`, one after the other."""
+    changes = parse(AUTO.get(config.data, PAPER) if config.augment == "auto" else config.augment)
+
+    def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+        for change in changes:
+            x = change(x, generator)
+        return x
+
+    return augment

@@ -1,0 +1,30 @@
+"""`rter data fetch NAME` and `rter data make-cifar-digits`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rter.data.cifar10 import make_digits
+from rter.data.fetch import ARCHIVES, fetch
+
+
+def add_command(commands: Any) -> None:
+    """Adds `data` to the subparsers of the command line."""
+    data = commands.add_parser("data", help="fetch a data set")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    fetching = actions.add_parser("fetch", help="download, check and unpack a data set; goes on where it stopped")
+    fetching.add_argument("name", choices=tuple(ARCHIVES), metavar="NAME", help=", ".join(ARCHIVES))
+    fetching.set_defaults(run=_fetch)
+    making = actions.add_parser("make-cifar-digits", help="write the digits, 3x32x32, in CIFAR-10's binary format")
+    making.set_defaults(run=_make_digits)
+    for parser in (fetching, making):
+        parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="default: data")
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    for archive in ARCHIVES[args.name]:
+        print(f"ready: {fetch(archive, args.data_dir)}")
+
+
+def _make_digits(args: argparse.Namespace) -> None:
+    print(f"written: {make_digits(args.data_dir)}; next: rter train --data cifar10 --data-dir {args.data_dir}")

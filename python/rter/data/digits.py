@@ -1,0 +1,16 @@
+"""1,797 real scans of handwritten digits, 8x8 in 17 grey levels, that come with scikit-learn."""
+
+import functools
+
+import torch
+
+from rter.data.split import Source, Split
+
+
+@functools.cache
+def load() -> Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
+    return Source(Split(pixels, torch.from_numpy(digits.target).long(), levels=16), None, 10)

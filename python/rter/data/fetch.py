@@ -1,0 +1,186 @@
+"""Downloads a data set: resumes what is there, checks the checksum, then unpacks."""
+
+import hashlib
+import http.client
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from tqdm import tqdm
+
+from rter.errors import UserError
+
+CHUNK = 1 << 18
+TRIES = 5  # downloads that make no headway before giving up
+TIMEOUT = 30  # seconds
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file to download. `unpacked` is the folder inside it, or None for a file that is used as it is."""
+
+    url: str
+    md5: str
+    unpacked: str | None = None
+
+    @property
+    def file(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+
+CIFAR = "https://www.cs.toronto.edu/~kriz"
+SVHN = "http://ufldl.stanford.edu/housenumbers"
+ARCHIVES = {
+    "cifar10": [Archive(f"{CIFAR}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", "cifar-10-batches-bin")],
+    "cifar10-python": [
+        Archive(f"{CIFAR}/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py")
+    ],
+    "svhn": [
+        Archive(f"{SVHN}/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
+        Archive(f"{SVHN}/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
+    ],
+    "tiny-imagenet": [
+        Archive(
+            "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", "tiny-imagenet-200"
+        )
+    ],
+}
+
+
+def fetch(archive: Archive, folder: Path) -> Path:
+    """Brings the archive into the folder and unpacks it; what is there already is not fetched again.
+
+    Raises:
+        UserError: without a network, saying which file to put where; for a wrong checksum; for an unsafe archive.
+    """
+    file = folder / archive.file
+    result = folder / archive.unpacked if archive.unpacked else file
+    if archive.unpacked and result.is_dir():
+        return result
+    folder.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        unfinished = file.with_name(f"{file.name}.part")
+        _download(archive, unfinished)
+        _check(archive, unfinished)
+        unfinished.replace(file)
+    else:
+        _check(archive, file)
+    if archive.unpacked:
+        unpack(file, folder, archive.unpacked)
+    return result
+
+
+def _download(archive: Archive, path: Path) -> None:
+    """Goes on behind the bytes in `path`, as often as the connection drops while there is headway."""
+    tries = 0
+    while tries < TRIES:
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            if _receive(archive, path):
+                return
+        except urllib.error.HTTPError as error:
+            raise _unreachable(archive, path, error) from None
+        except (OSError, http.client.HTTPException) as error:
+            if not path.exists():
+                raise _unreachable(archive, path, error) from None
+        tries = 0 if path.stat().st_size > before else tries + 1
+    raise UserError(
+        f"the connection to {archive.url} dropped at byte {path.stat().st_size}; run this again to go on there"
+    )
+
+
+def _receive(archive: Archive, path: Path) -> bool:
+    """One request; whether it brought the rest of the file."""
+    start = path.stat().st_size if path.exists() else 0
+    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # nothing is left: the checksum decides
+            return True
+        raise
+    with answer:
+        if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
+            start = 0
+        length = answer.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        with (
+            path.open("ab" if start else "wb") as file,
+            tqdm(desc=archive.file, total=total, initial=start, unit="B", unit_scale=True, disable=None) as progress,
+        ):
+            while chunk := answer.read(CHUNK):
+                file.write(chunk)
+                progress.update(len(chunk))
+    return total is None or path.stat().st_size == total
+
+
+def _unreachable(archive: Archive, path: Path, error: Exception) -> UserError:
+    target = path.with_name(archive.file)
+    return UserError(
+        f"cannot fetch {archive.url} ({error}): bring the file, md5 {archive.md5}, to {target} by other means "
+        "and run this again, which checks and unpacks it"
+    )
+
+
+def _check(archive: Archive, path: Path) -> None:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest() != archive.md5:
+        size = path.stat().st_size
+        raise UserError(f"{path} ({size} bytes) has md5 {digest.hexdigest()}, expected {archive.md5}: remove it")
+
+
+def unpack(file: Path, folder: Path, name: str) -> None:
+    """Unpacks the regular files below `name` in a tar or zip file; folder/name appears whole or not at all.
+
+    Raises:
+        UserError: if the archive is damaged or has a path that leads out of its folder, or a link.
+    """
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder) as place:
+        try:
+            with _members(file) as members:
+                for path, content in members:
+                    target = _inside(file, Path(place), path)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with content, target.open("wb") as out:
+                        shutil.copyfileobj(content, out)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+            raise UserError(f"{file} is damaged: {error}") from None
+        if not (Path(place) / name).is_dir():
+            raise UserError(f"{file} must hold a folder {name}")
+        (Path(place) / name).replace(folder / name)
+
+
+@contextmanager
+def _members(file: Path) -> Iterator[Iterator[tuple[str, IO[bytes]]]]:
+    """Path and content of each file in the archive."""
+    if file.suffix == ".zip":
+        with zipfile.ZipFile(file) as archive:
+            yield ((info.filename, archive.open(info)) for info in archive.infolist() if not info.is_dir())
+    else:
+        with tarfile.open(file) as tar:
+            yield ((info.name, _tar_content(file, tar, info)) for info in tar if not info.isdir())
+
+
+def _tar_content(file: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    content = tar.extractfile(info) if info.isreg() else None
+    if content is None:
+        raise UserError(f"{file} is refused: {info.name} is a link or a device")
+    return content
+
+
+def _inside(file: Path, place: Path, name: str) -> Path:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise UserError(f"{file} is refused: {name} leads out of its folder")
+    return place / path

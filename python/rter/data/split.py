@@ -1,0 +1,58 @@
+"""Images as they are kept, bytes, and as they are used, floats in [0, 1]."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and their labels.
+
+    Args:
+        pixels: [n, C, H, W], uint8 levels, or floats that are images in [0, 1] already.
+        y: labels [n], int64.
+        levels: the level that stands for 1.
+    """
+
+    pixels: Tensor
+    y: Tensor
+    levels: int = 255
+
+    @property
+    def x(self) -> Tensor:
+        """Images [n, C, H, W] in [0, 1], converted anew at each use: take a batch first."""
+        return self.pixels if self.pixels.is_floating_point() else self.pixels.float() / self.levels
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Split":
+        return Split(self.pixels[rows], self.y[rows], self.levels)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a format holds: training images and, where it has one, its official test split."""
+
+    train: Split
+    test: Split | None
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run works on. `held_out` is drawn from the training images, to choose the best weights by.
+
+    `official_test` is the format's own test split; where there is none, the held-out images serve as the test.
+    """
+
+    train: Split
+    held_out: Split
+    num_classes: int
+    official_test: Split | None = None
+
+    @property
+    def test(self) -> Split:
+        """The images of the final evaluation."""
+        return self.held_out if self.official_test is None else self.official_test

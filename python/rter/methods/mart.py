@@ -1,0 +1,35 @@
+"""MART: L = CE(F(x1), y) - log(1.0001 - max_{k != y} p1_k) + beta (1 - p_y) KL(F(x) || F(x1)) + lambda balance(x).
+
+p = softmax F(x), p1 = softmax F(x1), x1 = PGD(F, x, y); all terms are means over the batch. What the clean image is not
+yet recognised by weighs the KL.
+
+Source: Wang et al., Improving Adversarial Robustness Requires Revisiting Misclassified Examples, ICLR 2020.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_kernels.ops import kl_divergence
+from rter.methods.method import Loss, Method, Pass
+from rter.methods.step import Step
+
+
+def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
+    route = step.own_route(x)
+    x1 = step.attack(step.model)(x, y, routing=route)
+
+    def loss() -> dict[str, Tensor]:
+        clean, adversarial = step.model(x, routing=route), step.model(x1, routing=route)
+        strongest_other = adversarial.softmax(-1).scatter(1, y[:, None], 0).amax(1)
+        p_y = clean.softmax(-1).gather(1, y[:, None])[:, 0]
+        return {
+            "adversarial": F.cross_entropy(adversarial, y),
+            "margin": -(1.0001 - strongest_other).log().mean(),
+            "kl": step.config.beta * (kl_divergence(clean, adversarial) * (1 - p_y)).mean(),
+            **step.balance(x),
+        }
+
+    return loss
+
+
+METHOD = Method(__doc__, (Pass(terms),), defaults={"beta": 5.0})
