@@ -36,6 +36,7 @@ def sweep(
     rows: Mapping[str, dict[str, Any]],
     steps: int,
     restarts: int,
+    suite: str,
 ) -> Path:
     """Trains and evaluates each row with each seed in a folder of its own; returns the path of the Markdown table.
 
@@ -48,7 +49,7 @@ def sweep(
 
     def finish(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
         configs = [Config(**(settings | row | {"seed": seed})) for seed in seeds]
-        return [_finish(out / f"{name.replace(' ', '-')}-{c.seed}", c, steps, restarts) for c in configs]
+        return [_finish(out / f"{name.replace(' ', '-')}-{c.seed}", c, steps, restarts, suite) for c in configs]
 
     reports = {name: finish(name, row) for name, row in rows.items()}
     for name in EQUAL_TIME:
@@ -65,14 +66,15 @@ def sweep(
     return file.with_suffix(".md")
 
 
-def _finish(run: Path, config: Config, steps: int, restarts: int) -> dict[str, Any]:
+def _finish(run: Path, config: Config, steps: int, restarts: int, suite: str) -> dict[str, Any]:
     if (run / "report.json").exists():
         report = read_report(run)
-        if run_config(run) != config or (report["attack"]["steps"], report["attack"]["restarts"]) != (steps, restarts):
+        attack = report["attack"]["steps"], report["attack"]["restarts"], report["suite"]
+        if run_config(run) != config or attack != (steps, restarts, suite):
             raise UserError(f"--out holds {run} with other settings: give another folder, or remove it first")
         return report
     train(config, run)
-    return evaluate(run, "last", steps, restarts)
+    return evaluate(run, "last", steps, restarts, suite)
 
 
 def _seconds(reports: Sequence[dict[str, Any]]) -> float:
