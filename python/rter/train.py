@@ -18,6 +18,7 @@ from rter.methods import METHODS
 from rter.methods.step import Step
 from rter.methods.update import update
 from rter.models import build_model
+from rter.models.initial import load_initial
 
 
 def train(config: Config, out: Path) -> None:
@@ -26,8 +27,10 @@ def train(config: Config, out: Path) -> None:
     augment = make_augment(config)
     batch_size = min(config.batch_size, len(data.train))
     steps = len(data.train) // batch_size  # per epoch
-    create_run(out, config)
     model = build_model(config, data)
+    if config.init:
+        load_initial(model, Path(config.init))
+    create_run(out, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.epochs * steps)
     best_by, best, seconds = METHODS[config.method].best_by, -1.0, 0.0
