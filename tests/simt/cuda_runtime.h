@@ -133,18 +133,19 @@ inline bool release_warp(int t) {
   const Thread& first = block.threads[t];
   if (first.state != State::kWarp) return false;
   const int base = t / kWarp * kWarp;
-  std::vector<Thread*> lanes;
+  Thread* lanes[kWarp];
+  int count = 0;
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(first.mask >> lane & 1)) continue;
     if (base + lane >= static_cast<int>(block.threads.size())) fail("line %d: no lane %d here", first.line, lane);
     Thread& other = block.threads[base + lane];
     if (other.state == State::kDone) fail("line %d: lane %d of the mask has returned", first.line, lane);
     if (other.state != State::kWarp || other.line != first.line || other.mask != first.mask) return false;
-    lanes.push_back(&other);
+    lanes[count++] = &other;
   }
-  for (Thread* lane : lanes) {
-    for (const Thread* from : lanes) lane->got[(from - &block.threads[base])] = from->given;
-    lane->state = State::kReady;
+  for (int i = 0; i < count; ++i) {
+    for (int j = 0; j < count; ++j) lanes[i]->got[lanes[j] - &block.threads[base]] = lanes[j]->given;
+    lanes[i]->state = State::kReady;
   }
   return true;
 }
@@ -183,7 +184,7 @@ inline void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, std::function
   gridDim = grid;
   blockDim = threads;
   block.kernel = std::move(kernel);
-  block.threads = std::vector<Thread>(threads.x * threads.y * threads.z);
+  block.threads.resize(threads.x * threads.y * threads.z);
   std::mt19937 shuffle(order);
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
