@@ -36,7 +36,10 @@ PARTS: dict[str, Callable[[Device, Report, str | None, int], None]] = {
     "syncs": gpu_checks.syncs,
     "compilation": gpu_checks.compilation,
     "speed": gpu_speed.speed,
+    "tuned": gpu_speed.tuned,
 }
+CORRECTNESS = ("cases", "tests", "graphs", "syncs", "compilation")
+LIMIT = 400  # seconds: with the build, eight minutes
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def correctness(device: Device) -> Iterator[Job]:
         yield Job("cases", 150, shard=shard)
     for tool in device.sanitizers:
         yield Job("cases", 200, tool=tool)
-    for part in ("tests", "graphs", "syncs", "compilation"):
+    for part in CORRECTNESS[1:]:
         yield Job(part, 150)
 
 
@@ -73,13 +76,14 @@ def work(job: Job, device: Device, path: Path) -> None:
         PARTS[job.part](device, report, job.tool, job.shard)
 
 
-def run(job: Job, device: Device, folder: Path) -> list[dict[str, Any]]:
-    """The report of a job, wherever it ended."""
+def run(job: Job, device: Device, folder: Path, deadline: float) -> list[dict[str, Any]]:
+    """The report of a job, wherever it ended: at the latest at the deadline."""
     path = folder / f"{job}.jsonl".replace(" ", "-")
     start = time.perf_counter()
-    error = device.run(job.command(path), job.tool, job.seconds, partial(work, job, device, path))
+    seconds = min(job.seconds, deadline - start)
+    error = device.run(job.command(path), job.tool, seconds, partial(work, job, device, path))
     report = Report(path)
-    kind = "time" if job.part == "speed" else "check"
+    kind = "check" if job.part in CORRECTNESS else "time"
     report.add(kind=kind, name=str(job), ok=not error, seconds=round(time.perf_counter() - start, 1), error=error)
     entries = report.entries()
     failed = sum(not e["ok"] for e in entries if "ok" in e)
@@ -117,6 +121,7 @@ def summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
         "versions": versions(),
         "checks": {"passed": sum(e["ok"] for e in checks), "failed": [e for e in checks if not e["ok"]]},
         "not_measured": [e for e in entries if e["kind"] == "time" and not e["ok"]],
+        "tiles": [{k: v for k, v in e.items() if k != "kind"} for e in entries if e["kind"] == "tile"],
         "speed": [{k: v for k, v in e.items() if k != "kind"} for e in entries if e["kind"] == "speed"],
     }
 
@@ -137,11 +142,12 @@ def perform(device: Device, results_folder: Path) -> int:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(16) as pool:
         folder = Path(name)
-        jobs = [*correctness(device), Job("speed", 180)]
+        jobs = list(correctness(device))
         if device.dry:
             print(*("On a GPU: " + " ".join(job.command(Path("REPORT"))) for job in correctness(Gpu())), sep="\n")
-        reports = list(pool.map(partial(run, device=device, folder=folder), jobs[:-1]))
-        reports.append(run(jobs[-1], device, folder))
+        work_off = partial(run, device=device, folder=folder, deadline=start + LIMIT)
+        reports = list(pool.map(work_off, jobs))
+        reports += [work_off(job) for job in (Job("speed", 180), Job("tuned", 120))]
         shown = "\n".join(e["error"] for report in reports for e in report if e.get("error"))
     results = summary([entry for report in reports for entry in report])
     results["seconds"] = round(time.perf_counter() - start, 1)

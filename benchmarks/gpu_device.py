@@ -1,6 +1,7 @@
 """Where `make gpu` runs: on a GPU, or rehearsed on the CPU by the nearest thing that one has."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,12 @@ def first_cases() -> list[testing.Case]:
     return list({c.op: c for c in reversed(testing.CASES) if "no_rows" not in c.name}.values())
 
 
+def cuda_operators() -> frozenset[str]:
+    """The operators with cases that CUDA C++ computes."""
+    registered = {op for path in ROOT.glob("csrc/cuda/*.cu") for op in re.findall(r'impl\("(\w+)"', path.read_text())}
+    return frozenset(c.op for c in testing.CASES if {c.op, f"{c.op}_forward"} & registered)
+
+
 class Gpu:
     """A CUDA device. Every job has a process of its own, so that a fault or a hang ends that job alone."""
 
@@ -40,7 +47,7 @@ class Gpu:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     compiler = "inductor"
     cases = testing.CASES
-    sanitized = tuple(op for op in {c.op for c in testing.CASES} if op not in _library.TRITON)  # CUDA C++
+    sanitized = cuda_operators()
     pytest_options: tuple[str, ...] = ()
     shapes: Shapes = TARGETS
     layer = (64, 128, 8, 512)  # width, hidden, experts, rows of the layer that is captured
@@ -121,7 +128,7 @@ class Rehearsal:
     dtypes = (torch.float32,)
     compiler = "aot_eager"
     cases = first_cases()
-    sanitized = ("group_by_expert",)  # compiling each other one for the emulation takes seconds too
+    sanitized = frozenset({"group_by_expert"})  # compiling each other one for the emulation takes seconds too
     pytest_options = ("-k", "test_hidden_grad and relu2 and float32")
     shapes = Shapes(
         linear=(Linear(32, 16, 16, 2),),

@@ -18,6 +18,7 @@ from moe_kernels import (
     ExpertResNet18,
     RobustMoE,
     Routing,
+    autotune,
     combine,
     group_by_expert,
     kl_divergence,
@@ -26,6 +27,7 @@ from moe_kernels import (
     topk_route,
 )
 from moe_kernels.testing import as_tuple, to_double
+from moe_kernels.triton_kernels import tuning
 
 ops = torch.ops.moe_kernels
 aten = torch.ops.aten
@@ -33,10 +35,10 @@ MAX_RELATIVE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 class Contest:
-    """Times kernels on one device into one report."""
+    """Times kernels on one device into one report, their names after `prefix`."""
 
-    def __init__(self, device: Device, report: Report) -> None:
-        self.device, self.report = device, report
+    def __init__(self, device: Device, report: Report, prefix: str = "") -> None:
+        self.device, self.report, self.prefix = device, report, prefix
 
     def __call__(
         self,
@@ -47,7 +49,8 @@ class Contest:
         budget: int = 100,
     ) -> None:
         """Our time beside the floor and the others' times; nothing where the result is not the exact one."""
-        name = f"{work.kernel}, {work.shape}"
+        kernel = self.prefix + work.kernel
+        name = f"{kernel}, {work.shape}"
         if exact is not None and not self.report.check(f"right: {name}", lambda: check_result(ours(), exact())):
             return
         times: dict[str, float] = {}
@@ -57,7 +60,7 @@ class Contest:
             seconds = times["ours"] / 1e3
             self.report.add(
                 kind="speed",
-                kernel=work.kernel,
+                kernel=kernel,
                 shape=work.shape,
                 ms=times.pop("ours"),
                 floor_ms=work.floor * 1e3,
@@ -304,3 +307,14 @@ def speed(device: Device, report: Report, tool: str | None, shard: int) -> None:
     ]
     for name, section in sections:
         report.check(f"benchmark of {name}", section, "time")
+
+
+def tuned(device: Device, report: Report, tool: str | None, shard: int) -> None:
+    """The grouped GEMMs and convolutions once more, with the tiles that autotune() finds here."""
+    contest = Contest(device, report, "autotuned ")
+    with autotune():
+        for function, shapes in ((linear, device.shapes.linear), (conv, device.shapes.conv)):
+            for shape in shapes:
+                report.check(f"autotuned {shape}", partial(function, contest, shape), "time")
+    for (kernel, *_), tile in tuning.fastest.items():
+        report.add(kind="tile", kernel=kernel, tile=list(tile))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moe_kernels.triton_kernels.launch import Launch
 
 _depth = 0  # of autotune(), for all threads: a backward runs in others
-_fastest: dict[Hashable, Tile] = {}
+fastest: dict[Hashable, Tile] = {}  # what was found so far
 
 
 @contextmanager
@@ -37,9 +37,9 @@ def choose(make: Callable[[Tile], "Launch"], shipped: Tile) -> Tile:
     if _depth == 0:
         return shipped
     key = _magnitude(make(shipped))
-    if key not in _fastest and not _capturing():
-        _fastest[key] = min(neighbours(shipped), key=lambda tile: milliseconds(make, tile))
-    return _fastest.get(key, shipped)
+    if key not in fastest and not _capturing():
+        fastest[key] = min(neighbours(shipped), key=lambda tile: milliseconds(make, tile))
+    return fastest.get(key, shipped)
 
 
 def _capturing() -> bool:
