@@ -35,12 +35,27 @@ def test_config_survives_its_file(tmp_path: Path) -> None:
         ({"explore": 1.5}, "explore must be between 0 and 1, got 1.5"),
         ({"num_experts": 1}, "num_experts must be at least 2 for rt-er, got 1"),
         ({"method": 3}, "method must be text, got 3"),
+        ({"faithful": 1}, "faithful must be true or false, got 1"),
+        ({"method": "pgd-at", "faithful": True}, "faithful must be given with rt-er, dual or jtdmoe, got pgd-at"),
+        ({"method": "dual", "gate": "soft"}, "gate must be one that chooses an expert for dual, got soft"),
+        ({"method": "nine-experts", "num_experts": 4}, "num_experts must be 9 for nine-experts, got 4"),
+        ({"method": "nine-experts", "gate": "hard"}, "gate must be soft for nine-experts, got hard"),
+        ({"dual_alpha": 2}, "dual_alpha must be between 0 and 1, got 2.0"),
+        ({"awp_gamma": -1}, "awp_gamma must be at least 0, got -1.0"),
     ],
 )
 def test_config_refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         Config(**settings)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_setting_that_is_not_given_is_the_methods_default() -> None:
+    assert (Config().beta, Config(method="trades").beta, Config(method="trades", beta=6).beta) == (2, 3, 6)
+    nine = Config(method="nine-experts")
+    assert (nine.num_experts, nine.gate, nine.lr) == (9, "soft", Config().lr)
+    faithful = Config(faithful=True, clean_weight=0.5)
+    assert (faithful.gate, faithful.beta, faithful.balance_weight, faithful.clean_weight) == ("hard", 6, 0, 0.5)
 
 
 @pytest.mark.parametrize(

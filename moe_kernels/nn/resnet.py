@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_kernels.nn.experts import ExpertLinear, reset_like_torch
 from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.recompute import Again, check_recompute
 from moe_kernels.ops import expert_batch_norm, expert_conv2d, mask_relu
 
 
@@ -70,6 +73,7 @@ class ExpertBatchNorm2d(nn.Module):
         affine: whether there are a weight and a bias.
     """
 
+    updates = True  # whether the running statistics follow the batches in training
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -95,14 +99,15 @@ class ExpertBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> the same shape."""
-        if self.training:
+        mean, var = self.running_mean, self.running_var
+        if self.training and self.updates:
             self.num_batches_tracked.add_(offsets.diff() > 0)
         return expert_batch_norm(
             x,
             self.weight,
             self.bias,
-            self.running_mean,
-            self.running_var,
+            None if self.training and not self.updates else mean,
+            None if self.training and not self.updates else var,
             offsets,
             self.training,
             self.momentum,
@@ -136,12 +141,34 @@ class ExpertBasicBlock(nn.Module):
             self.shortcut.append(ExpertConv2d(num_experts, in_channels, channels, 1, stride, bias=False, **to))
             self.shortcut.append(ExpertBatchNorm2d(num_experts, channels, **to))
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        h = mask_relu(self.bn1(self.conv1(x, offsets), offsets))
-        h = self.bn2(self.conv2(h, offsets), offsets)
-        for layer in self.shortcut:
-            x = layer(x, offsets)
-        return mask_relu(h + x)
+    def forward(self, x: Tensor, offsets: Tensor, again: Again) -> Tensor:
+        h = again(self._inner, self.conv1(x, offsets), offsets)
+        h = self.conv2(h, offsets)
+        if self.shortcut:
+            convolution, norm = self.shortcut
+            x = again(norm, convolution(x, offsets), offsets)
+        return again(self._outer, h, x, offsets)
+
+    def _inner(self, h: Tensor, offsets: Tensor) -> Tensor:
+        return mask_relu(self.bn1(h, offsets))
+
+    def _outer(self, h: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+        return mask_relu(self.bn2(h, offsets) + x)
+
+
+class _StandingStill:
+    """Context in which running statistics stand still: a batch that is computed again does not count again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, ExpertBatchNorm2d)]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            norm.updates = False
+
+    def __exit__(self, *exception: object) -> None:
+        for norm in self.norms:
+            norm.updates = True
 
 
 def stage(
@@ -160,6 +187,12 @@ class ExpertResNet18(GroupedNetwork):
         num_classes: number of logits.
         in_channels: channels of the images.
         width: channels of the first stage; the others have 2, 4 and 8 times as many.
+        recompute: what the backward computes again instead of keeping it: "none"; "activations", which keeps the
+            results of the convolutions but the first's, and one bit for each ReLU; "all", which keeps what goes into
+            each of the four stages.
+
+    Raises:
+        ValueError: if recompute is unknown.
     """
 
     def __init__(
@@ -170,10 +203,13 @@ class ExpertResNet18(GroupedNetwork):
         width: int = 64,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: str = "activations",
     ) -> None:
         super().__init__()
+        check_recompute(recompute)
         to: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_experts = num_experts
+        self.num_experts, self.recompute = num_experts, recompute
         self.conv1 = ExpertConv2d(num_experts, in_channels, width, 3, 1, 1, bias=False, **to)
         self.bn1 = ExpertBatchNorm2d(num_experts, width, **to)
         self.layer1 = stage(ExpertBasicBlock, 2, num_experts, width, width, 1, **to)
@@ -184,11 +220,27 @@ class ExpertResNet18(GroupedNetwork):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
-        h = mask_relu(self.bn1(self.conv1(x, offsets), offsets))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                h = block(h, offsets)
-        return self.linear(h.mean((2, 3)), offsets)
+        with Again(_StandingStill(self), self.recompute == "activations") as again:
+            h = again(self._stem, again(self.conv1, x, offsets), offsets)
+            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+                if self.recompute == "all" and torch.is_grad_enabled():
+                    h = checkpoint(
+                        *(self._run, stage, h, offsets, again),
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                        context_fn=lambda: (nullcontext(), _StandingStill(self)),
+                    )
+                else:
+                    h = self._run(stage, h, offsets, again)
+            return self.linear(h.mean((2, 3)), offsets)
+
+    def _stem(self, h: Tensor, offsets: Tensor) -> Tensor:
+        return mask_relu(self.bn1(h, offsets))
+
+    def _run(self, stage: nn.ModuleList, h: Tensor, offsets: Tensor, again: Again) -> Tensor:
+        for block in stage:
+            h = block(h, offsets, again)
+        return h
 
     @classmethod
     def from_state_dicts(cls, experts: Sequence[Mapping[str, Tensor]]) -> "ExpertResNet18":

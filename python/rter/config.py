@@ -50,7 +50,9 @@ class Config:
                               "network of other code; data: the training images'")  # fmt: skip
     init: str = _setting("", "file of weights to begin with: RT-ER's public code, or one network for all experts")
     gate: str = _setting("straight_through", "weight of the chosen expert; soft mixes all experts", GATES)
-    dual_alpha: float = _setting(0.7, "weight of the robust model in the dual one: (1 - alpha) F_S + alpha F_R")
+    dual_alpha: float = _setting(
+        0.98, "weight of the robust model in the dual one, (1 - alpha) F_S + alpha F_R; the paper's is 0.7"
+    )
 
     norm: str = _setting("Linf", "norm of the perturbation", NORMS)
     eps: float = _setting(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
@@ -92,6 +94,8 @@ class Config:
         if METHODS[self.method].second_expert:
             self._demand("num_experts", self.num_experts > 1, f"at least 2 for {self.method}")
             self._demand("gate", self.gate != "soft", f"one that chooses an expert for {self.method}")
+        elif self.faithful:
+            raise UserError(f"faithful must be given with rt-er, dual or jtdmoe, got {self.method}")
         if self.method == "nine-experts":
             self._demand("num_experts", self.num_experts == 9, "9 for nine-experts")
             self._demand("gate", self.gate == "soft", "soft for nine-experts")
@@ -104,9 +108,9 @@ class Config:
             raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
 
     def _default(self, field: "dataclasses.Field[Any]") -> Any:
-        own = {} if self.method is None else {**METHODS[self.method].defaults, **(FAITHFUL if self.faithful else {})}
-        if self.model in NETWORKS:
-            own = {**NETWORKS[self.model].defaults, **own}
+        own: dict[str, Any] = {**NETWORKS[self.model].defaults} if self.model in NETWORKS else {}
+        own |= METHODS[self.method].defaults if self.method in METHODS else {}
+        own |= FAITHFUL if self.faithful else {}
         return own.get(field.name, field.metadata["default"])
 
     @property

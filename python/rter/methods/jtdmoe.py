@@ -58,6 +58,7 @@ METHOD = Method(
         Pass(_robust, part=attrgetter("robust"), name="robust"),
         Pass(_standard, part=attrgetter("standard"), name="standard"),
     ),
+    defaults={"beta": 1.0, "epochs": 30, "attack_steps": 5},
     second_expert=True,
     dual=True,
 )
