@@ -63,6 +63,7 @@ def test_routers_route_each_image_by_itself(router: str) -> None:
 
 def test_networks_have_sizes_of_their_own() -> None:
     assert [Config(model=m).width for m in NETWORKS] == [16, 64, 64, 160, 384]
+    assert [Config(method="nine-experts", model=m).width for m in ("small-conv", "resnet18")] == [8, 64]
     assert (Config(model="wrn").depth, Config(model="vit").depth, Config(model="wrn", width=32).width) == (28, 12, 32)
 
 

@@ -108,9 +108,9 @@ class Config:
             raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
 
     def _default(self, field: "dataclasses.Field[Any]") -> Any:
-        own: dict[str, Any] = {**NETWORKS[self.model].defaults} if self.model in NETWORKS else {}
-        own |= METHODS[self.method].defaults if self.method in METHODS else {}
+        own = {**METHODS[self.method].defaults} if self.method in METHODS else {}
         own |= FAITHFUL if self.faithful else {}
+        own |= NETWORKS[self.model].defaults if self.model in NETWORKS else {}
         return own.get(field.name, field.metadata["default"])
 
     @property
