@@ -63,6 +63,7 @@ def test_routers_route_each_image_by_itself(router: str) -> None:
 
 def test_networks_have_sizes_of_their_own() -> None:
     assert [Config(model=m).width for m in NETWORKS] == [16, 64, 64, 160, 384]
+    assert [Config(method="nine-experts", model=m).width for m in ("small-conv", "resnet18")] == [8, 64]
     assert (Config(model="wrn").depth, Config(model="vit").depth, Config(model="wrn", width=32).width) == (28, 12, 32)
 
 
@@ -196,7 +197,7 @@ def test_resnets_on_cifar10s_format(tmp_path: Path) -> None:
     settings = "--data cifar10 --model resnet18 --width 2 --num-experts 2 --router conv --epochs 1 --held-out 4 "
     settings += f"--batch-size 8 --attack-steps 1 --eps 8/255 --data-dir {tmp_path}"
     assert main(["train", "--out", str(run), *settings.split()]) == 0
-    assert main(["evaluate", str(run), "--steps", "1", "--restarts", "1"]) == 0
+    assert main(["evaluate", str(run), "--suite", "quick", "--steps", "1", "--restarts", "1"]) == 0
     report = (run / "report.json").read_text()
     assert '"split": "test"' in report and '"held_out": 4' in report
     assert main(["train", "--out", str(tmp_path / "other"), *settings.split(), "--init", str(tmp_path / "moe.pt")]) == 2

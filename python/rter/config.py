@@ -106,8 +106,8 @@ class Config:
             self._demand(name, getattr(self, name) > 0, "above 0")
         for name in ("epochs", "batch_size", "lr", "eval_every", "cycle_steps", "patch"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "image_size", "depth", "weight_decay", "clip_norm", "beta", "clean_weight", "balance_weight",
-                     "awp_gamma", "awp_warmup"):  # fmt: skip
+        for name in ("seed", "image_size", "depth", "weight_decay", "clip_norm", "beta", "clean_weight",
+                     "balance_weight", "awp_gamma", "awp_warmup"):  # fmt: skip
             self._demand(name, getattr(self, name) >= 0, "at least 0")
         self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
         for name in ("explore", "dual_alpha", "lr_low"):
@@ -139,8 +139,7 @@ class Config:
     def _default(self, field: "dataclasses.Field[Any]") -> Any:
         own = {**METHODS[self.method].defaults} if self.method in METHODS else {}
         own |= FAITHFUL if self.faithful else {}
-        if self.model in NETWORKS:
-            own = {**NETWORKS[self.model].defaults, **own}
+        own |= NETWORKS[self.model].defaults if self.model in NETWORKS else {}
         return own.get(field.name, field.metadata["default"])
 
     @property
