@@ -33,7 +33,7 @@ def test_the_documented_settings_are_valid(path: Path) -> None:
     ("settings", "message"),
     [
         ({"method": "magic"}, "method must be one of standard, pgd-at, trades, "),
-        ({"data": "letters"}, "data must be one of digits, cifar10, svhn, tiny-imagenet, image-folder, got 'letters'"),
+        ({"data": "letters"}, "data must be one of digits, cifar10, svhn"),
         ({"gate": "garden"}, "gate must be one of hard, sigmoid, softmax, soft, straight_through, got 'garden'"),
         ({"eps": -0.1}, "eps must be above 0, got -0.1"),
         ({"eps": "nan"}, "eps must be a finite number, got 'nan'"),
@@ -45,6 +45,13 @@ def test_the_documented_settings_are_valid(path: Path) -> None:
         ({"explore": 1.5}, "explore must be between 0 and 1, got 1.5"),
         ({"num_experts": 1}, "num_experts must be at least 2 for rt-er, got 1"),
         ({"method": 3}, "method must be text, got 3"),
+        ({"faithful": 1}, "faithful must be true or false, got 1"),
+        ({"method": "pgd-at", "faithful": True}, "faithful must be given with rt-er, dual or jtdmoe, got pgd-at"),
+        ({"method": "dual", "gate": "soft"}, "gate must be one that chooses an expert for dual, got soft"),
+        ({"method": "nine-experts", "num_experts": 4}, "num_experts must be 9 for nine-experts, got 4"),
+        ({"method": "nine-experts", "gate": "hard"}, "gate must be soft for nine-experts, got hard"),
+        ({"dual_alpha": 2}, "dual_alpha must be between 0 and 1, got 2.0"),
+        ({"awp_gamma": -1}, "awp_gamma must be at least 0, got -1.0"),
         ({"ema": 1}, "ema must be at least 0 and below 1, got 1.0"),
         ({"schedule": "multi-step"}, "drops must be epochs between 1 and 49, such as 100,105, got 100,105"),
     ],
@@ -53,6 +60,14 @@ def test_config_refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         Config(**settings)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_setting_that_is_not_given_is_the_methods_default() -> None:
+    assert (Config().beta, Config(method="trades").beta, Config(method="trades", beta=6).beta) == (2, 3, 6)
+    nine = Config(method="nine-experts")
+    assert (nine.num_experts, nine.gate, nine.lr) == (9, "soft", Config().lr)
+    faithful = Config(faithful=True, clean_weight=0.5)
+    assert (faithful.gate, faithful.beta, faithful.balance_weight, faithful.clean_weight) == ("hard", 6, 0, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from moe_kernels.attacks.attack import Attack, Best, check_count, per_sample
 from moe_kernels.attacks.losses import Loss, check_classes, cross_entropy, dlr, dlr_towards, margin
 from moe_kernels.ops.pgd_step_ import pgd_step_
 
+Goal = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [B, ...] -> objective to ascend [B], success [B]
+
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
 MOMENTUM = 0.25
 IMPROVING = 0.75  # part of the steps that must raise the loss, or the step is halved
@@ -83,13 +85,13 @@ class APGD(Attack):
         generator = self._generator(x)
         rows = torch.arange(len(x), device=x.device)
         best = Best(x)
-        for run, loss_of in enumerate(self._losses(x, y, kwargs)):
+        for run, goal in enumerate(self._goals(x, y, kwargs)):
             if run and not kwargs:
                 rows = (~best.success).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
-            start = self._start(x[rows], eps[rows], generator)
-            found = self._ascend(start, x[rows], y[rows], eps[rows], loss_of(rows), kwargs)
+            start = self._uniform_start(x[rows], eps[rows], generator) if self.random_start else x[rows]
+            found = self._ascend(start, x[rows], eps[rows], goal(rows))
             best.offer(
                 best.x.index_copy(0, rows, found.x),
                 best.objective.index_copy(0, rows, found.objective),
@@ -97,15 +99,12 @@ class APGD(Attack):
             )
         return best.x
 
-    def _start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
-        return self._uniform_start(x, eps, generator) if self.random_start else x.clone()
-
-    def _losses(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Iterator[Callable[[Tensor], Loss]]:
-        """For each run, the loss of the given rows of the batch."""
+    def _goals(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Iterator[Callable[[Tensor], Goal]]:
+        """For each run, what the given rows of the batch ascend."""
         if self.loss != "dlr_targeted":
             loss = LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
             for _ in range(self.restarts):
-                yield lambda rows: loss
+                yield lambda rows: lambda x: self._evaluate(x, y[rows], loss, kwargs)
             return
         with torch.no_grad():
             logits = self._logits(x, kwargs)
@@ -114,12 +113,12 @@ class APGD(Attack):
         targets = others.topk(min(self.n_target_classes, logits.shape[1] - 1), dim=1).indices
         for _ in range(self.restarts):
             for target in targets.unbind(1):
-                yield lambda rows, target=target: dlr_towards(target[rows])  # type: ignore[misc]
+                yield lambda rows, to=target: lambda x: self._evaluate(x, y[rows], dlr_towards(to[rows]), kwargs)  # type: ignore[misc]
 
-    def _ascend(self, x_adv: Tensor, x: Tensor, y: Tensor, eps: Tensor, loss: Loss, kwargs: dict[str, Any]) -> Best:
+    def _ascend(self, x_adv: Tensor, x: Tensor, eps: Tensor, goal: Goal) -> Best:
         """One run of steps from x_adv; returns the best iterates."""
         best = Best(x_adv)
-        objective, success, grad = self._slope(x_adv, y, loss, kwargs, with_gradient=self.steps > 0)
+        objective, success, grad = self._slope(x_adv, goal, with_gradient=self.steps > 0)
         best.offer(x_adv, objective, success)
         peak, peak_grad, peak_objective = x_adv, grad, objective  # as `best`, but by the objective alone
         previous, eta = x_adv, 2 * eps
@@ -131,7 +130,7 @@ class APGD(Attack):
             moved = x_adv + (1 - momentum) * (z - x_adv) + momentum * (x_adv - previous)
             previous, x_adv = x_adv, self._projected(moved, x, eps)
             before = objective
-            objective, success, grad = self._slope(x_adv, y, loss, kwargs, with_gradient=step < self.steps)
+            objective, success, grad = self._slope(x_adv, goal, with_gradient=step < self.steps)
             best.offer(x_adv, objective, success)
             raised += objective > before
             higher = objective > peak_objective
@@ -145,15 +144,13 @@ class APGD(Attack):
                 checked, raised = peak_objective, torch.zeros_like(eps)
         return best
 
-    def _slope(
-        self, x: Tensor, y: Tensor, loss: Loss, kwargs: dict[str, Any], with_gradient: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _slope(self, x: Tensor, goal: Goal, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Objective [B], success [B] and the gradient (or zeros) at x, over the draws of a random model."""
         objectives, successes, total = [], [], torch.zeros_like(x)
         for _ in range(self.draws):
             leaf = x.detach().requires_grad_(with_gradient)
             with torch.set_grad_enabled(with_gradient):
-                objective, success = self._evaluate(leaf, y, loss, kwargs)
+                objective, success = goal(leaf)
             if with_gradient:
                 total += self._gradient(objective, leaf)
             objectives.append(objective.detach().to(x.dtype))

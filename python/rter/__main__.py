@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_folder", type=Path, metavar="RUN")
     evaluate.add_argument("--weights", choices=("last", "best"), default="last", help="default: last, which no look at "
                           "the held-out images has chosen")  # fmt: skip
-    _add_strength(evaluate)
+    _add_strength(evaluate, suite="full")
+    evaluate.add_argument("--queries", type=_positive, default=5000, help="of AutoAttack's Square (default: 5000)")
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run")
@@ -74,17 +75,20 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train, evaluate and compare standard training and RT-ER")
     demo.add_argument("--out", type=Path, required=True, help="folder to make, with a run for each method")
     _add_settings(demo, without=("method",))
-    _add_strength(demo)
+    _add_strength(demo, suite="quick")
     demo.set_defaults(run=_demo)
 
     sweep = commands.add_parser("sweep", help="all methods over several seeds, in one table of means and deviations")
     sweep.add_argument("--out", type=Path, required=True, help="folder of the runs; finished ones in it are kept")
     sweep.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     sweep.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="some of the methods, or dense-pgd-at; default: all"
+    )
+    sweep.add_argument(
         "--ablation", action="store_true", help="RT-ER without one part of the recipe at a time, instead"
     )
     _add_settings(sweep, without=("method", "seed"))
-    _add_strength(sweep)
+    _add_strength(sweep, suite="full")
     sweep.set_defaults(run=_sweep)
 
     add_data_command(commands)
@@ -108,8 +112,10 @@ def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
             groups[field.metadata["group"]].add_argument(flag, dest=f"set_{field.name}", help=text, **kind)
 
 
-def _add_strength(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_positive, default=50, help="PGD steps (default: 50)")
+def _add_strength(parser: argparse.ArgumentParser, suite: str) -> None:
+    parser.add_argument("--suite", choices=("quick", "full"), default=suite, help="attacks: the quick ones, or also "
+                        f"AutoAttack and every attack on the route (default: {suite})")  # fmt: skip
+    parser.add_argument("--steps", type=_positive, default=50, help="steps of PGD and APGD (default: 50)")
     parser.add_argument("--restarts", type=_positive, default=5, help="PGD restarts on the whole model (default: 5)")
 
 
@@ -132,10 +138,11 @@ def _train(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from rter.evaluate import evaluate
-    from rter.report import summary, table
+    from rter.report import summary, table, verdict
 
-    report = evaluate(args.run_folder, args.weights, args.steps, args.restarts)
+    report = evaluate(args.run_folder, args.weights, args.steps, args.restarts, args.suite, args.queries)
     print(table({args.run_folder.resolve().name: summary(report)}))
+    print(verdict(report))
     print(f"written: {args.run_folder / 'report.json'}; next: rter report {args.run_folder}")
 
 
@@ -155,15 +162,20 @@ def _demo(args: argparse.Namespace) -> None:
     configs = {method: Config(**(_settings(args) | {"method": method})) for method in runs}
     for method, run in runs.items():
         train(configs[method], run)
-        evaluate(run, "last", args.steps, args.restarts)
+        evaluate(run, "last", args.steps, args.restarts, args.suite)
     print(make_report(runs["rt-er"], [runs["standard"]]))
     print(f"report: {runs['rt-er'] / 'report.md'}")
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from rter.sweep import sweep
+    from rter.sweep import ABLATION, ROWS, sweep
 
-    written = sweep(args.out, args.seeds, _settings(args), args.ablation, args.steps, args.restarts)
+    names = {name.replace(" ", "-"): name for name in ROWS}
+    for name in args.methods or ():
+        if name not in names:
+            raise UserError(f"--methods must be among {', '.join(names)}, got {name!r}")
+    rows = ABLATION if args.ablation else {names[name]: ROWS[names[name]] for name in args.methods or names}
+    written = sweep(args.out, args.seeds, _settings(args), rows, args.steps, args.restarts, args.suite)
     print(written.read_text())
     print(f"written: {written}")
 

@@ -20,6 +20,9 @@ from rter.data import DATASETS
 from rter.data.augment import make_augment
 from rter.errors import UserError
 from rter.methods import FAITHFUL, METHODS
+from rter.models import parse_normalize
+from rter.models.networks import NETWORKS
+from rter.models.routers import ROUTERS
 from rter.optimisation import OPTIMIZERS, SCHEDULES
 
 GATES = ("hard", "sigmoid", "softmax", "soft", "straight_through")
@@ -52,9 +55,18 @@ class Config:
                          "none for digits, no flip for svhn, the former otherwise")  # fmt: skip
 
     num_experts: int = _model(4, "experts; 1 is a dense network")
-    width: int = _model(16, "channels of an expert's first layer")
+    model: str = _model("small-conv", "network of an expert", tuple(NETWORKS))
+    width: int = _model(16, "channels of an expert's first layer or of a token; resnets 64, wrn 160, vit 384")
+    depth: int = _model(0, "layers of wrn (28) or blocks of vit (12)")
+    patch: int = _model(4, "pixels of vit's patches")
+    router: str = _model("linear", "network that chooses the expert", tuple(ROUTERS))
+    normalize: str = _model("data", "means/deviations of the channels, such as 0.49,0.48,0.45/0.25,0.24,0.26, for a "
+                            "network of other code; data: the training images'")  # fmt: skip
+    init: str = _model("", "file of weights to begin with: RT-ER's public code, or one network for all experts")
     gate: str = _model("straight_through", "weight of the chosen expert; soft mixes all experts", GATES)
-    dual_alpha: float = _model(0.7, "weight of the robust model in the dual one: (1 - alpha) F_S + alpha F_R")
+    dual_alpha: float = _model(
+        0.98, "weight of the robust model in the dual one, (1 - alpha) F_S + alpha F_R; the paper's is 0.7"
+    )
 
     norm: str = _attack("Linf", "norm of the perturbation", NORMS)
     eps: float = _attack(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
@@ -92,10 +104,10 @@ class Config:
             object.__setattr__(self, field.name, _convert(field, self._default(field) if value is None else value))
         for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("epochs", "batch_size", "lr", "eval_every", "cycle_steps"):
+        for name in ("epochs", "batch_size", "lr", "eval_every", "cycle_steps", "patch"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "image_size", "weight_decay", "clip_norm", "beta", "clean_weight", "balance_weight",
-                     "awp_gamma", "awp_warmup"):  # fmt: skip
+        for name in ("seed", "image_size", "depth", "weight_decay", "clip_norm", "beta", "clean_weight",
+                     "balance_weight", "awp_gamma", "awp_warmup"):  # fmt: skip
             self._demand(name, getattr(self, name) >= 0, "at least 0")
         self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
         for name in ("explore", "dual_alpha", "lr_low"):
@@ -111,17 +123,23 @@ class Config:
         if METHODS[self.method].second_expert:
             self._demand("num_experts", self.num_experts > 1, f"at least 2 for {self.method}")
             self._demand("gate", self.gate != "soft", f"one that chooses an expert for {self.method}")
+        elif self.faithful:
+            raise UserError(f"faithful must be given with rt-er, dual or jtdmoe, got {self.method}")
         if self.method == "nine-experts":
             self._demand("num_experts", self.num_experts == 9, "9 for nine-experts")
             self._demand("gate", self.gate == "soft", "soft for nine-experts")
         make_augment(self)
+        if self.normalize != "data":
+            parse_normalize(self.normalize)
 
     def _demand(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
 
     def _default(self, field: "dataclasses.Field[Any]") -> Any:
-        own = {} if self.method is None else {**METHODS[self.method].defaults, **(FAITHFUL if self.faithful else {})}
+        own = {**METHODS[self.method].defaults} if self.method in METHODS else {}
+        own |= FAITHFUL if self.faithful else {}
+        own |= NETWORKS[self.model].defaults if self.model in NETWORKS else {}
         return own.get(field.name, field.metadata["default"])
 
     @property

@@ -1,33 +1,23 @@
 """How accurate and how robust a model is, on the held-out images."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_kernels.attacks import RouterLogits
+from rter.alpha import alpha_curve
+from rter.autoattack import QUERIES, auto_attack
+from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.checkpoint import load_weights, read_lines, run_config, save_tensors, write_json
 from rter.config import Config
 from rter.data import Data, Split, load_data
-from rter.methods.step import make_attack
-from rter.models import RobustClassifier, View, build_model
+from rter.models import DualClassifier, RobustClassifier, View, build_model
+from rter.suite import BATCH, Attacked, Tally, apgd_attacks, attack, found_by, is_deterministic, mean, predict
 
-BATCH = 512
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # eps, in units of the run's
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """The images that an attack found, and whether it failed to change each prediction from the label."""
-
-    x: Tensor  # [n, C, H, W]
-    robust: Tensor  # [n] bool
-
-
-@torch.no_grad()
-def predict(model: nn.Module, x: Tensor) -> Tensor:
-    return torch.cat([model(part) for part in x.split(BATCH)]).argmax(-1)
+RESAMPLES = 2000
 
 
 @torch.no_grad()
@@ -36,48 +26,37 @@ def routed_to(model: RobustClassifier, x: Tensor) -> Tensor:
     return torch.cat([model.route(part).experts[:, 0] for part in x.split(BATCH)]).long()
 
 
-def attack(
-    model: nn.Module, config: Config, images: Split, name: str, *, eps: float, steps: int, restarts: int = 1
-) -> Attacked:
-    """PGD with restarts: each further start is spent only on the images that have withstood so far."""
-    x, robust = images.x.clone(), predict(model, images.x) == images.y
-    rows = torch.arange(len(images))
-    for restart in range(restarts):
-        for i, part in enumerate(rows[robust | (restart == 0)].split(BATCH)):
-            pgd = make_attack(model, config, eps, steps, name, restart, i)
-            x[part] = pgd(images.x[part], images.y[part])
-            robust[part] &= predict(model, x[part]) == images.y[part]
-    return Attacked(x, robust)
-
-
 def quick_accuracies(model: RobustClassifier, config: Config, images: Split) -> dict[str, float]:
     """Clean accuracy, and accuracy under the training attack from a start of its own."""
     model.eval()
     found = attack(model, config, images, "quick", eps=config.eps, steps=config.attack_steps)
-    return {"sa": _mean(predict(model, images.x) == images.y), "ra": _mean(found.robust)}
+    return {"sa": mean(predict(model, images.x) == images.y), "ra": mean(found.robust)}
 
 
-def evaluate(run: Path, weights: str, steps: int, restarts: int) -> dict[str, Any]:
-    """Measures the run's `last` or `best` weights by PGD; writes report.json and examples.safetensors."""
+def evaluate(
+    run: Path, weights: str, steps: int, restarts: int, suite: str = "full", queries: int = QUERIES
+) -> dict[str, Any]:
+    """Attacks the run's `last` or `best` weights with a suite; writes report.json and examples.safetensors."""
     config = run_config(run)
     data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
     model = build_model(config, data)
     load_weights(run / f"{weights}.safetensors", model)
     model.eval()
-    results, adversarial = measure(model, config, data.test, steps, restarts)
+    results, adversarial = measure(model, config, data.test, steps, restarts, suite, queries)
     report = {
         "method": config.method,
         "data": config.data,
         "seed": config.seed,
         "norm": config.norm,
         "eps": config.eps,
-        "num_experts": config.num_experts,
+        "num_experts": model.num_experts,
         "epochs": config.epochs,
         "train_seconds": read_lines(run / "metrics.jsonl")[-1]["seconds"],
         "weights": weights,
         "split": "held-out" if data.official_test is None else "test",
         "held_out": len(data.test),
         "attack": {"name": "PGD", "steps": steps, "alpha_ratio": config.alpha_ratio, "restarts": restarts},
+        "suite": suite,
         "torch": torch.__version__,
         **results,
         "baselines": {},
@@ -88,47 +67,132 @@ def evaluate(run: Path, weights: str, steps: int, restarts: int) -> dict[str, An
 
 
 def measure(
-    model: RobustClassifier, config: Config, images: Split, steps: int, restarts: int
+    model: RobustClassifier,
+    config: Config,
+    images: Split,
+    steps: int,
+    restarts: int,
+    suite: str = "quick",
+    queries: int = QUERIES,
 ) -> tuple[dict[str, Any], Tensor]:
-    """The figures of report.json, and the images [n, C, H, W] that the attack on the whole model found.
+    """The figures of report.json, and the images [n, C, H, W] that PGD on the whole model found.
 
     sa                       accuracy on clean images
     ra                       of the whole model, under PGD with restarts on the whole model
     ra_e                     of each expert alone, under PGD on that expert
     ra_r                     of the whole model, under PGD on the router's choice; None for one expert
-    aa                       AutoAttack: not measured
-    worst                    of the whole model, when each image meets the worst of ra's attack and of those on the
-                             experts and on the mean of their logits
+    aa                       under AutoAttack's standard ensemble; None in the quick suite
+    aa_flags                 what AutoAttack warned of
+    verdict                  part of the images that withstand every attack of the suite; worst_attack is the strongest
+    attacks                  accuracy under each attack by itself
+    intervals                95 % of sa, ra, aa and verdict, by resampling the images
     expert_load              part of the images that each expert gets, clean and under ra's attack
     route_flip_rate          part of the images that change expert, under the router's attack and under ra's
+    route_radius             of affine routers: the median distance to a change of expert, and the part of the images
+                             beyond eps, whose route is certified
+    certificate              of the RT-ER paper, see `paper_certificate`
+    checks                   of the evaluation itself, see `sanity`
     eps_curve                [eps, accuracy] pairs; what breaks at one eps counts as broken at every larger one
+    alpha_curve              of a dual model: see rter.alpha
     """
+    images = Split(images.x, images.y)
+    full, tally = suite == "full", Tally(model, images)
 
     def attacked(target: nn.Module, name: str, restarts: int = 1, y: Tensor = images.y) -> Attacked:
         return attack(target, config, Split(images.x, y), name, eps=config.eps, steps=steps, restarts=restarts)
 
-    clean_route = routed_to(model, images.x)
+    clean, clean_route, several = tally.robust, routed_to(model, images.x), model.num_experts > 1
     whole = attacked(model, "whole", restarts)
+    tally.add("pgd", whole.x)
     alone = [attacked(expert_alone(model, e), f"expert {e}") for e in range(model.num_experts)]
-    average = attacked(View(model, _mean_of_experts), "average")
-    worst = whole.robust.clone()
-    for found in (*alone, average):
-        worst &= predict(model, found.x) == images.y
-    several = model.num_experts > 1
-    router = attacked(View(model, _router_logits), "router", y=clean_route) if several else None
+    transfers = {f"pgd on expert {e}": found for e, found in enumerate(alone)}
+    router = None
+    if several:
+        transfers["pgd on the experts' mean"] = attacked(View(model, _mean_of_experts), "average")
+        router = transfers["pgd on the router"] = attacked(RouterLogits(model), "router", y=clean_route)
+    for name, found in transfers.items():
+        tally.add(name, found.x)
+    for name, find in apgd_attacks(model, config, images, steps, full).items():
+        tally.add(name, found_by(find, model, images))
+    aa, flags, by_square = None, None, None
+    if full:
+        seed = config.seed_for("autoattack") % 2**31
+        white, black, flags = auto_attack(model, images, config.norm, config.eps, seed, queries)
+        left = tally.robust & (predict(model, white) == images.y)
+        aa = tally.add("autoattack", black)
+        by_square = int((left & ~aa).sum())
+    weight = affine_router(model, images.x) if several else None
+    radius = None if weight is None else route_radius(model, images.x, config.norm, weight)
+    curve = eps_curve(model, config, images, steps, whole.robust)
+    figures = {"sa": clean, "ra": whole.robust, "verdict": tally.robust} | ({} if aa is None else {"aa": aa})
     return {
-        "sa": _mean(predict(model, images.x) == images.y),
-        "ra": _mean(whole.robust),
-        "ra_e": [_mean(found.robust) for found in alone],
-        "ra_r": _mean(predict(model, router.x) == images.y) if router else None,
-        "aa": None,
-        "worst": _mean(worst),
+        "sa": mean(clean),
+        "ra": mean(whole.robust),
+        "ra_e": [mean(found.robust) for found in alone],
+        "ra_r": tally.accuracies()["pgd on the router"] if several else None,
+        "aa": None if aa is None else mean(aa),
+        "aa_flags": flags,
+        "verdict": mean(tally.robust),
+        "worst_attack": tally.worst,
+        "attacks": tally.accuracies(),
+        "intervals": {name: interval(robust, config.seed_for("bootstrap")) for name, robust in figures.items()},
         "expert_load": _load(clean_route, model.num_experts),
         "expert_load_adversarial": _load(routed_to(model, whole.x), model.num_experts),
-        "route_flip_rate": _mean(~router.robust) if router else 0.0,
-        "route_flip_rate_whole": _mean(routed_to(model, whole.x) != clean_route),
-        "eps_curve": eps_curve(model, config, images, steps, whole.robust),
+        "route_flip_rate": mean(~router.robust) if router else 0.0,
+        "route_flip_rate_whole": mean(routed_to(model, whole.x) != clean_route),
+        "route_radius": radius
+        if radius is None
+        else {"median": radius.median().item(), "certified": mean(radius > config.eps)},
+        "certificate": None if weight is None else paper_certificate(model, images.x, images.y, weight),
+        "checks": sanity(model, config, images, steps, whole.robust, radius, router, by_square, flags, full),
+        "eps_curve": curve,
+        **(
+            {"alpha_curve": alpha_curve(model, images, lambda dual: attacked(dual, "alpha").x, predict)}
+            if isinstance(model, DualClassifier)
+            else {}
+        ),
     }, whole.x
+
+
+def sanity(
+    model: RobustClassifier,
+    config: Config,
+    images: Split,
+    steps: int,
+    robust: Tensor,
+    radius: Tensor | None,
+    router: Attacked | None,
+    by_square: int | None,
+    flags: list[str] | None,
+    full: bool,
+) -> dict[str, dict[str, Any]]:
+    """Signs of an attack that is too weak, or of a gradient that is hidden, each with whether it is absent."""
+    few = max(1, round(0.002 * len(images)))
+    checks: dict[str, tuple[bool, Any]] = {"deterministic": (is_deterministic(model, images.x[:BATCH]), None)}
+    if radius is not None and router is not None:
+        flipped = int((~router.robust & (radius > config.eps * (1 + 1e-4))).sum())
+        checks["no certified route was flipped"] = flipped == 0, flipped
+    if full:
+        everything = {"Linf": 1.0, "L2": images.x[0].numel() ** 0.5, "L1": float(images.x[0].numel())}[config.norm]
+        unbounded = mean(attack(model, config, images, "unbounded", eps=everything, steps=steps, restarts=3).robust)
+        checks["no image withstands an unbounded attack"] = unbounded == 0, unbounded
+        left = images[robust]
+        more = attack(model, config, left, "more", eps=config.eps, steps=2 * steps) if len(left) else None
+        gain = int((~more.robust).sum()) / len(images) if more else 0.0
+        checks["twice the steps gain PGD at most 1 point"] = gain <= 0.01, gain
+    if by_square is not None:
+        checks["Square breaks nothing that withstood the gradients"] = by_square <= few, by_square
+    if flags is not None:
+        checks["AutoAttack raises no flag"] = not flags, len(flags)
+    return {name: {"passed": passed, "value": value} for name, (passed, value) in checks.items()}
+
+
+def interval(robust: Tensor, seed: int) -> list[float]:
+    """The 2.5 and 97.5 % quantiles of the mean of flags [n] over resampled images."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(robust), (RESAMPLES, len(robust)), generator=generator)
+    means = robust.double()[rows].mean(1)
+    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
 def eps_curve(
@@ -136,7 +200,7 @@ def eps_curve(
 ) -> list[tuple[float, float]]:
     """Accuracy against eps. `robust` holds the images known to withstand the run's own eps."""
     standing = predict(model, images.x) == images.y
-    curve = [(0.0, _mean(standing))]
+    curve = [(0.0, mean(standing))]
     for ratio in CURVE:
         if config.norm == "Linf" and ratio * config.eps > 1:
             break
@@ -147,7 +211,7 @@ def eps_curve(
             standing[standing.clone()] = attack(
                 model, config, images[standing], f"curve {ratio}", eps=eps, steps=steps
             ).robust
-        curve.append((ratio * config.eps, _mean(standing)))
+        curve.append((ratio * config.eps, mean(standing)))
     return curve
 
 
@@ -158,10 +222,6 @@ def expert_alone(model: RobustClassifier, expert: int) -> View:
 def _mean_of_experts(model: RobustClassifier, x: Tensor) -> Tensor:
     route = model.route(x)
     return torch.stack([model(x, routing=route.fixed(e)) for e in range(model.num_experts)]).mean(0)
-
-
-def _router_logits(model: RobustClassifier, x: Tensor) -> Tensor:
-    return model.route(x).logits
 
 
 def examples(model: RobustClassifier, data: Data, adversarial: Tensor) -> dict[str, Tensor]:
@@ -180,7 +240,3 @@ def examples(model: RobustClassifier, data: Data, adversarial: Tensor) -> dict[s
 
 def _load(experts: Tensor, num_experts: int) -> list[float]:
     return (torch.bincount(experts, minlength=num_experts) / len(experts)).tolist()
-
-
-def _mean(flags: Tensor) -> float:
-    return flags.double().mean().item()

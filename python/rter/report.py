@@ -11,7 +11,8 @@ from rter.errors import UserError
 COLUMNS = {
     "SA": "accuracy on clean images",
     "RA": "accuracy under PGD on the whole model",
-    "worst": "accuracy when each image meets the worst of that attack and of those on each expert and on their average",
+    "AA": "accuracy under AutoAttack's standard ensemble (full suite)",
+    "verdict": "part of the images that withstand every attack of the suite",
     "RA-E": "accuracy of one expert alone under PGD on it: mean and least over the experts",
     "RA-R": "accuracy under PGD on the router's choice",
     "load": "least part of the clean images that an expert gets",
@@ -24,7 +25,8 @@ def summary(report: dict[str, Any]) -> dict[str, float | None]:
     return {
         "SA": report["sa"],
         "RA": report["ra"],
-        "worst": report["worst"],
+        "AA": report["aa"],
+        "verdict": report["verdict"],
         "RA-E mean": sum(report["ra_e"]) / len(report["ra_e"]),
         "RA-E min": min(report["ra_e"]),
         "RA-R": report["ra_r"],
@@ -33,16 +35,16 @@ def summary(report: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def table(rows: dict[str, dict[str, Any]], first: str = "run") -> str:
     """A Markdown table of aligned columns; floats to three places, seconds to none, None as a dash."""
 
     def cell(name: str, value: Any) -> str:
         if value is None:
             return "-"
-        return value if isinstance(value, str) else f"{value:.0f}" if name == "train s" else f"{value:.3f}"
+        return str(value) if isinstance(value, (str, int)) else f"{value:.0f}" if name == "train s" else f"{value:.3f}"
 
     names = list(next(iter(rows.values())))
-    lines = [["run", *names], *([row, *(cell(n, values[n]) for n in names)] for row, values in rows.items())]
+    lines = [[first, *names], *([row, *(cell(n, values[n]) for n in names)] for row, values in rows.items())]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     padded = [
@@ -53,6 +55,18 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         for line in [lines[0], rule, *lines[1:]]
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """The line that an evaluation comes to."""
+    low, high = report["intervals"]["verdict"]
+    worst = report["worst_attack"]
+    failed = [name for name, check in report["checks"].items() if not check["passed"]]
+    return (
+        f"Verdict: {report['verdict']:.1%} of the images withstand every attack of the {report['suite']} suite "
+        f"(95 % interval {low:.1%} to {high:.1%}); the strongest alone, {worst}, leaves {report['attacks'][worst]:.1%}. "
+        + (f"Checks that failed: {'; '.join(failed)}." if failed else "All checks passed.")
+    )
 
 
 def make_report(run: Path, baselines: Sequence[Path]) -> str:
@@ -83,10 +97,12 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
         f"the {report['weights']} weights: PGD of {attack['steps']} steps of {attack['alpha_ratio']:.3g} eps, "
         f"{attack['restarts']} restart(s) on the whole model. The standard error of an accuracy near 0.7 is "
         f"{(0.21 / report['held_out']) ** 0.5:.3f}.",
+        f"**{verdict(report)}**",
         figures,
         "\n".join(f"- **{column}**: {meaning}" for column, meaning in COLUMNS.items()),
         "![Accuracy against eps](plots/accuracy.png)",
         "![Learning curves](plots/learning.png)",
+        *_evaluation(report),
     ]
     if report["num_experts"] > 1:
         parts += [
@@ -94,5 +110,48 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
             f"Under the attack on the whole model {report['route_flip_rate_whole']:.1%} of the images change expert, "
             f"under the attack on the router {report['route_flip_rate']:.1%}.",
         ]
+    if "alpha_curve" in report:
+        points = {f"alpha {alpha}": dict(zip(("SA", "RA", "above"), p, strict=True)) for alpha, *p in
+                  report["alpha_curve"]["points"]}  # fmt: skip
+        parts.append(
+            "(1 - alpha) F_S + alpha F_R, each image under the worst of all the attacks. Above: distance from "
+            f"the line between the two ends, positive for more SA at the same RA.\n\n{table(points)}"
+        )
     parts.append("![Clean and adversarial images](plots/images.png)")
     return "\n\n".join(parts) + "\n"
+
+
+def _evaluation(report: dict[str, Any]) -> list[str]:
+    """Every attack by itself, intervals, certificates, checks and flags."""
+    clean, left = report["sa"], report["attacks"]
+    attacks = {name: {"accuracy": left[name], "broken": clean - left[name]} for name in sorted(left, key=left.get)}
+    names = {"sa": "SA", "ra": "RA", "aa": "AA", "verdict": "verdict"}
+    intervals = {names[n]: {"accuracy": report[n], "from": a, "to": b} for n, (a, b) in report["intervals"].items()}
+    checks = {
+        n: {"passed": "yes" if c["passed"] else "**no**", "value": c["value"]} for n, c in report["checks"].items()
+    }
+    parts = [
+        "## Every attack by itself",
+        table(attacks, "attack"),
+        "## 95 % intervals, over the images",
+        table(intervals, "figure"),
+        "## Checks of the evaluation",
+        table(checks, "check"),
+        *(f"AutoAttack warned: {flag}" for flag in report["aa_flags"] or ()),
+    ]
+    if report["route_radius"]:
+        parts.append(
+            f"The router is affine: half of the images provably keep their expert within "
+            f"{report['route_radius']['median']:.3g}, and {report['route_radius']['certified']:.1%} do within "
+            f"{report['eps']:.3g}."
+        )
+    if report["certificate"]:
+        certificate = report["certificate"]
+        lipschitz = ", ".join(f"{value:.3g}" for value in certificate["expert_lipschitz"])
+        parts.append(
+            f"The certificate of the RT-ER paper (theorem 5.4), for the soft mixture of the experts' probabilities, reaches "
+            f"{certificate['greatest_radius']:.2g} at most, with Lipschitz constants {lipschitz} of the experts from the "
+            f"norms of their layers: it is {'vacuous' if certificate['greatest_radius'] < report['eps'] else 'effective'} "
+            f"at {report['eps']:.3g}."
+        )
+    return parts

@@ -22,6 +22,7 @@ from rter.methods import METHODS
 from rter.methods.step import Step
 from rter.methods.update import update
 from rter.models import build_model
+from rter.models.initial import load_initial
 from rter.optimisation import RunningMean, make_optimizer, running_statistics, set_rate
 from rter.resume import State
 from rter.tensorboard import Board
@@ -44,10 +45,11 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes())
         board = Board(out) if tensorboard and is_first() else None
+        training = _Training(config, out, data, board)
         if is_first():
             stack.enter_context(open_run(out, config, resume))
         wait_for_all()
-        return _Training(config, out, data, board).run(save_every)
+        return training.run(save_every)
 
 
 class _Training:
@@ -57,6 +59,8 @@ class _Training:
         self.share = Share.of(min(config.batch_size, len(data.train)))
         self.steps = len(data.train) // self.share.total  # per epoch
         model = build_model(config, data)
+        if config.init:
+            load_initial(model, Path(config.init))
         optimizer = make_optimizer(config, model)
         self.state = State(model, optimizer, RunningMean(model, config.ema) if config.ema else None)
         self.saved = time.monotonic()

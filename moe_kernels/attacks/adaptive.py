@@ -1,0 +1,141 @@
+"""Attacks made for mixtures of experts, whose route is piecewise constant and hides gradients from ordinary attacks.
+
+They need of a model only `num_experts`, `route(x, top_k=None)` and `forward(x, routing=None)`, as `RobustMoE` has them,
+and judge their success by what the whole model says.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.attacks.apgd import APGD, Goal
+from moe_kernels.attacks.attack import Best
+from moe_kernels.attacks.losses import margin
+
+ENOUGH = 0.05  # a margin that is won; on the digits 1 left 236 images of 360 standing, 0.3 235, 0.1 to 0.01 230 to 233
+
+
+def every_expert(model: Any, x: Tensor) -> Tensor:
+    """[E, B, C]: the logits of each expert alone, with weight 1, computed as one batch of E * B rows."""
+    route = model.route(x)
+    forced = type(route).cat([route.fixed(e) for e in range(model.num_experts)])
+    logits = model(x.repeat(model.num_experts, *[1] * (x.ndim - 1)), routing=forced)
+    return logits.view(model.num_experts, len(x), -1)
+
+
+class SoftBackward(nn.Module):
+    """A view of a mixture, for any attack: its own logits, with the gradient of the soft mixture of all experts,
+
+        sum_e softmax(g / temperature)_e f_e(x),
+
+    which sees through the choice of the route (backward pass differentiable approximation, Athalye et al. 2018).
+
+    Args:
+        model: a mixture of experts.
+        temperature: of the softmax; the higher, the more the experts that were not chosen count.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float = 1.0) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.model: Any = model
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = (self.model.route(x).logits / self.temperature).softmax(-1)
+        experts = every_expert(self.model, x)
+        soft = (gates.T[:, :, None] * experts).sum(0)
+        with torch.no_grad():
+            hard = self.model(x)
+        return hard + (soft - soft.detach())
+
+
+class RouterLogits(nn.Module):
+    """A view of a mixture, for any attack: the router's logits [B, E]; with the chosen experts as labels, the attack is
+    on the route alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.route(x).logits
+
+
+class ExpertAttack(APGD):
+    """APGD on each expert e in turn together with the route to it, which is sent or kept there while f_e is fooled:
+
+        min(margin of f_e, 0.05) + weight * min(g_e - max_{j != e} g_j, 0.05),
+
+    with each row of logits divided by its standard deviation, which makes the two margins comparable; neither is
+    pursued once it is won.
+
+    Args:
+        model: a mixture of experts.
+        eps, steps: as of `APGD`; `steps` for each expert.
+        weight: of the route's term.
+        options: the arguments of `APGD` but for loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float | str | Tensor = 8 / 255,
+        steps: int = 100,
+        weight: float = 0.1,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, eps, steps, "margin", **options)
+        self.model: Any = model
+        self.weight = weight
+
+    def _goals(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Iterator[Callable[[Tensor], Any]]:
+        for _ in range(self.restarts):
+            for e in range(self.model.num_experts):
+                yield lambda rows, e=e: self._towards(torch.full_like(y[rows], e), y[rows])  # type: ignore[misc]
+
+    def _towards(self, expert: Tensor, y: Tensor, route_only: bool = False) -> Goal:
+        def goal(x: Tensor) -> tuple[Tensor, Tensor]:
+            route = self.model.route(x)
+            objective = self.weight * _won(-margin(_standard(route.logits), expert))
+            if not route_only:
+                forced = dataclasses.replace(route.fixed(0), experts=expert[:, None].to(route.experts.dtype))
+                objective = objective + _won(margin(_standard(self._logits(x, {"routing": forced})), y))
+            with torch.no_grad():
+                success = self._logits(x, {"routing": route}).argmax(1) != y
+            return objective, success
+
+        return goal
+
+
+class JointAttack(ExpertAttack):
+    """Pushes each sample's route to its weakest expert, whose margin on the clean sample is least, and then attacks
+    that expert from there, holding the route: `steps` for each of the two. Arguments as of `ExpertAttack`."""
+
+    def _goals(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Iterator[Callable[[Tensor], Any]]:
+        with torch.no_grad():
+            weakest = torch.stack([margin(_standard(alone), y) for alone in every_expert(self.model, x)]).argmax(0)
+        for _ in range(self.restarts):
+            yield lambda rows: (
+                self._towards(weakest[rows], y[rows], route_only=True),
+                self._towards(weakest[rows], y[rows]),
+            )
+
+    def _ascend(self, x_adv: Tensor, x: Tensor, eps: Tensor, goal: Any) -> Best:
+        for each in goal:
+            best = super()._ascend(x_adv, x, eps, each)
+            x_adv = best.x
+        return best
+
+
+def _standard(logits: Tensor) -> Tensor:
+    """Each row divided by its standard deviation, which is taken as a constant."""
+    return logits / logits.detach().std(1, keepdim=True, correction=0).clamp(min=1e-12)
+
+
+def _won(margin: Tensor) -> Tensor:
+    return margin.clamp(max=ENOUGH)

@@ -1,0 +1,70 @@
+"""AutoAttack's standard ensemble (Croce and Hein 2020) through pyautoattack, and the flags that it raises."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rter.data import Split
+from rter.errors import UserError
+
+QUERIES = 5000  # of Square, as in the standard ensemble
+
+
+def auto_attack(
+    model: nn.Module, images: Split, norm: str, eps: float, seed: int, queries: int = QUERIES
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Runs APGD-CE, APGD-T, FAB-T and then Square, each on what is left by those before it.
+
+    Returns:
+        the images [n, C, H, W] after the three white-box attacks and after Square, and the flags raised. With fewer
+        than four classes, where targeted DLR is not defined, APGD-CE, FAB and Square run.
+    """
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError:
+        raise UserError(
+            "the full suite must find the package pyautoattack: install it, or give --suite quick"
+        ) from None
+    with torch.random.fork_rng(), _flags() as flags:
+        ensemble: Any = AutoAttack(model, norm=norm, eps=eps, seed=seed, device=images.x.device)
+        with torch.no_grad():
+            num_classes = model(images.x[:1]).shape[1]
+        targets = min(ensemble.apgd_targeted.n_target_classes, num_classes - 1)
+        ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = targets
+        ensemble.square.n_queries = queries
+        ensemble.attacks_to_run = ["apgd-ce", "apgd-t", "fab-t"] if num_classes >= 4 else ["apgd-ce", "fab"]
+        white = ensemble.run_standard_evaluation(images.x, images.y, batch_size=512)[0]
+        with torch.no_grad():
+            left = model(white).argmax(1) == images.y
+        black = white.clone()
+        if left.any():
+            ensemble.attacks_to_run = ["square"]
+            black[left] = ensemble.run_standard_evaluation(images.x[left], images.y[left], batch_size=512)[0]
+    return white, black, sorted(set(flags))
+
+
+@contextmanager
+def _flags() -> Iterator[list[str]]:
+    """Collects what pyautoattack warns of, through its logger or as a warning."""
+    flags: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            flags.append(record.getMessage())
+
+    logger, collect = logging.getLogger("auto-attack"), Collect(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(collect)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield flags
+            flags += [str(warning.message) for warning in caught]
+    finally:
+        logger.removeHandler(collect)
+        logger.propagate = propagate
