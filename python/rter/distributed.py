@@ -25,6 +25,11 @@ def processes() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+def device() -> torch.device:
+    """Where this process computes: on its GPU, if there is one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and reports."""
     return int(os.environ.get("RANK", "0")) == 0

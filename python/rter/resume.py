@@ -64,7 +64,8 @@ class State:
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} is damaged or not of this run: {' '.join(str(error).split())}") from None
         self.step, self.best, self.seconds = scalars["step"], scalars["best"], scalars["seconds"]
-        columns = [[(name, value) for value in values.unbind()] for name, values in parts["records"].items()]
+        where = next(self.model.parameters()).device
+        columns = [[(name, value) for value in values.to(where).unbind()] for name, values in parts["records"].items()]
         self.records = [dict(record) for record in zip(*columns, strict=True)]
 
     def _modules(self) -> list[tuple[str, RobustClassifier]]:

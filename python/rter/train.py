@@ -15,7 +15,7 @@ from rter.checkpoint import append_line, keep_lines, open_run, read_lines, save_
 from rter.config import Config
 from rter.data import Data, Split, load_data
 from rter.data.augment import make_augment
-from rter.distributed import Share, is_first, processes, wait_for_all
+from rter.distributed import Share, device, is_first, processes, wait_for_all
 from rter.errors import NonFiniteError, UserError
 from rter.evaluate import quick_accuracies
 from rter.methods import METHODS
@@ -45,7 +45,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes())
         board = Board(out) if tensorboard and is_first() else None
-        training = _Training(config, out, data, board)
+        training = _Training(config, out, data.to(device()), board)
         if is_first():
             stack.enter_context(open_run(out, config, resume))
         wait_for_all()
@@ -61,6 +61,7 @@ class _Training:
         model = build_model(config, data)
         if config.init:
             load_initial(model, Path(config.init))
+        model.to(device())
         optimizer = make_optimizer(config, model)
         self.state = State(model, optimizer, RunningMean(model, config.ema) if config.ema else None)
         self.saved = time.monotonic()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.y)
 
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.pixels.to(device), self.y.to(device), self.levels)
+
     def __getitem__(self, rows: Tensor | slice) -> "Split":
         return Split(self.pixels[rows], self.y[rows], self.levels)
 
@@ -51,6 +55,10 @@ class Data:
     held_out: Split
     num_classes: int
     official_test: Split | None = None
+
+    def to(self, device: torch.device) -> "Data":
+        test = None if self.official_test is None else self.official_test.to(device)
+        return Data(self.train.to(device), self.held_out.to(device), self.num_classes, test)
 
     @property
     def test(self) -> Split:

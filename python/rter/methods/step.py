@@ -74,7 +74,7 @@ class Step:
             return None
         generator = torch.Generator().manual_seed(self.config.seed_for("explore", self.index))
         rows, ours = (self.share or Share.whole(len(x))).joint_rows(len(x))
-        rank = torch.randint(2, (rows,), generator=generator)[ours]
+        rank = torch.randint(2, (rows,), generator=generator)[ours].to(x.device)
         return self.model.route(x, top_k=2).select(rank)
 
     def balance(self, x: Tensor) -> dict[str, Tensor]:
