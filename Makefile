@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := $(shell find csrc -type f)
 READY := $(VENV)/.ready
 
-.PHONY: run test lint format bench gpu-static install clean
+.PHONY: run test lint format bench gpu gpu-static install clean
 
 run: $(READY)  ## train RT-ER on the embedded digits and write a report
 	$(BIN)/rter demo --out $(RUN)
@@ -32,9 +32,17 @@ bench: $(READY)  ## speed and memory beside plain PyTorch, as ratios in one run
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable --benchmark-json=$(BENCH) \
 	    --benchmark-columns=median --benchmark-max-time=0.5 --benchmark-warmup=on --benchmark-warmup-iterations=1
 	$(BIN)/python benchmarks/ratios.py $(BENCH)
+	$(BIN)/python benchmarks/saved_bytes.py
+	$(BIN)/python benchmarks/peak_memory.py
 
 gpu-static: $(READY)  ## every GPU kernel compiled for every architecture: registers, shared memory, spills, tensor cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_static.py
+
+# On the machine's own Python, which has a CUDA torch; builds offline, where that was not done yet.
+gpu:  ## on a machine with a GPU: all cases, compute-sanitizer, graphs, benchmarks, into benchmarks/results
+	$(PYTHON) -c "from moe_kernels import _library; assert _library.cuda_library()" 2>/dev/null || \
+	    MOE_KERNELS_CUDA=1 $(PYTHON) -m pip install -q -e . --no-build-isolation --no-deps
+	$(PYTHON) benchmarks/gpu.py
 
 install: $(READY)
 

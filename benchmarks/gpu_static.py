@@ -189,10 +189,10 @@ def jobs() -> Iterator[tuple[str, int, Callable[[], list[Report]]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, choices=LIMITS, help="only this architecture")
-    parser.add_argument("--match", default="", help="only kernels whose name contains this")
+    parser.add_argument("--arch", type=int, nargs="*", choices=LIMITS, default=LIMITS, help="only these architectures")
+    parser.add_argument("--match", default="", help="only kernels in whose name this regular expression is found")
     options = parser.parse_args()
-    selected = [job for name, arch, job in jobs() if options.match in name and options.arch in (None, arch)]
+    selected = [job for name, arch, job in jobs() if re.search(options.match, name) and arch in options.arch]
     if not selected:
         sys.exit("no kernel matches")
     print(HEADER, flush=True)

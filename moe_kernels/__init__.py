@@ -5,9 +5,12 @@ from moe_kernels.backends import build_info
 from moe_kernels.nn import (
     ExpertBatchNorm2d,
     ExpertConv2d,
+    ExpertLayerNorm,
     ExpertLinear,
     ExpertMLP,
+    ExpertPreActResNet,
     ExpertResNet18,
+    ExpertViT,
     RobustMoE,
     Routing,
 )
@@ -22,6 +25,7 @@ from moe_kernels.ops import (
     pgd_step_,
     topk_route,
 )
+from moe_kernels.triton_kernels.tuning import autotune
 
 __version__ = "0.1.0"
 
@@ -30,12 +34,16 @@ __all__ = [
     "PGD",
     "ExpertBatchNorm2d",
     "ExpertConv2d",
+    "ExpertLayerNorm",
     "ExpertLinear",
     "ExpertMLP",
+    "ExpertPreActResNet",
     "ExpertResNet18",
+    "ExpertViT",
     "RobustMoE",
     "Routing",
     "attack_mode",
+    "autotune",
     "build_info",
     "combine",
     "expert_batch_norm",

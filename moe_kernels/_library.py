@@ -26,7 +26,7 @@ def define(
     """Defines one operator from its schema, its shape rule and, where it is differentiable, its backward.
 
     With `triton`, its CUDA implementation is the function of its name in that file of moe_kernels/triton_kernels; with
-    `composed`, that function of other operators computes it on every device.
+    `composed`, that function of other operators.
     """
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     name = schema.split("(")[0]
@@ -35,8 +35,7 @@ def define(
         _library.impl(name, functools.partial(run_triton, triton, name), "CUDA")
         TRITON[name] = triton
     if composed is not None:
-        for key in ("CPU", "CUDA"):
-            _library.impl(name, torch.no_grad()(composed), key)
+        _library.impl(name, torch.no_grad()(composed), "CUDA")
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.moe_kernels, name).default

@@ -12,6 +12,7 @@ OPERATORS = (
     "combine",
     "combine_input_grad",
     "combine_weight_grad",
+    "expert_batch_norm",
     "expert_sum",
     "group_by_expert",
     "index_sum",
@@ -20,12 +21,12 @@ OPERATORS = (
     "topk_route",
     "topk_route_backward",
 )
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a GPU is promised
 CASES = [
     pytest.param(c, d, id=f"{c}-{d}".replace("torch.", ""))
     for c in testing.CASES
     if c.op in OPERATORS
-    for d in ((*c.dtypes, torch.float16) if len(c.dtypes) > 1 else c.dtypes)
-    if d != torch.float64  # a GPU is promised 32 and 16 bits
+    for d in (FLOATS if len(c.dtypes) > 1 else c.dtypes)
 ]
 PGD = [
     pytest.param(c, d, id=f"{c}-{d}".replace("torch.", ""))
@@ -48,10 +49,55 @@ def test_operators_forward_and_backward(case: testing.Case, dtype: torch.dtype) 
         check(operator.name().split("::")[1], args, dtype)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_batch_norm_of_whole_packs_far_from_zero(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    def make(s: testing.Source) -> tuple[Any, ...]:
+        x = (s.randn(70, 24, 4, 4) + 50).contiguous(memory_format=layout)
+        return x, s.randn(3, 24), s.randn(3, 24), None, None, s.offsets((33, 0, 37)), True, 0.1, 1e-3
+
+    for operator, args in testing.reached(testing.Case("expert_batch_norm", "packs", make), dtype):
+        check(operator.name().split("::")[1], args, dtype)
+
+
 @pytest.mark.parametrize("case", [c for c in testing.CASES if c.name == "odd_sizes" and c.op.startswith("combine")])
-@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_unaligned_rows(case: testing.Case, dtype: torch.dtype) -> None:
     check(case.op, case.arguments(dtype), dtype, shift=1)
+
+
+def test_more_experts_than_one_sorting_pass_tells_apart() -> None:
+    source = testing.Source(torch.float32)
+    check("group_by_expert", (source.randint(3000, 2500), 3000), torch.float32)
+    check("index_sum", (source.randn(300, 3), source.randint(1500, 300), 1500), torch.float32)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["clean", "adv"])
+def test_divergence_gradient_of_one_side(needs: tuple[bool, bool]) -> None:
+    source = testing.Source(torch.float32)
+    grad, clean, adv = source.randn(9), source.randn(9, 70), source.randn(9, 70)
+    check("kl_divergence_backward", (grad, clean, adv, *needs), torch.float32)
+
+
+@pytest.mark.parametrize("num_experts", [32, 33, 128, 129, 512, 513])
+def test_routing_of_ties_and_excluded_experts(num_experts: int) -> None:
+    source = testing.Source(torch.bfloat16)
+    logits = source.randint(4, 9, num_experts).to(torch.bfloat16)
+    logits[:, 5 : num_experts // 2] = -torch.inf
+    for gate, renormalize in (("softmax", False), ("softmax", True), ("sigmoid", True)):
+        check("topk_route", (logits, 6, gate, renormalize), logits.dtype)
+        experts = reference.topk_route(logits, 6)[1]
+        check("topk_route_backward", (source.randn(9, 6).float(), logits, experts, gate, renormalize), logits.dtype)
+
+
+@pytest.mark.parametrize("num_experts", [7, 100, 600])
+def test_routing_of_a_row_of_nan(num_experts: int) -> None:
+    logits = testing.Source(torch.float32).randn(3, num_experts)
+    expected = reference.topk_route(logits, 4)[1]
+    logits[1] = torch.nan
+    weights, experts = emulate.topk_route(logits, 4)
+    assert weights.isnan().all(1).tolist() == [False, True, False]
+    assert experts.tolist() == [expected[0].tolist(), [0, 1, 2, 3], expected[2].tolist()]
 
 
 def check_pgd_step(args: tuple[Any, ...], shift: int = 0) -> None:

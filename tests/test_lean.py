@@ -93,7 +93,7 @@ def test_equals_eager_bitwise(name: str, autocast: bool, layout: torch.memory_fo
         (lambda: ResNet18(), 4_700_160, 69_632),  # one bit for each of the 557 056 ReLUs
         (lambda: PreActResNet(PREACT18, 64), 4_470_784, 69_632),
         (lambda: PreActResNet(WRN_28_10, 16), 18_496_000, 288_768),
-        (lambda: OneExpert(64), 4_756_228, 88_836),
+        (lambda: OneExpert(64), 2_279_428, 69_636),
         (lambda: ViT(32, 4, 64, 2, 4), 582_728, 354_120),
     ],
     ids=["resnet-18", "preact-resnet-18", "wrn-28-10", "expert-resnet-18", "vit"],

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import ResNet18, randomize_statistics
+from moe_kernels.testing.saved import saved_bytes
 
 COUNTS = (3, 0, 2)
 OFFSETS = Source(torch.float32).offsets(COUNTS)
@@ -142,3 +144,53 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(compiled, eager)
     out, expected = (torch.autograd.grad(y.square().sum(), x) for y in (compiled, eager))
     torch.testing.assert_close(out, expected)
+
+
+def test_training_keeps_bytes_per_image() -> None:
+    net = ExpertResNet18(1)
+    for expected, autocast in ((2_279_424, False), (1_174_528, True)):
+        kept = []
+        for images in (1, 2):
+            x, offsets = torch.rand(images, 3, 32, 32), torch.tensor([0, images], dtype=torch.int32)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                kept.append(saved_bytes(lambda x=x, offsets=offsets: net(x, offsets), apart_from=net))
+        assert kept[1] - kept[0] == expected
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("recompute", ["activations", "all"])
+def test_recompute_is_bitwise_the_same(recompute: str, autocast: bool) -> None:
+    plain = ExpertResNet18(3, 4, 2, 4, recompute="none")
+    net = ExpertResNet18(3, 4, 2, 4, recompute=recompute)
+    net.load_state_dict(plain.state_dict())
+    inputs = [Source(torch.float32).randn(5, 2, 8, 8).requires_grad_() for _ in range(2)]
+    for model, x in zip((plain, net), inputs, strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x, OFFSETS)
+        y.float().square().sum().backward(retain_graph=True)
+        y.float().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+
+
+def test_recompute_has_second_derivatives() -> None:
+    results = []
+    for recompute in ("none", "activations"):
+        torch.manual_seed(0)
+        net = ExpertResNet18(3, 4, 2, 2, dtype=torch.float64, recompute=recompute)
+        x = torch.randn(5, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+        (dx,) = torch.autograd.grad(net(x, OFFSETS).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), [x, net.conv1.weight, net.layer2[0].conv2.weight]))
+    torch.testing.assert_close(*results)
+
+
+def test_recompute_leaves_other_hooks_and_checkpoints_in_place() -> None:
+    net, x = ExpertResNet18(3, 4, 2, 2), torch.randn(5, 2, 8, 8, requires_grad=True)
+    expected = torch.autograd.grad(net(x, OFFSETS).sum(), [x, *net.parameters()])
+    with torch.autograd.graph.save_on_cpu():
+        y = net(x, OFFSETS).sum()
+    for out in (y, checkpoint(net, x, OFFSETS, use_reentrant=False).sum()):
+        assert all(map(torch.equal, torch.autograd.grad(out, [x, *net.parameters()]), expected))

@@ -1,10 +1,12 @@
-// Backward through an expert MLP's activation, which is computed again from its pre-activation a few rows at a time.
+// The second half of an expert MLP and the backward through its activation, which is never stored: it is computed from
+// the pre-activation a few rows at a time.
 #include "common/blocks.h"
 
 namespace moe {
 namespace {
 
 using torch::stable::narrow;
+using torch::stable::select;
 
 constexpr int64_t kElements = 1 << 14;  // activations of a block: its temporaries stay in L2
 constexpr int64_t kTerms = 64;          // products summed before they join the total: rounding errors grow with n / 64
@@ -19,6 +21,14 @@ class Activation {
   }
 
   bool gated() const { return gated_; }
+
+  // z [N, n], or [N, 2 n] if gated -> [N, n]
+  Tensor operator()(const Tensor& z) const {
+    if (!gated_) return forward(z);
+    Tensor both = z;
+    const int64_t n = z.size(1) / 2;
+    return call_aten("aten::mul", "Tensor", forward(as_contiguous(narrow(both, 1, 0, n))), narrow(both, 1, n, n));
+  }
 
   Tensor forward(const Tensor& z) const {
     if (name_ == "gelu") return call_aten("aten::gelu", "", z, std::string("none"));
@@ -64,6 +74,23 @@ acc_t<T> dot(const T* a, const T* b, int64_t n) {
     total += part;
   }
   return total;
+}
+
+// z [N, n] or [N, 2 n], weight [E, d, n], bias [E, d], offsets [E + 1] -> [N, d]; with weights and position [T, k]
+// their combination [T, d]
+Tensor expert_mlp_output(const Tensor& z, const Tensor& weight, const OptionalTensor& bias, const Tensor& offsets,
+                         StringHandle activation_name, const OptionalTensor& weights, const OptionalTensor& position,
+                         const OptionalTensor&) {
+  const Activation activation(take_string(activation_name));
+  const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), z.size(0)), kGemmRows);
+  const Tensor pre = as_contiguous(z);
+  Tensor y = new_tensor(z, {z.size(0), weight.size(1)});
+  for_each_block(blocks, [&](const Block& b) {
+    Tensor source = pre, target = y;
+    call_aten("aten::linear", "out", activation(narrow(source, 0, b.begin, b.count)), select(weight, 0, b.expert),
+              bias ? OptionalTensor(select(*bias, 0, b.expert)) : std::nullopt, narrow(target, 0, b.begin, b.count));
+  });
+  return weights ? call_aten("moe_kernels::combine", "", y, *weights, *position) : y;
 }
 
 // da [N, n], z [N, n] or [N, 2 n] of a gated activation, weights [N] -> dz like z, weights * act(z) [N, n], <da,
@@ -122,5 +149,6 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_hidden_grad(const Tensor& da, cons
 }  // namespace moe
 
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+  m.impl("expert_mlp_output", TORCH_BOX(&moe::expert_mlp_output));
   m.impl("expert_mlp_hidden_grad", TORCH_BOX(&moe::expert_mlp_hidden_grad));
 }

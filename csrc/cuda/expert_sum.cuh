@@ -23,12 +23,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const int lane = threadIdx.x % kSumLanes, y = threadIdx.x / kSumLanes;
   const int64_t b = blockIdx.x / bands, column = int64_t{blockIdx.x % bands} * kSumLanes + lane;
   const int64_t begin = b * kSumRows, end = begin + kSumRows < rows ? begin + kSumRows : rows;
-  int64_t e = 0, above = experts;  // the expert of row `begin`: the last whose offset is at most that
-  while (above - e > 1) {
-    const int64_t middle = (e + above) / 2;
-    (offsets[middle] <= begin ? e : above) = middle;
-  }
-  for (; e < experts && offsets[e] < end; ++e) {
+  for (int64_t e = expert_of(begin, offsets, experts); e < experts && offsets[e] < end; ++e) {
     const int64_t first = offsets[e] > begin ? offsets[e] : begin, last = offsets[e + 1] < end ? offsets[e + 1] : end;
     if (first >= last) continue;
     A sum = 0;
@@ -48,7 +43,7 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // partial -> out [experts, width]
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     expert_sum_kernel(const wide_t<T>* partial, const int32_t* offsets, T* out, int64_t experts, int64_t width,
                       RowTiles tiles) {
   const int64_t e = tiles.row(), column = tiles.pack();
@@ -74,7 +69,7 @@ void launch_expert_sum(const T* x, const int32_t* offsets, wide_t<T>* partial, T
 
 // x [*, width]; order sorted by index, offsets [rows + 1] -> out [rows, width]: each row's terms in rising order.
 template <class T, int V>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     index_sum_kernel(const T* x, const int32_t* order, const int32_t* offsets, T* out, int64_t rows, int64_t width,
                      RowTiles tiles) {
   const int64_t r = tiles.row(), column = tiles.pack() * V;

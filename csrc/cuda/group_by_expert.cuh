@@ -4,8 +4,7 @@
 
 #include <algorithm>
 
-#include "common/cuda_device.h"
-#include "common/cuda_launch.h"
+#include "common/cuda_rows.h"
 
 namespace moe {
 
@@ -49,14 +48,19 @@ __global__ void __launch_bounds__(kSortThreads) sort_count_kernel(SortPass<Id> p
   for (int d = threadIdx.x; d < p.digits; d += kSortThreads) p.counts[int64_t{d} * p.tiles + blockIdx.x] = count[d];
 }
 
+// The sum of the values of the warp's lanes up to this one.
+__device__ __forceinline__ int32_t warp_sum_up_to(int32_t value) {
+  for (int by = 1; by < kWarp; by *= 2) {
+    const int32_t below = __shfl_up_sync(kAllLanes, value, by);
+    if (static_cast<int>(threadIdx.x % kWarp) >= by) value += below;
+  }
+  return value;
+}
+
 // The sum of the values of the threads below this one; `total` becomes the sum over the block.
 __device__ __forceinline__ int32_t block_sum_below(int32_t value, int32_t (&partial)[kSortWarps], int32_t& total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int32_t sum = value;
-  for (int by = 1; by < kWarp; by *= 2) {
-    const int32_t below = __shfl_up_sync(kAllLanes, sum, by);
-    if (lane >= by) sum += below;
-  }
+  const int32_t sum = warp_sum_up_to(value);
   if (lane == kWarp - 1) partial[warp] = sum;
   __syncthreads();
   int32_t before = 0;
@@ -69,19 +73,20 @@ __device__ __forceinline__ int32_t block_sum_below(int32_t value, int32_t (&part
   return before + sum - value;
 }
 
-// One block per digit: its counts become, in place, the sums over the tiles before; totals are the sums over all.
+// One warp per digit: its counts become, in place, the sums over the tiles before; totals are the sums over all.
 template <class Id>
-__global__ void __launch_bounds__(kSortThreads) sort_scan_kernel(SortPass<Id> p) {
-  __shared__ int32_t partial[kSortWarps];
-  int32_t* counts = p.counts + int64_t{blockIdx.x} * p.tiles;
-  int32_t before = 0, total;
-  for (int64_t begin = 0; begin < p.tiles; begin += kSortThreads) {
-    const int64_t tile = begin + threadIdx.x;
-    const int32_t below = block_sum_below(tile < p.tiles ? counts[tile] : 0, partial, total);
-    if (tile < p.tiles) counts[tile] = before + below;
-    before += total;
+__global__ void __launch_bounds__(kRowThreads) sort_scan_kernel(SortPass<Id> p) {
+  const int64_t digit = warp_row();
+  if (digit >= p.digits) return;
+  int32_t* counts = p.counts + digit * p.tiles;
+  int32_t before = 0;
+  for (int begin = 0; begin < p.tiles; begin += kWarp) {
+    const int tile = begin + threadIdx.x % kWarp;
+    const int32_t count = tile < p.tiles ? counts[tile] : 0, sum = warp_sum_up_to(count);
+    if (tile < p.tiles) counts[tile] = before + sum - count;
+    before += __shfl_sync(kAllLanes, sum, kWarp - 1);
   }
-  if (threadIdx.x == 0) p.totals[blockIdx.x] = before;
+  if (threadIdx.x % kWarp == 0) p.totals[digit] = before;
 }
 
 // Puts the tile's slots in their places. order[place] is the slot; where not null, position is its inverse and offsets
@@ -164,7 +169,7 @@ void launch_group_by_expert(const Id* ids, int64_t slots, int64_t num_experts, i
     const bool last = i == passes - 1;
     const SortPass<Id> pass{ids, from, slots, i * kDigitBits, digits, tiles, counts, totals};
     cuda_launch("group_by_expert", sort_count_kernel<Id>, tiles, kSortThreads, stream, pass);
-    cuda_launch("group_by_expert", sort_scan_kernel<Id>, digits, kSortThreads, stream, pass);
+    cuda_launch("group_by_expert", sort_scan_kernel<Id>, warp_row_blocks(digits), kRowThreads, stream, pass);
     cuda_launch("group_by_expert", sort_scatter_kernel<Id>, tiles, kSortThreads, stream, pass, to,
                 last ? position : nullptr, passes == 1 ? offsets : nullptr);
     from = to;

@@ -52,8 +52,7 @@ class LeanMode(TorchFunctionMode):
 def _applies() -> bool:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is None or hooks[0].__module__ != torch.utils.checkpoint.__name__
+    return not check.inside_checkpoint()
 
 
 def _only_input_needs_grad(args: Sequence[Any]) -> bool:
@@ -171,7 +170,7 @@ def _batch_norm(
         dtype = torch.promote_types(running_var.dtype, torch.float32)
         scale = (running_var.double() + eps).rsqrt().to(dtype)
         dx = grad * scale.view(shape)
-        return dx if weight is None else dx * weight.view(shape)
+        return dx if weight is None else dx.mul_(weight.view(shape))
 
     return _Lean.apply(input, forward, backward)
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_kernels.nn.recompute import check_recompute
 from moe_kernels.ops import combine, expert_linear, mask_relu
 from moe_kernels.ops.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp_output
-
-RECOMPUTE = ("none", "activations", "all")
 
 
 def reset_like_torch(weight: Tensor, bias: Tensor | None) -> None:
@@ -19,11 +18,6 @@ def reset_like_torch(weight: Tensor, bias: Tensor | None) -> None:
     nn.init.uniform_(weight, -bound, bound)
     if bias is not None:
         nn.init.uniform_(bias, -bound, bound)
-
-
-def check_recompute(recompute: str) -> None:
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
 
 
 class ExpertLinear(nn.Module):

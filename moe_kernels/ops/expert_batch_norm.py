@@ -99,7 +99,7 @@ def _statistics(x: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _forward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _, _, offsets, ctx.training, ctx.eps = inputs
+    x, weight, bias, running_mean, running_var, offsets, ctx.training, ctx.eps = inputs
     _, mean, var = output
     x_needs, weight_needs, bias_needs = ctx.needs_input_grad[:3]
     ctx.mark_non_differentiable(mean, var)
@@ -107,8 +107,8 @@ def _forward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
         x if weight_needs or (x_needs and ctx.training) else None,
         weight if x_needs or weight_needs else None,
         bias if bias_needs else None,
-        mean,
-        var,
+        mean if ctx.training else running_mean,  # a buffer: nothing of its own
+        var if ctx.training else running_var,
         offsets,
     )
 
@@ -117,6 +117,8 @@ def _forward_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, 
     x, weight, bias, mean, var, offsets = ctx.saved_tensors
     needed = ctx.needs_input_grad
     x_needs, weight_needs, bias_needs = needed[:3]
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    mean, var = mean.to(wide), var.to(wide)
     if torch.is_grad_enabled():
         # An x that was not saved is one that no wanted gradient depends on: any other stands in for it.
         x = torch.zeros_like(grad).requires_grad_() if x is None else x

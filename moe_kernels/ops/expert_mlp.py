@@ -17,7 +17,7 @@ from moe_kernels.ops.expert_linear import _expert_linear, _weight_grad
 from moe_kernels.reference.expert_mlp import GATED, activate
 
 ACTIVATIONS = ("relu", "gelu", "silu", "relu2", *GATED)
-CHUNK = 1 << 16  # sorted rows whose activations exist at a time
+CHUNK = 1 << 16  # sorted rows whose activations exist at a time on a GPU
 
 
 def expert_mlp_output(

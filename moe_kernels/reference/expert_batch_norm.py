@@ -75,7 +75,7 @@ def expert_batch_norm_input_grad(
 ) -> Tensor:
     g, zero = grad.to(var.dtype), torch.zeros_like(var)
     if x is not None and dbias is not None and dweight is not None:
-        count = (offsets.diff() * grad[0, 0].numel()).clamp(min=1)[:, None]
+        count = (offsets.diff() * grad.shape[2:].numel()).clamp(min=1)[:, None]
         slope = (dweight / count).to(var.dtype)
         normal = expert_batch_norm_forward(x.to(var.dtype), slope, dbias / count, mean, var, offsets, False, eps)[0]
         g = g - normal

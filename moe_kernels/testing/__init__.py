@@ -170,9 +170,9 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def reached(case: Case, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
+def reached(case: Case, dtype: torch.dtype, device: str = "cpu") -> list[tuple[Any, tuple[Any, ...]]]:
     """The operators of this package that the case calls, forward and backward, with the arguments of the first call."""
-    args = case.arguments(dtype)
+    args = case.arguments(dtype, device)
     every = differentiable(args, case.buffers)
     source = Source(torch.float64, seed=1)
     with _Recorder() as recorder:
@@ -187,10 +187,10 @@ def reached(case: Case, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-def check_opcheck(case: Case, compiled: bool) -> None:
+def check_opcheck(case: Case, compiled: bool, device: str = "cpu") -> None:
     """torch.library.opcheck of every operator that the case reaches, forward and backward; the slow check, of the
     operator under compilation with dynamic shapes, only if `compiled`."""
     checks = (*OPCHECK, "test_aot_dispatch_dynamic") if compiled else OPCHECK
-    for func, call_args in reached(case, torch.float32):
+    for func, call_args in reached(case, torch.float32, device):
         wanted = differentiable(call_args) if case.has_gradient else ()
         torch.library.opcheck(func, _leaves(call_args, wanted), test_utils=checks)

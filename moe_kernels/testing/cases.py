@@ -271,6 +271,7 @@ def _mask_relu_cases() -> list[Case]:
         case("odd_sizes", 63, 129),
         case("images", 2, 3, 3, 2),
         case("channels_last", 2, 3, 3, 2, layout=Source.channels_last),
+        case("one_channel_channels_last", 2, 1, 3, 3, layout=Source.channels_last),
         case("transposed", 3, 5, layout=lambda s, x: x.T),
         case("strided", 3, 5, layout=Source.strided),
     ]

@@ -5,13 +5,14 @@ sum over the output gradient with the taps reversed, one residue of (y, x) modul
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.triton_kernels import configs
+from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.configs import Tile
 from moe_kernels.triton_kernels.launch import Launch, strides
 from moe_kernels.triton_kernels.tiles import dot, max_tiles
@@ -160,8 +161,8 @@ def expert_conv2d(
     size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, weight.shape[3:], stride, strict=True)]
     out = empty_like_images(x, x.shape[0], weight.shape[1], *size)
     if out.numel() > 0:
-        tile = tile or configs.choose(configs.EXPERT_CONV2D, x.device)[x.element_size()]
-        _conv2d(x, weight, bias, offsets, out, stride, padding, tile, relu=relu).run()
+        make = partial(_conv2d, x, weight, bias, offsets, out, stride, padding, relu=relu)
+        make(tile or tuning.choose(make, configs.choose(configs.EXPERT_CONV2D, x.device)[x.element_size()])).run()
     return out
 
 
@@ -179,8 +180,8 @@ def expert_conv2d_input_grad(
     """Gradient of `expert_conv2d` in its images: grad [N, O, H', W'] -> [N, C, height, width]."""
     out = empty_like_images(grad, grad.shape[0], weight.shape[2], height, width)
     if out.numel() > 0:
-        tile = tile or configs.choose(configs.EXPERT_CONV2D, grad.device)[grad.element_size()]
-        _conv2d(grad, weight.transpose(1, 2), None, offsets, out, stride, padding, tile, transposed=True).run()
+        make = partial(_conv2d, grad, weight.transpose(1, 2), None, offsets, out, stride, padding, transposed=True)
+        make(tile or tuning.choose(make, configs.choose(configs.EXPERT_CONV2D, grad.device)[grad.element_size()])).run()
     return out
 
 

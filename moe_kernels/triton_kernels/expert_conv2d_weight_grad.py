@@ -5,13 +5,14 @@ added in a fixed order.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.triton_kernels import configs
+from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.configs import Tile
 from moe_kernels.triton_kernels.expert_conv2d import empty_like_images, fit
 from moe_kernels.triton_kernels.launch import Launch, strides
@@ -114,13 +115,14 @@ def expert_conv2d_weight_grad(
     Returns:
         [E, O, C, height, width]; zeros for an expert without images.
     """
-    tile = tile or configs.choose(configs.EXPERT_CONV2D_WEIGHT_GRAD, x.device)[x.element_size()]
+    shipped = tile or configs.choose(configs.EXPERT_CONV2D_WEIGHT_GRAD, x.device)[x.element_size()]
     num_experts, rows = offsets.shape[0] - 1, grad.shape[0] * grad.shape[2] * grad.shape[3]
     if parts is None:
-        programs = num_experts * _num_tiles(grad, x, height, width, tile)
+        programs = num_experts * _num_tiles(grad, x, height, width, shipped)
         parts = max(1, min(PROGRAMS // programs, rows // (LEAST_ROWS * num_experts)))
     out = _empty_parts(parts, num_experts, grad, x, height, width)
-    _weight_grad(grad, x, offsets, out, stride, padding, tile).run()
+    make = partial(_weight_grad, grad, x, offsets, out, stride, padding)
+    make(tile or tuning.choose(make, shipped)).run()
     return (out[0] if parts == 1 else out.sum(0).to(x.dtype)).contiguous()
 
 

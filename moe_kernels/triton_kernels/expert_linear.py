@@ -1,13 +1,14 @@
 """Grouped GEMM over a batch sorted by expert, one kernel: y[j] = act(x[rows[j]] @ weight[e].T + bias[e])."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.triton_kernels import configs
+from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.activations import ACTIVATIONS, GATED, activate
 from moe_kernels.triton_kernels.configs import Tile
 from moe_kernels.triton_kernels.launch import Launch, descriptor, num_programs, strides
@@ -176,10 +177,11 @@ def expert_linear(
     gated = activation in GATED
     y = x.new_empty(num_rows, weight.shape[1] // (2 if gated else 1))
     if y.numel() > 0:
+        make = partial(_forward, x, weight, bias, offsets, rows, y, z, activation)
         if tile is None:
-            table = configs.EXPERT_LINEAR_GATED if gated else configs.EXPERT_LINEAR
-            tile = configs.choose(table, x.device)[x.element_size()][configs.size(num_rows, weight.shape[0])]
-        _forward(x, weight, bias, offsets, rows, y, z, activation, tile).run()
+            table = configs.choose(configs.EXPERT_LINEAR_GATED if gated else configs.EXPERT_LINEAR, x.device)
+            tile = tuning.choose(make, table[x.element_size()][configs.size(num_rows, weight.shape[0])])
+        make(tile).run()
     return y
 
 

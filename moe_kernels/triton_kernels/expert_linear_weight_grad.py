@@ -1,13 +1,14 @@
 """Weight gradient of the grouped linear layer: dweight[e] = sum of grad[j] x[rows[j]]^T over the rows of expert e."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.triton_kernels import configs
+from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.configs import Tile
 from moe_kernels.triton_kernels.launch import Launch, descriptor, strides
 from moe_kernels.triton_kernels.tiles import dot, grouped_order
@@ -97,10 +98,11 @@ def expert_linear_weight_grad(
     if out is None:
         out = grad.new_empty(num_experts, grad.shape[1], x.shape[1])
     if out.numel() > 0:
+        make = partial(_weight_grad, grad, x, offsets, rows, out)
         if tile is None:
             table = configs.choose(configs.EXPERT_LINEAR_WEIGHT_GRAD, x.device)
-            tile = table[x.element_size()][configs.size(grad.shape[0], num_experts)]
-        _weight_grad(grad, x, offsets, rows, out, tile).run()
+            tile = tuning.choose(make, table[x.element_size()][configs.size(grad.shape[0], num_experts)])
+        make(tile).run()
     return out
 
 

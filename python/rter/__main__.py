@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rter.config import Config, load_settings
+from rter.checkpoint import run_config
+from rter.config import GROUPS, Config, load_settings
 from rter.data.command import add_command as add_data_command
+from rter.distributed import is_first
 from rter.errors import UserError
 from rter.methods import METHODS
 
@@ -25,6 +27,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0, got {text!r}")
+    return seconds
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="rter", description="Adversarially robust Mixture-of-Experts: train, evaluate, report.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -33,7 +45,15 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a model into a new folder", epilog=f"methods:\n{methods}",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder to make")
-    train.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings, which the flags override")
+    train.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML or JSON file of settings, which the flags override"
+    )
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    train.add_argument(
+        "--save-every", type=_seconds, default=120.0, metavar="SECONDS", help="time between two savings of the state "
+        "from which --resume goes on (default: 120)"
+    )  # fmt: skip
+    train.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     _add_settings(train)
     train.set_defaults(run=_train)
 
@@ -62,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--out", type=Path, required=True, help="folder of the runs; finished ones in it are kept")
     sweep.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     sweep.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="some of the methods, or dense-pgd-at; default: all"
+    )
+    sweep.add_argument(
         "--ablation", action="store_true", help="RT-ER without one part of the recipe at a time, instead"
     )
     _add_settings(sweep, without=("method", "seed"))
@@ -74,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
     """One flag per setting of Config."""
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in dataclasses.fields(Config):
         if field.name not in without:
             choices = field.metadata["choices"]
@@ -85,7 +109,7 @@ def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
             kind: dict[str, Any] = (
                 {"action": "store_const", "const": True} if field.type is bool else {"metavar": "VALUE"}
             )
-            parser.add_argument(flag, dest=f"set_{field.name}", help=text, **kind)
+            groups[field.metadata["group"]].add_argument(flag, dest=f"set_{field.name}", help=text, **kind)
 
 
 def _add_strength(parser: argparse.ArgumentParser, suite: str) -> None:
@@ -104,9 +128,12 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _train(args: argparse.Namespace) -> None:
     from rter.train import train
 
+    before = dataclasses.asdict(run_config(args.out)) if args.resume and (args.out / "config.json").exists() else {}
     settings = load_settings(args.config) if args.config else {}
-    train(Config(**(settings | _settings(args))), args.out)
-    print(f"trained: {args.out}; next: rter evaluate {args.out}")
+    config = Config(**(before | settings | _settings(args)))
+    trained = train(config, args.out, resume=args.resume, save_every=args.save_every, tensorboard=args.tensorboard)
+    if is_first():
+        print(f"{'trained' if trained else 'finished already'}: {args.out}; next: rter evaluate {args.out}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -141,9 +168,14 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from rter.sweep import sweep
+    from rter.sweep import ABLATION, ROWS, sweep
 
-    written = sweep(args.out, args.seeds, _settings(args), args.ablation, args.steps, args.restarts, args.suite)
+    names = {name.replace(" ", "-"): name for name in ROWS}
+    for name in args.methods or ():
+        if name not in names:
+            raise UserError(f"--methods must be among {', '.join(names)}, got {name!r}")
+    rows = ABLATION if args.ablation else {names[name]: ROWS[names[name]] for name in args.methods or names}
+    written = sweep(args.out, args.seeds, _settings(args), rows, args.steps, args.restarts, args.suite)
     print(written.read_text())
     print(f"written: {written}")
 

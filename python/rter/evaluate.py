@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels.attacks import RouterLogits
+from rter.alpha import alpha_curve
 from rter.autoattack import QUERIES, auto_attack
 from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.checkpoint import load_weights, read_lines, run_config, save_tensors, write_json
 from rter.config import Config
 from rter.data import Data, Split, load_data
-from rter.models import RobustClassifier, View, build_model
+from rter.models import DualClassifier, RobustClassifier, View, build_model
 from rter.suite import BATCH, Attacked, Tally, apgd_attacks, attack, found_by, is_deterministic, mean, predict
 
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # eps, in units of the run's
@@ -92,6 +93,7 @@ def measure(
     certificate              of the RT-ER paper, see `paper_certificate`
     checks                   of the evaluation itself, see `sanity`
     eps_curve                [eps, accuracy] pairs; what breaks at one eps counts as broken at every larger one
+    alpha_curve              of a dual model: see rter.alpha
     """
     images = Split(images.x, images.y)
     full, tally = suite == "full", Tally(model, images)
@@ -144,6 +146,11 @@ def measure(
         "certificate": None if weight is None else paper_certificate(model, images.x, images.y, weight),
         "checks": sanity(model, config, images, steps, whole.robust, radius, router, by_square, flags, full),
         "eps_curve": curve,
+        **(
+            {"alpha_curve": alpha_curve(model, images, lambda dual: attacked(dual, "alpha").x, predict)}
+            if isinstance(model, DualClassifier)
+            else {}
+        ),
     }, whole.x
 
 

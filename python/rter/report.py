@@ -111,6 +111,13 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
             f"Under the attack on the whole model {report['route_flip_rate_whole']:.1%} of the images change expert, "
             f"under the attack on the router {report['route_flip_rate']:.1%}.",
         ]
+    if "alpha_curve" in report:
+        points = {f"alpha {alpha}": dict(zip(("SA", "RA", "above"), p, strict=True)) for alpha, *p in
+                  report["alpha_curve"]["points"]}  # fmt: skip
+        parts.append(
+            "(1 - alpha) F_S + alpha F_R, each image under the worst of all the attacks. Above: distance from "
+            f"the line between the two ends, positive for more SA at the same RA.\n\n{table(points)}"
+        )
     parts.append("![Clean and adversarial images](plots/images.png)")
     return "\n\n".join(parts) + "\n"
 

@@ -1,7 +1,7 @@
 """Methods, or parts of the recipe, compared over several seeds."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ from rter.checkpoint import read_report, run_config, write_atomic, write_json
 from rter.config import Config
 from rter.errors import UserError
 from rter.evaluate import evaluate
+from rter.methods import METHODS
 from rter.report import summary, table
 from rter.train import train
 
-METHODS: dict[str, dict[str, Any]] = {
-    "rt-er": {"method": "rt-er"},
-    "standard": {"method": "standard"},
-    "pgd-at": {"method": "pgd-at"},
+ROWS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in METHODS},
+    "nine-experts": {"method": "nine-experts", "num_experts": 9, "gate": "soft"},
     "dense pgd-at": {"method": "pgd-at", "num_experts": 1},
 }
 ABLATION: dict[str, dict[str, Any]] = {
@@ -30,12 +30,20 @@ EQUAL_TIME = ("pgd-at", "dense pgd-at")  # trained once more, for as many epochs
 
 
 def sweep(
-    out: Path, seeds: Sequence[int], settings: dict[str, Any], ablation: bool, steps: int, restarts: int, suite: str
+    out: Path,
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+    rows: Mapping[str, dict[str, Any]],
+    steps: int,
+    restarts: int,
+    suite: str,
 ) -> Path:
     """Trains and evaluates each row with each seed in a folder of its own; returns the path of the Markdown table.
 
-    A run that is finished is taken as it is, so a sweep that was stopped goes on, and the ablation in the same folder
-    shares the first row.
+    `rows` are ABLATION, or some of ROWS.
+
+    A finished run is taken as it is and a stopped one goes on, so a sweep that was stopped goes on, and the ablation in
+    the same folder shares the first row.
     """
     out.mkdir(parents=True, exist_ok=True)
 
@@ -43,15 +51,15 @@ def sweep(
         configs = [Config(**(settings | row | {"seed": seed})) for seed in seeds]
         return [_finish(out / f"{name.replace(' ', '-')}-{c.seed}", c, steps, restarts, suite) for c in configs]
 
-    reports = {name: finish(name, row) for name, row in (ABLATION if ablation else METHODS).items()}
-    if not ablation:
-        for name in EQUAL_TIME:
+    reports = {name: finish(name, row) for name, row in rows.items()}
+    for name in EQUAL_TIME:
+        if {name, "rt-er"} <= rows.keys():
             epochs = round(reports["rt-er"][0]["epochs"] * _seconds(reports["rt-er"]) / _seconds(reports[name]))
-            reports[f"{name} {epochs} epochs"] = finish(f"{name} equal time", METHODS[name] | {"epochs": epochs})
-    rows = {name: _statistics([summary(report) for report in runs]) for name, runs in reports.items()}
-    file = out / ("ablation" if ablation else "methods")
-    write_json(file.with_suffix(".json"), {"seeds": list(seeds), "rows": rows})
-    text = {name: {key: _text(key, value) for key, value in row.items()} for name, row in rows.items()}
+            reports[f"{name} {epochs} epochs"] = finish(f"{name} equal time", rows[name] | {"epochs": epochs})
+    figures = {name: _statistics([summary(report) for report in runs]) for name, runs in reports.items()}
+    file = out / ("ablation" if rows is ABLATION else "methods")
+    write_json(file.with_suffix(".json"), {"seeds": list(seeds), "rows": figures})
+    text = {name: {key: _text(key, value) for key, value in row.items()} for name, row in figures.items()}
     write_atomic(
         file.with_suffix(".md"), f"Mean and deviation over seeds {', '.join(map(str, seeds))}.\n\n{table(text)}\n"
     )
@@ -65,7 +73,7 @@ def _finish(run: Path, config: Config, steps: int, restarts: int, suite: str) ->
         if run_config(run) != config or attack != (steps, restarts, suite):
             raise UserError(f"--out holds {run} with other settings: give another folder, or remove it first")
         return report
-    train(config, run)
+    train(config, run, resume=True)
     return evaluate(run, "last", steps, restarts, suite)
 
 

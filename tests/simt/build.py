@@ -1,16 +1,18 @@
 """Compiles and runs the drivers: CUDA device code under g++'s address and undefined-behaviour sanitizers."""
 
 import functools
+import hashlib
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+PROGRAMS = ROOT / "build/simt"
 FLAGS = [
     "-std=c++17",
     "-O1",
-    "-g",
+    "-g1",
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
@@ -20,21 +22,25 @@ FLAGS = [
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="simt")
-
-
-@functools.cache
 def _program(driver: str) -> Path:
-    program = Path(_folder().name) / driver
-    include = [f"-I{HERE.parent.parent / 'csrc'}", f"-I{HERE}"]
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, *FLAGS, *include, str(HERE / f"{driver}.cpp"), "-o", str(program)], check=True)
+    """The compiled driver, kept until a source changes."""
+    source = HERE / f"{driver}.cpp"
+    command = [os.environ.get("CXX", "g++"), *FLAGS, f"-I{ROOT / 'csrc'}", f"-I{HERE}", str(source)]
+    headers = sorted([*HERE.glob("*.h"), *ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/cuda/*.cuh")])
+    content = repr(command).encode() + b"".join(p.read_bytes() for p in (source, *headers))
+    program = PROGRAMS / f"{driver}-{hashlib.sha256(content).hexdigest()[:16]}"
+    if not program.exists():
+        PROGRAMS.mkdir(parents=True, exist_ok=True)
+        for old in PROGRAMS.glob(f"{driver}-*"):
+            old.unlink(missing_ok=True)
+        unfinished = program.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-o", str(unfinished)], check=True)
+        unfinished.rename(program)
     return program
 
 
 def run(driver: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs tests/simt/<driver>.cpp, compiled once per session."""
+    """Runs tests/simt/<driver>.cpp."""
     command = [str(_program(driver)), *map(str, arguments)]
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

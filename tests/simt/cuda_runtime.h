@@ -1,6 +1,6 @@
 // CUDA blocks on the CPU: stands in for the toolkit's header, so that a .cuh compiles with g++ and runs under its
-// sanitizers. The threads of a block are fibers of one OS thread; one runs until it waits or returns, and the order in
-// which they run is chosen by simt::order, so that a result that depends on it shows a race. A block ends with a
+// sanitizers. The blocks run one after the other, the threads of a block as fibers of one OS thread: one runs until it
+// waits or returns. simt::order chooses both orders, so that a result that depends on them shows. A block ends with a
 // message on stderr and exit status 70 where threads wait for one that cannot come, or read a lane that takes no part.
 // Shared memory is static, hence not cleared between blocks; dynamic shared memory is fresh and filled with 0xff.
 #pragma once
@@ -47,7 +47,7 @@ namespace simt {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 1 << 15;
 
-inline int order = 0;  // of the threads: 0 rising, 1 falling, else the seed of a fresh shuffle at every round
+inline int order = 0;  // of blocks and threads: 0 rising, 1 falling, else a shuffle's seed, for threads at every round
 
 template <class... Parts>
 [[noreturn]] void fail(const char* format, Parts... parts) {
@@ -133,18 +133,19 @@ inline bool release_warp(int t) {
   const Thread& first = block.threads[t];
   if (first.state != State::kWarp) return false;
   const int base = t / kWarp * kWarp;
-  std::vector<Thread*> lanes;
+  Thread* lanes[kWarp];
+  int count = 0;
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(first.mask >> lane & 1)) continue;
     if (base + lane >= static_cast<int>(block.threads.size())) fail("line %d: no lane %d here", first.line, lane);
     Thread& other = block.threads[base + lane];
     if (other.state == State::kDone) fail("line %d: lane %d of the mask has returned", first.line, lane);
     if (other.state != State::kWarp || other.line != first.line || other.mask != first.mask) return false;
-    lanes.push_back(&other);
+    lanes[count++] = &other;
   }
-  for (Thread* lane : lanes) {
-    for (const Thread* from : lanes) lane->got[(from - &block.threads[base])] = from->given;
-    lane->state = State::kReady;
+  for (int i = 0; i < count; ++i) {
+    for (int j = 0; j < count; ++j) lanes[i]->got[lanes[j] - &block.threads[base]] = lanes[j]->given;
+    lanes[i]->state = State::kReady;
   }
   return true;
 }
@@ -183,16 +184,16 @@ inline void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, std::function
   gridDim = grid;
   blockDim = threads;
   block.kernel = std::move(kernel);
-  block.threads = std::vector<Thread>(threads.x * threads.y * threads.z);
+  block.threads.resize(threads.x * threads.y * threads.z);
   std::mt19937 shuffle(order);
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = uint3(x, y, z);
-        block.dynamic_shared = std::vector<char>(shared_bytes, '\xff');
-        run_block(shuffle);
-      }
-    }
+  std::vector<unsigned> turn(grid.x * grid.y * grid.z);
+  std::iota(turn.begin(), turn.end(), 0);
+  if (order == 1) std::reverse(turn.begin(), turn.end());
+  if (order > 1) std::shuffle(turn.begin(), turn.end(), shuffle);
+  for (unsigned i : turn) {
+    blockIdx = uint3(i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y));
+    block.dynamic_shared = std::vector<char>(shared_bytes, '\xff');
+    run_block(shuffle);
   }
 }
 

@@ -142,3 +142,54 @@ def index_sum(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
     return drive(
         "expert_sum", {"x": x, "index": index}, outputs, "index_sum", name(x.dtype), len(x), num_rows, x.shape[1]
     )
+
+
+def _batch_norm(op: str, row: Tensor, offsets: Tensor, eps: float, training: bool, **inputs: Tensor | None) -> Any:
+    """One part of batch normalisation; an argument that is None has no file."""
+    layout, images, channels = memory_format(row), *row.shape[:2]
+    arrays: dict[str, Tensor | None] = {"offsets": offsets}
+    for array, x in inputs.items():
+        is_table = array not in ("x", "grad")
+        arrays[array] = None if x is None else x.to(wide(row.dtype)) if is_table else x.contiguous(memory_format=layout)
+    table = row.new_empty(len(offsets) - 1, channels, dtype=wide(row.dtype))
+    kept = {"forward": ("y", "first", "second"), "param_grad": ("first", "second"), "input_grad": ("y",)}[op]
+    outputs = {"y": torch.empty_like(row, memory_format=layout), "first": table, "second": table.clone()}
+    pixels = row.shape[2:].numel() if row.numel() else 0
+    by_pixel = layout == torch.channels_last or pixels <= 1
+    sizes = images, channels, pixels, len(offsets) - 1, int(by_pixel)
+    outputs = {array: outputs[array] for array in kept}
+    return drive("expert_batch_norm", arrays, outputs, op, name(row.dtype), *sizes, int(training), eps)
+
+
+def expert_batch_norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    offsets: Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _batch_norm("forward", x, offsets, eps, training, x=x, weight=weight, bias=bias, mean=mean, var=var)
+
+
+def expert_batch_norm_param_grad(
+    grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, offsets: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _batch_norm("param_grad", grad, offsets, eps, True, grad=grad, x=x, mean=mean, var=var)
+
+
+def expert_batch_norm_input_grad(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor,
+    dbias: Tensor | None,
+    dweight: Tensor | None,
+    offsets: Tensor,
+    eps: float,
+) -> Tensor:
+    tables = {"weight": weight, "mean": mean, "var": var, "dbias": dbias, "dweight": dweight}
+    return _batch_norm("input_grad", grad, offsets, eps, True, grad=grad, x=x, **tables)

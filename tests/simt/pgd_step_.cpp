@@ -26,11 +26,9 @@ void run(char** argv) {
 }
 
 int main(int, char** argv) {
-  simt::with_float(argv[3], [&](auto g) {
-    using G = decltype(g);
-    if constexpr (std::is_same_v<G, double>) {
-      if (std::string(argv[2]) == "float64") return run<double, G>(argv);
-    }
-    run<float, G>(argv);
-  });
+  if (std::string(argv[3]) == "float64") {
+    std::string(argv[2]) == "float64" ? run<double, double>(argv) : run<float, double>(argv);
+    return 0;
+  }
+  simt::with_float(argv[3], [&](auto g) { run<float, decltype(g)>(argv); });
 }

@@ -6,6 +6,7 @@ distribution of class and expert, softmax(F_c + r_e) over all pairs, and is comp
 
 Source: Zhang et al., Robust Mixture-of-Expert Training for Convolutional Neural Networks, ICCV 2023. Theirs routes the
 channels of every layer and solves a bi-level problem; here whole images are routed and the two steps alternate.
+Their beta is 6 on CIFAR-10; the default is the digits'.
 """
 
 from operator import attrgetter
@@ -49,5 +50,5 @@ METHOD = Method(
         Pass(terms, part=attrgetter("moe.experts"), name="experts"),
         Pass(terms, part=attrgetter("moe.router"), name="router"),
     ),
-    defaults={"beta": 6.0},
+    defaults={"beta": 4.0},
 )

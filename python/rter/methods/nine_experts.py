@@ -65,4 +65,6 @@ def _together(step: Step, x: Tensor, y: Tensor) -> Loss:
     return loss
 
 
-METHOD = Method(__doc__, (Pass(terms),), defaults={"num_experts": 9, "gate": "soft"})
+METHOD = Method(
+    __doc__, (Pass(terms),), defaults={"num_experts": 9, "gate": "soft", "width": 8, "epochs": 28, "attack_steps": 6}
+)

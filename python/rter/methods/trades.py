@@ -3,7 +3,7 @@
 PGD_KL ascends that KL from x + 0.001 N(0, 1). Gradients flow through both sides of the loss's KL.
 
 Source: Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019. With experts,
-TRADES-MoE.
+TRADES-MoE. Their beta is 6 on CIFAR-10; the default is the digits'.
 """
 
 from torch import Tensor
@@ -26,4 +26,4 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     return loss
 
 
-METHOD = Method(__doc__, (Pass(terms),), defaults={"beta": 6.0})
+METHOD = Method(__doc__, (Pass(terms),), defaults={"beta": 3.0})

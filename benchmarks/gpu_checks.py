@@ -1,0 +1,178 @@
+"""The correctness part of `make gpu`."""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gpu_device import ROOT, Device, Outputs, first_cases
+from gpu_report import Report
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_kernels import PGD, ExpertResNet18, RobustMoE, attack_mode, pgd_step_, testing
+
+EPS, ALPHA = 8 / 255, 2 / 255
+
+
+def poison(on: bool) -> None:
+    """Fills fresh memory with NaN, so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = on
+
+
+def cases(device: Device, report: Report, tool: str | None, shard: int) -> None:
+    """Every case on the device: values, gradients, the same bits again, and the same bits on another stream."""
+    poison(tool != "initcheck")  # which looks for reads of memory nobody wrote, poison included
+    chosen = [c for c in device.cases if tool is None or c.op in device.sanitized]
+    dtypes = device.dtypes if tool is None else device.dtypes[:2]
+    pairs = [(c, dtype) for c in chosen for dtype in dtypes if dtype in c.dtypes or _takes_half(c, dtype)]
+    for case, dtype in pairs[shard :: device.shards] if tool is None else pairs:
+        report.check(f"{case} {str(dtype)[6:]}", lambda c=case, d=dtype: check_case(device, c, d))
+
+
+def _takes_half(case: testing.Case, dtype: torch.dtype) -> bool:
+    return dtype == torch.float16 and torch.bfloat16 in case.dtypes
+
+
+def check_case(device: Device, case: testing.Case, dtype: torch.dtype) -> None:
+    testing.check_values(case, dtype, device.name)
+    if case.has_gradient:
+        testing.check_gradients(case, dtype, device.name)
+    testing.check_repeats(case, dtype, device.name)
+    expected = everything(case, dtype, device)
+    with device.side_stream():
+        late = everything(case, dtype, device)
+    assert_equal(late, expected)
+
+
+def everything(case: testing.Case, dtype: torch.dtype, device: Device) -> Outputs:
+    """Results and gradients from copies of the arguments, made in the order of the current stream."""
+    args = [a.detach().clone() if isinstance(a, Tensor) else a for a in case.arguments(dtype, device.name)]
+    outputs = testing.as_tuple(testing.operator(case)(*args))
+    if not case.has_gradient:
+        return outputs
+    grads = [torch.ones_like(y) for y in outputs if y.is_floating_point()]
+    needed = testing.differentiable(args, case.buffers)
+    return (*outputs, *testing.gradients(testing.operator(case), args, needed, grads))
+
+
+def assert_equal(ours: Outputs, theirs: Outputs) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b), f"differs by {(a.double() - b.double()).abs().max():.3e}"
+
+
+def kernel_tests(device: Device, report: Report, tool: str | None, shard: int) -> None:
+    """The tests of the Triton kernels that reach further than their operators: tiles, epilogues, descriptors."""
+    files = [str(path) for path in sorted((ROOT / "tests").glob("test_triton_expert_*.py"))]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    if not device.dry and importlib.util.find_spec("xdist"):
+        options += ["-n", "4"]
+
+    def run() -> None:
+        status = pytest.main([*options, *files, *device.pytest_options])
+        assert status == 0, f"pytest ended with {status!r}"
+
+    report.check("tests of the Triton kernels", run)
+
+
+class LayerStep:
+    """Route to combine, forward and backward, on the same input tensors every time."""
+
+    def __init__(self, device: Device, activation: str) -> None:
+        dim, hidden, experts, rows = device.layer
+        self.moe = RobustMoE(dim, hidden, experts, 2, activation=activation, device=device.name)
+        self.x = torch.randn(rows, dim, device=device.name, requires_grad=True)
+        self.grad = torch.randn(rows, dim, device=device.name)
+
+    def __call__(self) -> Outputs:
+        y = self.moe(self.x)
+        return (y, *torch.autograd.grad(y, [self.x, *self.moe.parameters()], self.grad))
+
+    def renew(self) -> None:
+        self.x.detach().normal_()
+        self.grad.normal_()
+
+
+class AttackSteps:
+    """PGD from x on a mixture of ResNets, of public parts, inside `attack_mode`: PGD itself reads x and y first."""
+
+    def __init__(self, device: Device) -> None:
+        width, size, batch, self.steps = device.attack
+        experts = ExpertResNet18(4, width=width, device=device.name)
+        router = nn.Sequential(nn.Flatten(), nn.Linear(3 * size**2, 4, device=device.name))
+        self.model = RobustMoE.from_experts(experts, router)
+        self.x = torch.rand(batch, 3, size, size, device=device.name)
+        self.y = torch.randint(10, (batch,), device=device.name)
+
+    def __call__(self) -> Outputs:
+        x_adv = self.x.clone()
+        for _ in range(self.steps):
+            leaf = x_adv.detach().requires_grad_()
+            loss = F.cross_entropy(self.model(leaf), self.y, reduction="sum")
+            pgd_step_(x_adv, torch.autograd.grad(loss, [leaf])[0], self.x, EPS, ALPHA)
+        return (x_adv,)
+
+    def renew(self) -> None:
+        self.x.uniform_()
+        self.y.random_(10)
+
+    def eager(self) -> Outputs:
+        attack = PGD(self.model, EPS, ALPHA, self.steps, random_start=False, best_iterate=False)
+        return (attack(self.x, self.y),)
+
+
+def graphs(device: Device, report: Report, tool: str | None, shard: int) -> None:
+    """What was captured once and is replayed on new data gives the bits of an eager run."""
+    poison(True)
+    for activation in ("gelu", "swiglu"):
+        step = LayerStep(device, activation)
+        report.check(f"captured layer, {activation}", lambda s=step: check_replay(device, s, s.renew, s))
+    attack = AttackSteps(device)
+
+    def captured_attack() -> None:
+        with attack_mode(attack.model):
+            check_replay(device, attack, attack.renew, attack.eager)
+
+    report.check(f"captured PGD-{attack.steps}", captured_attack)
+
+
+def check_replay(
+    device: Device, function: Callable[[], Outputs], renew: Callable[[], None], eager: Callable[[], Outputs]
+) -> None:
+    outputs, replay = device.capture(function)
+    for _ in range(2):
+        renew()
+        replay()
+        assert_equal(outputs, eager())
+
+
+def syncs(device: Device, report: Report, tool: str | None, shard: int) -> None:
+    """The host never waits between router and combine, nor between the steps of an attack."""
+    layer, attack = LayerStep(device, "gelu"), AttackSteps(device)
+
+    def check(function: Callable[[], Any]) -> None:
+        function()  # compiles
+        with device.no_sync():
+            function()
+
+    report.check("the host does not wait in the layer", lambda: check(layer))
+    with attack_mode(attack.model):
+        report.check("the host does not wait in the attack", lambda: check(attack))
+
+
+def compilation(device: Device, report: Report, tool: str | None, shard: int) -> None:
+    """opcheck of the operators, and the layer under torch.compile without a graph break."""
+    for case in first_cases():
+        report.check(f"opcheck {case.op}", lambda c=case: testing.check_opcheck(c, False, device.name))
+
+    def compiled_layer() -> None:
+        step = LayerStep(device, "gelu")
+        compiled = copy.copy(step)
+        compiled.moe = torch.compile(step.moe, fullgraph=True, backend=device.compiler)
+        for ours, theirs in zip(compiled(), step(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+    report.check("torch.compile(RobustMoE, fullgraph=True)", compiled_layer)

@@ -1,0 +1,365 @@
+// Batch normalisation with statistics per expert on the GPU: sums over tiles of rows, merged in double in a fixed
+// order, give a table with a line per (expert, channel), which one pass then applies to every element.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/cuda_rows.h"
+
+namespace moe {
+
+constexpr int kNormThreads = 256;
+constexpr int kNormDepth = 32;      // rows that a thread adds in the storage's own precision, at most
+constexpr int kPlaneValues = 4096;  // values that a block adds, at least, where a row holds a plane of each channel
+constexpr int kMergeLanes = 8;      // channels that a block merges
+
+// A batch of rows, sorted by expert. By pixel (channels-last, or one value per image and channel), a row is a pixel
+// with one value of each channel; by plane, it is an image with `pixels` neighbouring values of each channel.
+struct NormBatch {
+  const int32_t* offsets;
+  int64_t experts, channels, pixels, images;
+  bool by_pixel;
+
+  __host__ __device__ int64_t rows_per_image() const { return by_pixel ? pixels : 1; }
+  __host__ __device__ int64_t rows() const { return images * rows_per_image(); }
+  __host__ __device__ int64_t values_per_row() const { return by_pixel ? 1 : pixels; }
+  __device__ int64_t begin(int64_t e) const { return offsets[e] * rows_per_image(); }
+  __device__ int64_t values(int64_t e) const { return (begin(e + 1) - begin(e)) * values_per_row(); }
+  // Neighbouring elements that an access may join: those of a row by pixel, of a plane otherwise.
+  __host__ __device__ int64_t run() const { return by_pixel ? channels : pixels; }
+};
+
+// How blocks cover a batch to sum it: `rows` rows of it and `lanes` threads side by side, each with a pack of channels;
+// by plane one lane, with one channel. The sums of tile i over rows of expert e are row i + e of the partial sums: as
+// i + e grows with every tile and every expert that begins, no two share a row.
+struct NormTiles {
+  int lanes = 1;
+  int64_t rows, chunks, count;
+
+  NormTiles(const NormBatch& b, int pack) {
+    const int64_t packs = b.by_pixel ? (b.channels + pack - 1) / pack : b.channels;
+    while (b.by_pixel && lanes < packs && lanes < kWarp) lanes *= 2;
+    rows = b.by_pixel ? kNormThreads / lanes * kNormDepth : std::max<int64_t>(1, kPlaneValues / b.pixels);
+    chunks = (packs + lanes - 1) / lanes;
+    count = (b.rows() + rows - 1) / rows;
+  }
+  __device__ int64_t first(int64_t tile, int64_t begin) const { return begin > tile * rows ? begin : tile * rows; }
+  __device__ int64_t last(int64_t tile, int64_t end) const { return end < (tile + 1) * rows ? end : (tile + 1) * rows; }
+};
+
+// Pairs of sums, of W channels.
+template <class A, int W>
+struct Pairs {
+  A first[W], second[W];
+
+  __device__ __forceinline__ Pairs& operator+=(const Pairs& other) {
+    for (int w = 0; w < W; ++w) first[w] += other.first[w], second[w] += other.second[w];
+    return *this;
+  }
+};
+using Pair = Pairs<double, 1>;
+
+// The sum over the threads that are a multiple of `lanes` apart, in a fixed order, in each of them.
+template <class P>
+__device__ __forceinline__ P lane_sum(const P& value, P (&shared)[kNormThreads], int lanes) {
+  const int thread = threadIdx.x;
+  shared[thread] = value;
+  __syncthreads();
+  for (int half = kNormThreads / 2; half >= lanes; half /= 2) {
+    if (thread < half) shared[thread] += shared[thread + half];
+    __syncthreads();
+  }
+  const P sum = shared[thread % lanes];
+  __syncthreads();
+  return sum;
+}
+
+// The rows [first, last) of one expert in a tile, of which a thread sees W channels from `channel`.
+template <int V, bool by_pixel>
+struct NormTile {
+  static constexpr int W = by_pixel ? V : 1;
+  NormBatch b;
+  int lanes;
+  int64_t channel, first, last;
+
+  __device__ __forceinline__ bool has_channel() const { return channel < b.channels; }
+  __device__ __forceinline__ bool writes() const { return static_cast<int>(threadIdx.x) < lanes && has_channel(); }
+  // Calls f with the index of each of this thread's packs.
+  template <class F>
+  __device__ __forceinline__ void each(F f) const {
+    if constexpr (by_pixel) {
+      if (!has_channel()) return;
+      for (int64_t r = first + threadIdx.x / lanes; r < last; r += kNormThreads / lanes) f(r * b.channels + channel);
+    } else {
+      const unsigned packs = static_cast<unsigned>(b.pixels / V), end = static_cast<unsigned>(last - first) * packs;
+      for (unsigned i = threadIdx.x; i < end; i += kNormThreads) {
+        f(((first + i / packs) * b.channels + channel) * b.pixels + int64_t{i % packs} * V);
+      }
+    }
+  }
+  // The sums over the tile: term(index of a pack, sums) adds it to this thread's.
+  template <class A, class Term>
+  __device__ __forceinline__ Pairs<A, W> sums(Pairs<A, W> (&shared)[kNormThreads], Term term) const {
+    Pairs<A, W> sum = {};
+    each([&](int64_t at) { term(at, sum); });
+    return lane_sum(sum, shared, lanes);
+  }
+};
+
+// Calls f(tile, row of the partial sums, expert) for every expert with rows in this block's tile.
+template <int V, bool by_pixel, class F>
+__device__ __forceinline__ void each_expert(const NormBatch& b, const NormTiles& tiles, F f) {
+  const int64_t tile = blockIdx.x / tiles.chunks, begin = tile * tiles.rows;
+  const int64_t lane = blockIdx.x % tiles.chunks * tiles.lanes + threadIdx.x % tiles.lanes;
+  const int64_t end = tiles.last(tile, b.rows());
+  for (int64_t e = expert_of(begin, b.offsets, b.experts, b.rows_per_image()); e < b.experts && b.begin(e) < end; ++e) {
+    const NormTile<V, by_pixel> part{b, tiles.lanes, lane * NormTile<V, by_pixel>::W, tiles.first(tile, b.begin(e)),
+                                     tiles.last(tile, b.begin(e + 1))};
+    if (part.first < part.last) f(part, tile + e, e);
+  }
+}
+
+// x -> partial: sums of x and of its squared distances from the mean of the tile.
+template <class T, int V, bool by_pixel>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_moments_kernel(NormBatch b, NormTiles tiles, const T* x, Pair* partial) {
+  using A = wide_t<T>;
+  constexpr int W = NormTile<V, by_pixel>::W;
+  __shared__ Pairs<A, W> shared[kNormThreads];
+  each_expert<V, by_pixel>(b, tiles, [&](const auto& part, int64_t row, int64_t) {
+    const A count = static_cast<A>((part.last - part.first) * b.values_per_row());
+    const auto total = part.sums(shared, [&](int64_t at, Pairs<A, W>& sum) {
+      const auto pack = load<V>(x + at);
+      for (int v = 0; v < V; ++v) sum.first[v % W] += widen(pack.at[v]);
+    });
+    const auto rest = part.sums(shared, [&](int64_t at, Pairs<A, W>& sum) {
+      const auto pack = load<V>(x + at);
+      for (int v = 0; v < V; ++v) {
+        const A centred = widen(pack.at[v]) - total.first[v % W] / count;
+        sum.first[v % W] += centred;
+        sum.second[v % W] += centred * centred;
+      }
+    });
+    if (!part.writes()) return;
+    for (int w = 0; w < W; ++w) {
+      const double error = rest.first[w];  // of the rounded mean, times count
+      Pair& sums = partial[row * b.channels + part.channel + w];
+      sums.first[0] = static_cast<double>(total.first[w] / count) * count + error;
+      sums.second[0] = rest.second[w] - error * error / count;
+    }
+  });
+}
+
+// grad, x, mean [experts, channels] -> partial: sums of grad and of grad * (x - mean)
+template <class T, int V, bool by_pixel>
+__global__ void __launch_bounds__(kNormThreads) norm_products_kernel(NormBatch b, NormTiles tiles, const T* grad,
+                                                                     const T* x, const wide_t<T>* mean, Pair* partial) {
+  using A = wide_t<T>;
+  constexpr int W = NormTile<V, by_pixel>::W;
+  __shared__ Pairs<A, W> shared[kNormThreads];
+  each_expert<V, by_pixel>(b, tiles, [&](const auto& part, int64_t row, int64_t e) {
+    A centre[W] = {};
+    for (int w = 0; w < W && part.has_channel(); ++w) centre[w] = mean[e * b.channels + part.channel + w];
+    const auto total = part.sums(shared, [&](int64_t at, Pairs<A, W>& sum) {
+      const auto g = load<V>(grad + at), pack = load<V>(x + at);
+      for (int v = 0; v < V; ++v) {
+        sum.first[v % W] += widen(g.at[v]);
+        sum.second[v % W] += widen(g.at[v]) * (widen(pack.at[v]) - centre[v % W]);
+      }
+    });
+    if (!part.writes()) return;
+    for (int w = 0; w < W; ++w) {
+      Pair& sums = partial[row * b.channels + part.channel + w];
+      sums.first[0] = total.first[w];
+      sums.second[0] = total.second[w];
+    }
+  });
+}
+
+// The sum of term(partial sums, number of values) over the tiles of the block's expert, by the threads of a channel.
+template <class Term>
+__device__ __forceinline__ Pair merged(const NormBatch& b, const NormTiles& tiles, const Pair* partial, int64_t e,
+                                       int64_t channel, Pair (&shared)[kNormThreads], Term term) {
+  const int64_t begin = b.begin(e), end = b.begin(e + 1);
+  Pair sum = {};
+  for (int64_t i = begin / tiles.rows + threadIdx.x / kMergeLanes; channel < b.channels && i * tiles.rows < end;
+       i += kNormThreads / kMergeLanes) {
+    const int64_t rows = tiles.last(i, end) - tiles.first(i, begin);
+    if (rows > 0) sum += term(partial[(i + e) * b.channels + channel], double(rows * b.values_per_row()));
+  }
+  return lane_sum(sum, shared, kMergeLanes);
+}
+
+__host__ __device__ inline int64_t merge_chunks(const NormBatch& b) {
+  return (b.channels + kMergeLanes - 1) / kMergeLanes;
+}
+
+// Where a thread of a merging block stands in the tables [experts, channels].
+struct MergePlace {
+  int64_t e, channel, index;
+  bool writes;
+
+  __device__ __forceinline__ explicit MergePlace(const NormBatch& b)
+      : e(blockIdx.x / merge_chunks(b)),
+        channel(blockIdx.x % merge_chunks(b) * kMergeLanes + threadIdx.x % kMergeLanes),
+        index(e * b.channels + channel),
+        writes(threadIdx.x < kMergeLanes && channel < b.channels) {}
+};
+
+// What an element of one expert and channel is computed with.
+template <class A>
+struct alignas(16) NormLine {
+  A scale, centre, shift, slope;
+};
+
+// partial -> the batch's mean and var [experts, channels]; those given where partial is null. Either way the lines of
+// y = (x - mean) * weight / sqrt(var + eps) + bias; weight and bias may be null.
+template <class A>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_statistics_kernel(NormBatch b, NormTiles tiles, const Pair* partial, const A* given_mean, const A* given_var,
+                           const A* weight, const A* bias, double eps, A* mean, A* var, NormLine<A>* lines) {
+  __shared__ Pair shared[kNormThreads];
+  const MergePlace at(b);
+  double centre = 0, variance = 0;
+  if (partial) {
+    const double n = std::fmax(1.0, static_cast<double>(b.values(at.e)));
+    const auto sum = [](const Pair& p, double) { return p; };
+    centre = merged(b, tiles, partial, at.e, at.channel, shared, sum).first[0] / n;
+    const auto squares = [=](const Pair& p, double count) {
+      const double distance = p.first[0] / count - centre;
+      return Pair{{0}, {p.second[0] + count * distance * distance}};
+    };
+    variance = std::fmax(0.0, merged(b, tiles, partial, at.e, at.channel, shared, squares).second[0] / n);
+  }
+  if (!at.writes) return;
+  if (!partial) centre = given_mean[at.index], variance = given_var[at.index];
+  mean[at.index] = static_cast<A>(centre);
+  var[at.index] = static_cast<A>(variance);
+  const double scale = (weight ? weight[at.index] : A(1)) / std::sqrt(variance + eps);
+  lines[at.index] = {static_cast<A>(scale), static_cast<A>(centre), bias ? bias[at.index] : A(0), A(0)};
+}
+
+// partial, var -> dbias, dweight [experts, channels]
+template <class A>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_param_grad_kernel(NormBatch b, NormTiles tiles, const Pair* partial, const A* var, double eps, A* dbias,
+                           A* dweight) {
+  __shared__ Pair shared[kNormThreads];
+  const MergePlace at(b);
+  const auto sum = [](const Pair& p, double) { return p; };
+  const Pair total = merged(b, tiles, partial, at.e, at.channel, shared, sum);
+  if (!at.writes) return;
+  dbias[at.index] = static_cast<A>(total.first[0]);
+  dweight[at.index] = static_cast<A>(total.second[0] / std::sqrt(var[at.index] + eps));
+}
+
+// The lines of dx = weight / sqrt(var + eps) * (grad - dbias / n - (x - mean) / sqrt(var + eps) * dweight / n), where
+// mean, dbias and dweight are null if the statistics are constants; weight may be null.
+template <class A>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_input_grad_lines_kernel(NormBatch b, const A* weight, const A* mean, const A* var, const A* dbias,
+                                 const A* dweight, double eps, NormLine<A>* lines) {
+  const int64_t i = int64_t{blockIdx.x} * kNormThreads + threadIdx.x;
+  if (i >= b.experts * b.channels) return;
+  const double inverse = 1 / std::sqrt(var[i] + eps), n = std::fmax(1.0, static_cast<double>(b.values(i / b.channels)));
+  NormLine<A> line{static_cast<A>((weight ? weight[i] : A(1)) * inverse), A(0), A(0), A(0)};
+  if (mean) {
+    line.centre = mean[i];
+    line.shift = static_cast<A>(dbias[i] / n);
+    line.slope = static_cast<A>(inverse * dweight[i] / n);
+  }
+  lines[i] = line;
+}
+
+// in, x -> out: every element by its line; forward in is x, backward it is grad and x is null for constant statistics.
+template <class T, int V, bool by_pixel, bool forward>
+__global__ void __launch_bounds__(kRowThreads)
+    norm_apply_kernel(NormBatch b, const T* in, const T* x, const NormLine<wide_t<T>>* lines, T* out, RowTiles tiles) {
+  using A = wide_t<T>;
+  const int64_t run = tiles.row(), column = tiles.pack() * V, row = by_pixel ? run : run / b.channels;
+  if (row >= b.rows() || column >= b.run()) return;
+  const int64_t e = expert_of(row, b.offsets, b.experts, b.rows_per_image()), start = run * b.run() + column;
+  lines += e * b.channels + (by_pixel ? column : run % b.channels);
+  const auto pack = load<V>(in + start);
+  Pack<T, V> other = {}, result;
+  if (!forward && x) other = load<V>(x + start);
+  NormLine<A> line = lines[0];
+  for (int v = 0; v < V; ++v) {
+    if (by_pixel && v > 0) line = lines[v];
+    const A value = widen(pack.at[v]), centred = (forward ? value : widen(other.at[v])) - line.centre;
+    result.at[v] = narrow<T>(forward ? centred * line.scale + line.shift
+                             : x     ? line.scale * (value - line.shift - centred * line.slope)
+                                     : line.scale * value);
+  }
+  store(out + start, result);
+}
+
+// Calls f with the elements of an access and the layout, as constants.
+template <class T, class F>
+void with_layout(const NormBatch& b, bool aligned, F f) {
+  const auto with_pack = [&](auto pack) { b.by_pixel ? f(pack, std::true_type()) : f(pack, std::false_type()); };
+  aligned&& b.run() % kPack<T> == 0 ? with_pack(std::integral_constant<int, kPack<T>>())
+                                    : with_pack(std::integral_constant<int, 1>());
+}
+
+// Rows of partial sums, [rows, channels] pairs: as many as the tiles of the narrowest access can need.
+inline int64_t norm_partial_rows(const NormBatch& b) { return NormTiles(b, 1).count + b.experts; }
+
+template <class T, bool forward>
+void launch_norm_apply(NormBatch b, const T* in, const T* x, const NormLine<wide_t<T>>* lines, T* out,
+                       cudaStream_t stream) {
+  constexpr int kWide = kPack<T>;
+  const bool aligned = is_aligned<T, kWide>(in) && is_aligned<T, kWide>(x) && is_aligned<T, kWide>(out);
+  with_layout<T>(b, aligned, [&](auto pack, auto by_pixel) {
+    constexpr int V = decltype(pack)::value;
+    const RowTiles tiles(b.rows() * (by_pixel ? 1 : b.channels), b.run() / V);
+    cuda_launch("expert_batch_norm", norm_apply_kernel<T, V, by_pixel, forward>, tiles.blocks, kRowThreads, stream, b,
+                in, x, lines, out, tiles);
+  });
+}
+
+// x -> y, mean, var [experts, channels]. partial is null where mean and var are given; lines [experts, channels].
+template <class T>
+void launch_norm_forward(NormBatch b, const T* x, const wide_t<T>* weight, const wide_t<T>* bias,
+                         const wide_t<T>* given_mean, const wide_t<T>* given_var, double eps, Pair* partial,
+                         NormLine<wide_t<T>>* lines, T* y, wide_t<T>* mean, wide_t<T>* var, cudaStream_t stream) {
+  with_layout<T>(b, is_aligned<T, kPack<T>>(x), [&](auto pack, auto by_pixel) {
+    constexpr int V = decltype(pack)::value;
+    const NormTiles tiles(b, V);
+    if (partial) {
+      cuda_launch("expert_batch_norm", norm_moments_kernel<T, V, by_pixel>, tiles.count * tiles.chunks, kNormThreads,
+                  stream, b, tiles, x, partial);
+    }
+    cuda_launch("expert_batch_norm", norm_statistics_kernel<wide_t<T>>, b.experts * merge_chunks(b), kNormThreads,
+                stream, b, tiles, partial, given_mean, given_var, weight, bias, eps, mean, var, lines);
+  });
+  launch_norm_apply<T, true>(b, x, x, lines, y, stream);
+}
+
+// grad, x, mean, var -> dbias, dweight [experts, channels]
+template <class T>
+void launch_norm_param_grad(NormBatch b, const T* grad, const T* x, const wide_t<T>* mean, const wide_t<T>* var,
+                            double eps, Pair* partial, wide_t<T>* dbias, wide_t<T>* dweight, cudaStream_t stream) {
+  with_layout<T>(b, is_aligned<T, kPack<T>>(grad) && is_aligned<T, kPack<T>>(x), [&](auto pack, auto by_pixel) {
+    constexpr int V = decltype(pack)::value;
+    const NormTiles tiles(b, V);
+    cuda_launch("expert_batch_norm", norm_products_kernel<T, V, by_pixel>, tiles.count * tiles.chunks, kNormThreads,
+                stream, b, tiles, grad, x, mean, partial);
+    cuda_launch("expert_batch_norm", norm_param_grad_kernel<wide_t<T>>, b.experts * merge_chunks(b), kNormThreads,
+                stream, b, tiles, partial, var, eps, dbias, dweight);
+  });
+}
+
+// grad -> dx; x, mean, dbias and dweight are null where the statistics are constants.
+template <class T>
+void launch_norm_input_grad(NormBatch b, const T* grad, const T* x, const wide_t<T>* weight, const wide_t<T>* mean,
+                            const wide_t<T>* var, const wide_t<T>* dbias, const wide_t<T>* dweight, double eps,
+                            NormLine<wide_t<T>>* lines, T* dx, cudaStream_t stream) {
+  cuda_launch("expert_batch_norm", norm_input_grad_lines_kernel<wide_t<T>>,
+              (b.experts * b.channels + kNormThreads - 1) / kNormThreads, kNormThreads, stream, b, weight, mean, var,
+              dbias, dweight, eps, lines);
+  launch_norm_apply<T, false>(b, grad, x, lines, dx, stream);
+}
+
+}  // namespace moe

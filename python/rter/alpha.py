@@ -1,0 +1,56 @@
+"""The dual model's curve: clean and robust accuracy of (1 - alpha) F_S + alpha F_R for alpha from 0 to 1."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rter.data import Split
+from rter.models import DualClassifier
+
+ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)  # F_R's logits are the smaller
+
+
+def alpha_curve(
+    model: DualClassifier,
+    images: Split,
+    attack: Callable[[nn.Module], Tensor],
+    predict: Callable[[nn.Module, Tensor], Tensor],
+) -> dict[str, Any]:
+    """Attacks the model at each alpha, and counts an image as robust that withstands what was found at every alpha.
+
+    Args:
+        model: F_D, whose alpha is put back.
+        images: images and labels.
+        attack: model -> adversarial images [n, C, H, W] of all images.
+        predict: (model, images) -> classes [n].
+
+    Returns:
+        points, one [alpha, SA, RA, above] for each alpha: above is the point's distance in the plane of SA and RA from
+        the straight line between the two ends, on which a coin that chooses F_R with probability alpha would lie;
+        positive for more SA at the same RA. above, the greatest of them.
+    """
+    own = model.alpha
+    try:
+        found = [images.x]
+        for model.alpha in ALPHAS:
+            found.append(attack(model))
+        points = []
+        for model.alpha in ALPHAS:
+            right = torch.stack([predict(model, x) == images.y for x in found])  # [1 + alphas, n]
+            points.append((right[0].double().mean().item(), right.all(0).double().mean().item()))
+    finally:
+        model.alpha = own
+    above = [_above(point, points[0], points[-1]) for point in points]
+    curve = [[alpha, *point, distance] for alpha, point, distance in zip(ALPHAS, points, above, strict=True)]
+    return {"points": curve, "above": max(above)}
+
+
+def _above(point: tuple[float, float], start: tuple[float, float], end: tuple[float, float]) -> float:
+    """Distance of a point from the line from start (F_S) to end (F_R), positive for more SA at the same RA."""
+    along = end[0] - start[0], end[1] - start[1]
+    away = point[0] - start[0], point[1] - start[1]
+    length = math.hypot(*along)
+    return (along[1] * away[0] - along[0] * away[1]) / length if length else math.hypot(*away)

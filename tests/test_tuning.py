@@ -1,0 +1,87 @@
+"""autotune(): the fastest tile that the device has room for, inside the context alone."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton
+from triton.runtime.errors import OutOfResources
+
+from moe_kernels import autotune, reference
+from moe_kernels.testing import Source, assert_matches
+from moe_kernels.triton_kernels import configs, tuning
+from moe_kernels.triton_kernels.configs import Tile
+from moe_kernels.triton_kernels.expert_linear import expert_linear
+from moe_kernels.triton_kernels.launch import Launch
+
+SHIPPED = configs.EXPERT_LINEAR["default"][4]["few"]
+FAST = SHIPPED._replace(n=2 * SHIPPED.n)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
+    """The tiles that were timed, on a device that has room for small ones and is fastest with FAST."""
+    seen: list[Tile] = []
+
+    def milliseconds(make: Callable[[Tile], Launch], tile: Tile) -> float:
+        make(tile)
+        seen.append(tile)
+        return math.inf if tile.num_stages > SHIPPED.num_stages else 1.0 if tile == FAST else 2.0
+
+    monkeypatch.setattr(tuning, "fastest", {})
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    return seen
+
+
+def run(rows: int = 6) -> Tensor:
+    s = Source(torch.float32)
+    x, weight, offsets = s.randn(rows, 7), s.randn(2, 130, 7), s.offsets((2, rows - 2))
+    y = expert_linear(x, weight, None, offsets)
+    low = reference.expert_linear(x, weight, None, offsets)
+    assert_matches(y, low, reference.expert_linear(x.double(), weight.double(), None, offsets), torch.float32)
+    return y
+
+
+def test_tunes_once_for_a_magnitude_and_only_inside(timed: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[int] = []
+    run_launch = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (launched.append(self.arguments["BLOCK_N"]), run_launch(self)))
+    run()
+    assert timed == [] and launched == [SHIPPED.n]
+    with autotune():
+        run()
+        assert len(timed) == len(set(timed)) == len(tuning.neighbours(SHIPPED)) > 5
+        run(8)  # as 6, up to a power of two
+        assert len(timed) == len(tuning.neighbours(SHIPPED))
+        run(9)
+        assert len(timed) == 2 * len(tuning.neighbours(SHIPPED))
+    run()
+    assert launched == [SHIPPED.n, FAST.n, FAST.n, FAST.n, SHIPPED.n]
+
+
+def test_a_graph_that_is_captured_is_not_disturbed(timed: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_capturing", lambda: True)
+    with autotune():
+        run()
+    assert timed == []
+
+
+@pytest.mark.parametrize("shipped", [SHIPPED, Tile(16, 16, 16, 8, 1), Tile(256, 256, 64, 8, 3, tma=True)])
+def test_neighbours_can_be_compiled(shipped: Tile) -> None:
+    for m, n, _, _, stages, _ in tuning.neighbours(shipped):
+        assert 16 <= m <= 256 and 16 <= n <= 256 and stages >= 1
+
+
+def test_a_tile_without_room_takes_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(function: Callable[[], Any], **options: Any) -> float:
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    monkeypatch.setattr(triton.testing, "do_bench", no_room)
+    launch = Launch(None, (1,), {}, 4)
+    assert tuning.milliseconds(lambda tile: launch, SHIPPED) == math.inf
