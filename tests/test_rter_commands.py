@@ -13,7 +13,7 @@ from rter.evaluate import evaluate
 
 TINY = ["--epochs", "2", "--batch-size", "400", "--num-experts", "2", "--width", "2", "--attack-steps", "1",
         "--held-out", "60", "--eval-every", "1"]  # fmt: skip
-WEAK = ["--steps", "2", "--restarts", "2"]
+WEAK = ["--suite", "quick", "--steps", "2", "--restarts", "2"]
 FIXED_KEYS = {"sa", "ra", "ra_e", "ra_r", "aa", "expert_load", "route_flip_rate", "eps", "method", "data", "seed",
               "baselines"}  # fmt: skip
 
@@ -46,7 +46,8 @@ def test_the_report_has_its_keys(demo: Path) -> None:
     assert (report["method"], report["data"], report["seed"], report["eps"]) == ("rt-er", "digits", 0, 0.2)
     assert len(report["ra_e"]) == len(report["expert_load"]) == 2 and report["aa"] is None
     assert sum(report["expert_load"]) == pytest.approx(1)
-    assert report["worst"] <= report["ra"] <= report["sa"]
+    assert report["verdict"] <= min(report["attacks"].values()) <= report["ra"] <= report["sa"]
+    assert report["attacks"][report["worst_attack"]] == min(report["attacks"].values())
     curve = [accuracy for _, accuracy in report["eps_curve"]]
     assert curve == sorted(curve, reverse=True) and curve[0] == report["sa"]
     assert report["baselines"]["standard"]["method"] == "standard"
@@ -60,7 +61,10 @@ def test_training_repeats_itself_bitwise(demo: Path, tmp_path: Path) -> None:
 
 def test_evaluation_repeats_itself_and_takes_the_best_weights(demo: Path) -> None:
     before = json.loads((demo / "standard" / "report.json").read_text())
-    assert evaluate(demo / "standard", "last", 2, 2) == {**before, "eps_curve": [tuple(p) for p in before["eps_curve"]]}
+    assert evaluate(demo / "standard", "last", 2, 2, "quick") == {
+        **before,
+        "eps_curve": [tuple(p) for p in before["eps_curve"]],
+    }
     assert main(["evaluate", str(demo / "standard"), "--weights", "best", *WEAK]) == 0
     assert json.loads((demo / "standard" / "report.json").read_text())["weights"] == "best"
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_kernels.attacks import attack_mode
 from rter.data import Split
 from rter.errors import UserError
 
@@ -30,7 +31,7 @@ def auto_attack(
         raise UserError(
             "the full suite must find the package pyautoattack: install it, or give --suite quick"
         ) from None
-    with torch.random.fork_rng(), _flags() as flags:
+    with attack_mode(model), _flags() as flags:
         ensemble: Any = AutoAttack(model, norm=norm, eps=eps, seed=seed, device=images.x.device)
         with torch.no_grad():
             num_classes = model(images.x[:1]).shape[1]

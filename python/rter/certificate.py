@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import ExpertConv2d, ExpertLinear
-from moe_kernels.attacks.adaptive import every_expert
+from moe_kernels.attacks import every_expert
 from rter.models import RobustClassifier
 from rter.models.networks import ExpertConvNet
 

@@ -64,7 +64,8 @@ def verdict(report: dict[str, Any]) -> str:
     failed = [name for name, check in report["checks"].items() if not check["passed"]]
     return (
         f"Verdict: {report['verdict']:.1%} of the images withstand every attack of the {report['suite']} suite "
-        f"(95 % interval {low:.1%} to {high:.1%}); the strongest alone, {worst}, leaves {report['attacks'][worst]:.1%}. "
+        f"(95 % interval {low:.1%} to {high:.1%}); the strongest alone, {worst}, leaves "
+        f"{report['attacks'][worst]:.1%}. "
         + (f"Checks that failed: {'; '.join(failed)}." if failed else "All checks passed.")
     )
 
@@ -147,11 +148,11 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
         )
     if report["certificate"]:
         certificate = report["certificate"]
-        lipschitz = ", ".join(f"{value:.3g}" for value in certificate["expert_lipschitz"])
+        reach, constants = certificate["greatest_radius"], certificate["expert_lipschitz"]
         parts.append(
-            f"The certificate of the RT-ER paper (theorem 5.4), for the soft mixture of the experts' probabilities, reaches "
-            f"{certificate['greatest_radius']:.2g} at most, with Lipschitz constants {lipschitz} of the experts from the "
-            f"norms of their layers: it is {'vacuous' if certificate['greatest_radius'] < report['eps'] else 'effective'} "
-            f"at {report['eps']:.3g}."
+            "The certificate of the RT-ER paper (theorem 5.4), taken for the soft mixture of the experts' softmax "
+            f"and with Lipschitz constants {', '.join(f'{value:.3g}' for value in constants)} of the experts from the "
+            f"norms of their layers, reaches {reach:.2g} at most: {'nothing' if reach < report['eps'] else 'a part'} "
+            f"is proved at {report['eps']:.3g}."
         )
     return parts

@@ -1,0 +1,166 @@
+"""An evaluation: the union of attacks, its certificates against closed forms, and its checks on models that hide."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from rter.autoattack import auto_attack
+from rter.certificate import affine_router, paper_certificate, route_radius
+from rter.config import Config
+from rter.data import Split
+from rter.evaluate import interval, measure, sanity
+from rter.models import DualClassifier, Normalize, RobustClassifier
+from rter.report import verdict
+from rter.suite import Tally, apgd_attacks, is_deterministic
+from torch import Tensor, nn
+
+from moe_kernels import RobustMoE
+from moe_kernels.attacks import APGD
+
+
+def classifier(
+    num_experts: int = 3, top_k: int = 1, gate: str = "straight_through", classes: int = 5
+) -> tuple[RobustClassifier, Split]:
+    images = torch.rand(12, 1, 6, 6)
+    experts = [nn.Sequential(nn.Flatten(), nn.Linear(36, classes)) for _ in range(num_experts)]
+    router = nn.Sequential(nn.Flatten(), nn.Linear(36, num_experts))
+    model = RobustClassifier(Normalize(images), RobustMoE.from_experts(experts, router, top_k, gate)).eval()
+    with torch.no_grad():
+        return model, Split(images, model(images).argmax(1))
+
+
+def config(**settings: Any) -> Config:
+    return Config(**({"method": "pgd-at", "eps": 0.02} | settings))
+
+
+@pytest.mark.parametrize("kind", ["one expert", "soft", "dual"])
+def test_every_kind_of_model_is_measured(kind: str) -> None:
+    if kind == "soft":
+        model, images = classifier(3, 3, "soft")
+    else:
+        model, images = classifier(1 if kind == "one expert" else 3)
+    if kind == "dual":
+        model = DualClassifier(classifier()[0], model, alpha=0.7).eval()
+        images = Split(images.x, model(images.x).argmax(1))
+    report, x_adv = measure(model, config(), images, steps=3, restarts=2, suite="full", queries=20)
+    assert report["sa"] == 1 and report["verdict"] <= min(report["attacks"].values()) and report["aa"] <= 1
+    assert x_adv.shape == images.x.shape and len(report["ra_e"]) == model.num_experts
+    assert (report["ra_r"] is None) == (report["route_radius"] is None) == (kind == "one expert")
+    assert ("joint" in report["attacks"]) == (kind != "one expert") and report["checks"]["deterministic"]["passed"]
+    assert "withstand every attack of the full suite" in verdict(report | {"suite": "full"})
+
+
+def test_the_tally_is_the_union_of_the_attacks() -> None:
+    model, images = classifier()
+    tally = Tally(model, images)
+    others = images.x[(images.y[:, None] != images.y).int().argmax(1)]  # for each image, one of another class
+    first, second = images.x.clone(), images.x.clone()
+    first[:2], second[1:4] = others[:2], others[1:4]
+    tally.add("first", first)
+    tally.add("second", second)
+    assert tally.robust.tolist() == [False] * 4 + [True] * 8
+    assert tally.worst == "second" and tally.accuracies() == {"first": 10 / 12, "second": 9 / 12}
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_the_route_radius_is_exact(norm: str) -> None:
+    model, images = classifier()
+    model.double()
+    x = images.x.double()
+    weight = affine_router(model, x)
+    assert weight is not None
+    torch.testing.assert_close(weight, model.moe.router[1].weight / model.normalize.std.flatten())
+    radius = route_radius(model, x, norm, weight)
+    chosen = model.route(x).experts[:, 0].long()
+    for scale, flips in ((0.999, False), (1.001, True)):
+        flipped = torch.zeros(12, dtype=torch.bool)
+        for slope in (weight - weight[chosen][:, None]).unbind(1):  # towards each expert, straight
+            step = slope.sign() if norm == "Linf" else slope / slope.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            moved = x + (scale * radius[:, None] * step).view_as(x)
+            flipped |= model.route(moved).experts[:, 0] != chosen
+        assert (flipped == flips).all()
+
+
+def test_a_router_that_is_not_affine_has_no_radius() -> None:
+    model, images = classifier()
+    model.moe.router = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 3))
+    assert affine_router(model, images.x) is None
+
+
+def test_the_papers_certificate_holds(robust_digits: tuple[RobustClassifier, Split]) -> None:
+    model, images = robust_digits
+    x, y = images.x, images.y
+    weight = affine_router(model, x)
+    assert weight is not None
+    found = paper_certificate(model, x, y, weight)
+    assert found is not None and 0 < found["median_radius"] <= found["greatest_radius"]
+
+    def soft(x: Tensor) -> Tensor:
+        gates = model.route(x).logits.softmax(1)
+        alone = torch.stack([model(x, routing=model.route(x).fixed(e)).softmax(1) for e in range(3)], 1)
+        return (gates[:, :, None] * alone).sum(1)
+
+    x_adv = APGD(soft, found["greatest_radius"], 5, "margin")(x, y)
+    changed = (soft(x_adv) - soft(x)).abs().amax(1)
+    bound = found["greatest_radius"] * (sum(found["gate_lipschitz"]) + max(found["expert_lipschitz"]))
+    assert (changed <= bound).all()
+    assert paper_certificate(classifier()[0], x, y, weight) is None
+
+
+def test_a_hidden_gradient_is_noticed() -> None:
+    """The logits are rounded: gradients vanish, and only Square, which needs none, gets through."""
+
+    class Rounded(nn.Module):
+        num_experts = 1
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.model(x)
+            return (20 * logits).round() / 20 + 0 * logits
+
+    model, images = classifier(1)
+    rounded = Rounded(model)
+    images = Split(images.x, rounded(images.x).argmax(1))
+    white, black, flags = auto_attack(rounded, images, "Linf", 0.1, seed=0, queries=100)
+    broken_by_square = (rounded(white).argmax(1) == images.y) & (rounded(black).argmax(1) != images.y)
+    assert broken_by_square.sum() > 2 and any("zero gradient" in flag for flag in flags)
+    checks = sanity(
+        rounded, config(), images, 3, white.new_zeros(12).bool(), None, None, int(broken_by_square.sum()), flags, True
+    )
+    assert not checks["Square breaks nothing that withstood the gradients"]["passed"]
+    assert not checks["AutoAttack raises no flag"]["passed"]
+
+
+def test_a_random_model_is_attacked_through_draws() -> None:
+    class Noisy(nn.Module):
+        num_experts = 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :5] + 0.1 * torch.randn(len(x), 5)
+
+    x = torch.rand(4, 1, 6, 6)
+    assert not is_deterministic(Noisy(), x) and is_deterministic(nn.Flatten(), x)
+    assert apgd_attacks(Noisy(), config(), Split(x, torch.zeros(4).long()), 3, True)["apgd-ce"].draws == 20
+
+
+def test_the_interval_is_that_of_a_binomial() -> None:
+    flags = torch.arange(400) < 280
+    low, high = interval(flags, seed=0)
+    half = 1.96 * math.sqrt(0.7 * 0.3 / 400)
+    assert low == pytest.approx(0.7 - half, abs=0.006) and high == pytest.approx(0.7 + half, abs=0.006)
+
+
+def test_models_run_unchanged_in_other_toolboxes(robust_digits: tuple[RobustClassifier, Split]) -> None:
+    torchattacks, foolbox = pytest.importorskip("torchattacks"), pytest.importorskip("foolbox")
+    model, images = robust_digits
+    x, y = images.x[:40], images.y[:40]
+    clean = (model(x).argmax(1) == y).sum()
+    theirs = torchattacks.PGD(model, eps=0.15, alpha=0.05, steps=5)(x, y)
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    _, clipped, success = foolbox.attacks.LinfPGD(steps=5)(wrapped, x, y, epsilons=0.15)
+    assert (model(theirs).argmax(1) == y).sum() < clean and (model(clipped).argmax(1) == y).sum() < clean
+    assert success.any()
