@@ -13,6 +13,7 @@ from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.checkpoint import load_weights, read_lines, run_config, save_tensors, write_json
 from rter.config import Config
 from rter.data import Data, Split, load_data
+from rter.distributed import device
 from rter.models import DualClassifier, RobustClassifier, View, build_model
 from rter.suite import BATCH, Attacked, Tally, apgd_attacks, attack, found_by, is_deterministic, mean, predict
 
@@ -38,8 +39,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Attacks the run's `last` or `best` weights with a suite; writes report.json and examples.safetensors."""
     config = run_config(run)
-    data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
-    model = build_model(config, data)
+    data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size).to(device())
+    model = build_model(config, data).to(device())
     load_weights(run / f"{weights}.safetensors", model)
     model.eval()
     results, adversarial = measure(model, config, data.test, steps, restarts, suite, queries)
@@ -191,7 +192,7 @@ def interval(robust: Tensor, seed: int) -> list[float]:
     """The 2.5 and 97.5 % quantiles of the mean of flags [n] over resampled images."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(robust), (RESAMPLES, len(robust)), generator=generator)
-    means = robust.double()[rows].mean(1)
+    means = robust.double().cpu()[rows].mean(1)
     return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 

@@ -75,7 +75,7 @@ def attack(
 ) -> Attacked:
     """PGD with restarts: each further start is spent only on the images that have withstood so far."""
     x, robust = images.x.clone(), predict(model, images.x) == images.y
-    rows = torch.arange(len(images))
+    rows = torch.arange(len(images), device=images.y.device)
     for restart in range(restarts):
         for i, part in enumerate(rows[robust | (restart == 0)].split(BATCH)):
             pgd = make_attack(model, config, eps, steps, name, restart, i)
