@@ -32,6 +32,8 @@ bench: $(READY)  ## speed and memory beside plain PyTorch, as ratios in one run
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable --benchmark-json=$(BENCH) \
 	    --benchmark-columns=median --benchmark-max-time=0.5 --benchmark-warmup=on --benchmark-warmup-iterations=1
 	$(BIN)/python benchmarks/ratios.py $(BENCH)
+	$(BIN)/python benchmarks/saved_bytes.py
+	$(BIN)/python benchmarks/peak_memory.py
 
 gpu-static: $(READY)  ## every GPU kernel compiled for every architecture: registers, shared memory, spills, tensor cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_static.py

@@ -17,7 +17,7 @@ Contest = Callable[..., None]
 def contest(benchmark: Any) -> Contest:
     """Times `contenders[name]`, all contenders of one `group` side by side; `exact()` is the fp64 truth.
 
-    `target` is (other contender, factor): ours should take at most 1 / factor of the other's time.
+    `target` is (other contender, factor), or several: ours should take at most 1 / factor of the other's time.
     """
 
     def run(
@@ -25,7 +25,7 @@ def contest(benchmark: Any) -> Contest:
         contenders: dict[str, Callable[[], Any]],
         name: str,
         exact: Callable[[], Tensor] | None = None,
-        target: tuple[str, float] | None = None,
+        target: tuple[str, float] | list[tuple[str, float]] | None = None,
     ) -> None:
         if exact is not None:
             out, truth = contenders[name](), exact()
@@ -33,8 +33,8 @@ def contest(benchmark: Any) -> Contest:
             assert error <= MAX_RELATIVE_ERROR[out.dtype], f"{name} is wrong by {error:.1e}"
         benchmark.group = group
         benchmark.name = name
-        if name == OURS and target is not None:
-            benchmark.extra_info["target"] = target
+        if name == OURS and target:
+            benchmark.extra_info["target"] = target if isinstance(target, list) else [target]
         benchmark(contenders[name])
 
     return run

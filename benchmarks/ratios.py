@@ -18,12 +18,12 @@ def table(results: dict[str, Any]) -> str:
         if OURS not in rows:
             continue
         ours = rows[OURS]["stats"]["median"]
-        peer, factor = rows[OURS]["extra_info"].get("target", (None, None))
+        targets = dict(rows[OURS]["extra_info"].get("target", []))
         for name, row in rows.items():
             if name == OURS:
                 continue
             theirs = row["stats"]["median"]
-            target = f">= {factor:g}" if name == peer else ""
+            target = f">= {targets[name]:g}" if name in targets else ""
             lines.append(
                 f"| {group} | {name} | {theirs * 1e3:.3g} | {ours * 1e3:.3g} | {theirs / ours:.2f} | {target} |"
             )

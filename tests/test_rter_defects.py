@@ -72,7 +72,7 @@ def test_2_the_attack_leaves_batch_norm_in_training_mode() -> None:
     experts.bn1.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     run = replace(tiny(batch), model=model.train())
     update(run, sgd(model), batch)
-    assert modes == [False, False, False, True]  # three steps of attack, one loss
+    assert set(modes) == {False, True} and modes == sorted(modes)  # the attack, then the loss
     assert all(module.training for module in model.modules())
     naive_pgd(model, batch.x, batch.y, 0.1, 1)
     assert not any(module.training for module in model.modules())

@@ -1,6 +1,7 @@
 """Settings, data split and files of the application."""
 
 import dataclasses
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,28 @@ from rter.config import Config, load_config, load_settings
 from rter.data import load_data
 from rter.errors import UserError
 
+CONFIGS = Path(__file__).parent.parent / "docs" / "configs"
+
 
 def test_config_survives_its_file(tmp_path: Path) -> None:
     config = Config(method="pgd-at", eps="8/255", epochs="7", seed=3)  # type: ignore[arg-type]
     assert config.eps == 8 / 255 and config.epochs == 7
     (tmp_path / "config.json").write_text(config.to_json())
     assert load_config(tmp_path / "config.json") == config
+    (tmp_path / "settings.toml").write_text('method = "pgd-at"\neps = "8/255"\nepochs = 7\nseed = 3\n')
+    assert load_config(tmp_path / "settings.toml") == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_documented_settings_are_valid(path: Path) -> None:
+    assert load_config(path) != Config()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"method": "magic"}, "method must be one of standard, pgd-at, trades, "),
-        ({"data": "letters"}, "data must be one of digits, cifar10, svhn, tiny-imagenet, image-folder, got 'letters'"),
+        ({"data": "letters"}, "data must be one of digits, cifar10, svhn"),
         ({"gate": "garden"}, "gate must be one of hard, sigmoid, softmax, soft, straight_through, got 'garden'"),
         ({"eps": -0.1}, "eps must be above 0, got -0.1"),
         ({"eps": "nan"}, "eps must be a finite number, got 'nan'"),
@@ -42,6 +52,8 @@ def test_config_survives_its_file(tmp_path: Path) -> None:
         ({"method": "nine-experts", "gate": "hard"}, "gate must be soft for nine-experts, got hard"),
         ({"dual_alpha": 2}, "dual_alpha must be between 0 and 1, got 2.0"),
         ({"awp_gamma": -1}, "awp_gamma must be at least 0, got -1.0"),
+        ({"ema": 1}, "ema must be at least 0 and below 1, got 1.0"),
+        ({"schedule": "multi-step"}, "drops must be epochs between 1 and 49, such as 100,105, got 100,105"),
     ],
 )
 def test_config_refuses(settings: dict[str, Any], message: str) -> None:
@@ -59,17 +71,18 @@ def test_a_setting_that_is_not_given_is_the_methods_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        ("{", "must be a JSON file"),
-        ("[1]", "must hold one JSON object, got list"),
-        ('{"epoch": 3}', "unknown setting 'epoch'"),
+        ("s.json", "{", "must be a JSON file"),
+        ("s.toml", "[", "must be a TOML file"),
+        ("s.json", "[1]", "must hold one JSON object, got list"),
+        ("s.json", '{"epoch": 3}', "unknown setting 'epoch'"),
     ],
 )
-def test_settings_file_refuses(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "settings.json").write_text(content)
+def test_settings_file_refuses(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        load_settings(tmp_path / "settings.json")
+        load_settings(tmp_path / name)
 
 
 def test_seeds_differ_by_purpose_and_follow_from_the_seed() -> None:
@@ -103,10 +116,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     save_tensors(path, {"w": torch.ones(3)})
 
     def fail(file: int) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*last\.safetensors'"):
         write_atomic(path, "half")
     assert torch.equal(load_tensors(path)["w"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]

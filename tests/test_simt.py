@@ -18,7 +18,9 @@ def test_right_kernels(kernel: str, expected: list[int]) -> None:
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
-        ("race", "depends on the order of the threads"),
+        ("race", "depends on the order of blocks and threads"),
+        ("order_of_blocks", "depends on the order of blocks and threads"),
+        ("unordered_sum", "depends on the order of blocks and threads"),
         ("shared_overflow", "index 64 out of bounds"),
         ("dynamic_overflow", "heap-buffer-overflow"),
         ("global_overflow", "heap-buffer-overflow"),

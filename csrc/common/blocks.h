@@ -7,6 +7,9 @@
 
 namespace moe {
 
+// Rows of a GEMM's block: a GEMM packs its weight anew for every call, so few blocks; threads share them, so several.
+constexpr int64_t kGemmRows = 256;
+
 struct Block {
   int64_t expert, begin, count;
 };

@@ -6,6 +6,7 @@
 
 namespace moe {
 
+// Where a kernel's launch bounds ask for one block at least, ptxas does not spill to let one more fit.
 constexpr int kRowThreads = 256;
 
 // Blocks of kRowThreads threads over rows of `packs` packs: `lanes` threads, a power of two, side by side in a row, and

@@ -8,8 +8,6 @@ using torch::stable::narrow;
 using torch::stable::select;
 using torch::stable::transpose;
 
-constexpr int64_t kBlock = 128;  // rows of a block: enough for the GEMM's full speed, few enough to share among threads
-
 // The rows of x that the sorted slots [begin, begin + count) read: a view, or a gathered copy.
 Tensor slot_rows(const Tensor& x, const OptionalTensor& rows, int64_t begin, int64_t count) {
   Tensor source = x;
@@ -23,12 +21,17 @@ Tensor expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
                      const OptionalTensor& rows) {
   const int64_t num_rows = rows ? rows->size(0) : x.size(0);
   if (rows) check_rows(*rows, num_rows, x.size(0));
-  const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), num_rows), kBlock);
+  const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), num_rows), kGemmRows);
   Tensor out = new_tensor(x, {num_rows, weight.size(1)});
   for_each_block(blocks, [&](const Block& b) {
-    Tensor target = out;
-    call_aten("aten::linear", "out", slot_rows(x, rows, b.begin, b.count), select(weight, 0, b.expert),
-              bias ? OptionalTensor(select(*bias, 0, b.expert)) : std::nullopt, narrow(target, 0, b.begin, b.count));
+    Tensor target = out, matrix = select(weight, 0, b.expert);
+    const Tensor source = slot_rows(x, rows, b.begin, b.count);
+    target = narrow(target, 0, b.begin, b.count);
+    if (bias) {
+      call_aten("aten::linear", "out", source, matrix, OptionalTensor(select(*bias, 0, b.expert)), target);
+    } else {
+      call_aten("aten::mm", "out", source, transpose(matrix, 0, 1), target);
+    }
   });
   return out;
 }
@@ -40,7 +43,7 @@ Tensor expert_linear_weight_grad(const Tensor& grad, const Tensor& x, const Tens
   const auto ranges = read_offsets(offsets, num_experts, grad.size(0));
   std::vector<Block> blocks;
   for (int64_t e = 0; e < num_experts; ++e) {
-    for (int64_t i = 0; i < width; i += kBlock) blocks.push_back({e, i, std::min(kBlock, width - i)});
+    for (int64_t i = 0; i < width; i += kGemmRows) blocks.push_back({e, i, std::min(kGemmRows, width - i)});
   }
   if (rows) check_rows(*rows, grad.size(0), x.size(0));
   const Tensor gathered = rows ? slot_rows(x, rows, 0, grad.size(0)) : x;

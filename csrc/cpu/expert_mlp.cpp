@@ -8,7 +8,6 @@ namespace {
 using torch::stable::narrow;
 using torch::stable::select;
 
-constexpr int64_t kBlock = 128;         // rows of a forward's block, as in expert_linear
 constexpr int64_t kElements = 1 << 14;  // activations of a block: its temporaries stay in L2
 constexpr int64_t kTerms = 64;          // products summed before they join the total: rounding errors grow with n / 64
 
@@ -83,7 +82,7 @@ Tensor expert_mlp_output(const Tensor& z, const Tensor& weight, const OptionalTe
                          StringHandle activation_name, const OptionalTensor& weights, const OptionalTensor& position,
                          const OptionalTensor&) {
   const Activation activation(take_string(activation_name));
-  const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), z.size(0)), kBlock);
+  const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), z.size(0)), kGemmRows);
   const Tensor pre = as_contiguous(z);
   Tensor y = new_tensor(z, {z.size(0), weight.size(1)});
   for_each_block(blocks, [&](const Block& b) {

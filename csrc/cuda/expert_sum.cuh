@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // partial -> out [experts, width]
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     expert_sum_kernel(const wide_t<T>* partial, const int32_t* offsets, T* out, int64_t experts, int64_t width,
                       RowTiles tiles) {
   const int64_t e = tiles.row(), column = tiles.pack();
@@ -69,7 +69,7 @@ void launch_expert_sum(const T* x, const int32_t* offsets, wide_t<T>* partial, T
 
 // x [*, width]; order sorted by index, offsets [rows + 1] -> out [rows, width]: each row's terms in rising order.
 template <class T, int V>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     index_sum_kernel(const T* x, const int32_t* order, const int32_t* offsets, T* out, int64_t rows, int64_t width,
                      RowTiles tiles) {
   const int64_t r = tiles.row(), column = tiles.pack() * V;

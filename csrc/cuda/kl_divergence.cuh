@@ -50,7 +50,7 @@ struct Divergence {
 
 // clean, adv [rows, classes] -> out [rows]
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     kl_divergence_kernel(const T* clean, const T* adv, wide_t<T>* out, int64_t rows, int64_t classes) {
   const int64_t b = warp_row();
   if (b >= rows) return;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // grad [rows], clean, adv [rows, classes] -> dclean, dadv [rows, classes], each null where it is not needed
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     kl_divergence_backward_kernel(const wide_t<T>* grad, const T* clean, const T* adv, T* dclean, T* dadv, int64_t rows,
                                   int64_t classes) {
   const int64_t b = warp_row();

@@ -87,7 +87,7 @@ __device__ __forceinline__ GateWeight<wide_t<T>> gate_weight(const RowLogits<T, 
 
 // logits [rows, experts] -> weights, chosen [rows, k]
 template <class T, int R>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     topk_route_kernel(Routing routing, const T* logits, wide_t<T>* weights, int32_t* chosen) {
   using A = wide_t<T>;
   const int64_t t = warp_row();
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // grad [rows, k], logits [rows, experts], chosen [rows, k] -> out [rows, experts]
 template <class T, int R>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     topk_route_backward_kernel(Routing routing, const wide_t<T>* grad, const T* logits, const int32_t* chosen, T* out) {
   using A = wide_t<T>;
   const int64_t t = warp_row();

@@ -50,8 +50,7 @@ class Attack:
         self.restarts = restarts
         self.bounds = bounds
         self.seed = seed
-        self._counts = torch.zeros(2, dtype=torch.int64)
-        self._gradients = 0
+        self._counts = torch.zeros(3, dtype=torch.int64)
         if norm == "Linf" and not isinstance(self.eps, Tensor):
             if self.eps > bounds[1] - bounds[0]:
                 warnings.warn(f"eps={self.eps} is wider than bounds {bounds}; is 8/255 meant by 8?", stacklevel=3)
@@ -83,8 +82,8 @@ class Attack:
                 x through differentiable operations.
         """
         _check_shapes(x, y, **self._magnitudes())
-        self._counts = torch.zeros(2, dtype=torch.int64, device=x.device)
-        self._gradients = 0
+        with torch.inference_mode(False):
+            self._counts = torch.zeros(3, dtype=torch.int64, device=x.device)  # with a NaN, zero, all
         if x.numel() == 0:
             return x.detach()
         _check_values(x, y, self.bounds)
@@ -92,7 +91,7 @@ class Attack:
         with torch.inference_mode(False), torch.enable_grad(), attack_mode(self.model):
             x_adv = self._attack(x.detach(), y.to(torch.int64, copy=True), kwargs)
         if self.nan_gradients:
-            message = f"{self.nan_gradients} of {self._gradients} gradients held a NaN"
+            message = f"{self.nan_gradients} of {int(self._counts[2])} gradients held a NaN"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return x_adv
 
@@ -126,8 +125,8 @@ class Attack:
         if grad is None:
             raise ValueError("model must return logits that depend on x through differentiable operations, got none")
         largest = torch.linalg.vector_norm(grad.reshape(len(grad), -1), torch.inf, dim=1)  # NaN where there is one
-        self._counts = self._counts + torch.stack([largest.isnan().sum(), (largest == 0).sum()])
-        self._gradients += len(grad)
+        self._counts[:2] += torch.stack([largest.isnan().sum(), (largest == 0).sum()])
+        self._counts[2] += len(grad)
         return grad
 
     def _uniform_start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
@@ -150,7 +149,8 @@ class Best:
         greater = (success == self.success) & (objective > self.objective)  # a NaN objective never is
         better = greater | (success & ~self.success)
         torch.where(per_sample(better, x), x, self.x, out=self.x)
-        self.objective = torch.where(better, objective.nan_to_num(-math.inf, math.inf, -math.inf), self.objective)
+        number = objective.nan_to_num(-math.inf, math.inf, -math.inf).to(self.objective.dtype)
+        torch.where(better, number, self.objective, out=self.objective)
         self.success |= success
 
 

@@ -170,7 +170,7 @@ def _batch_norm(
         dtype = torch.promote_types(running_var.dtype, torch.float32)
         scale = (running_var.double() + eps).rsqrt().to(dtype)
         dx = grad * scale.view(shape)
-        return dx if weight is None else dx * weight.view(shape)
+        return dx if weight is None else dx.mul_(weight.view(shape))
 
     return _Lean.apply(input, forward, backward)
 

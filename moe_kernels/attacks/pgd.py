@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.attacks.attack import Attack, Best, magnitude
+from moe_kernels.attacks.capture import repeat
 from moe_kernels.attacks.losses import Loss, cross_entropy, margin
 from moe_kernels.ops.kl_divergence import kl_divergence
 from moe_kernels.ops.pgd_step_ import NORMS, pgd_step_
@@ -40,6 +41,11 @@ class PGD(Attack):
             neither read nor advanced.
         best_iterate: return each sample's best iterate, successful ones before others, then by loss, at the price of
             one more forward per restart; False returns the last iterate (of its best restart, if there are several).
+        capture: "auto" records a step as a CUDA graph and replays it for the others, where x is on a GPU and the model
+            can be recorded (nothing in it waits for the device), and does nothing elsewhere; False never does.
+        freeze_routing: take the gradients under the route of the clean x, which `model.route(x)` gives and
+            `model(x, routing=...)` takes, and judge the last iterate of each restart, alone, under its own route. A
+            weaker attack, since it never aims at the route: for training, not for evaluation.
 
     Attributes:
         nan_gradients, zero_gradients: how many (sample, step) pairs of the last call had a gradient with a NaN, and
@@ -64,6 +70,8 @@ class PGD(Attack):
         seed: int | None = None,
         *,
         best_iterate: bool = True,
+        capture: str | bool = "auto",
+        freeze_routing: bool = False,
     ) -> None:
         if norm not in NORMS:
             raise ValueError(f"norm must be 'Linf', 'L2' or 'L1', got {norm!r}")
@@ -71,11 +79,17 @@ class PGD(Attack):
             raise ValueError(f"loss must be 'ce', 'kl', 'margin' or a callable (logits, y) -> [B], got {loss!r}")
         if loss == "kl" and targeted:
             raise ValueError("targeted must be False with loss='kl', which knows no target class, got True")
+        if capture not in ("auto", False):
+            raise ValueError(f"capture must be 'auto' or False, got {capture!r}")
+        if freeze_routing and not hasattr(model, "route"):
+            raise ValueError(f"freeze_routing must be False for a model without a method route, {type(model).__name__}")
         super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed)
         self.alpha = magnitude("alpha", alpha)
         self.loss = loss
         self.targeted = targeted
         self.best_iterate = best_iterate
+        self.capture = capture
+        self.freeze_routing = freeze_routing
 
     def _magnitudes(self) -> dict[str, float | Tensor]:
         return {"eps": self.eps, "alpha": self.alpha}
@@ -87,17 +101,24 @@ class PGD(Attack):
             loss = self._kl_to(x, kwargs) if self.loss == "kl" else LOSSES[self.loss]
         else:
             loss = self.loss
+        routed = kwargs
+        if self.freeze_routing:
+            with torch.no_grad():
+                routed = {"routing": self.model.route(x)} | kwargs  # type: ignore[attr-defined]
         best: Best | None = None
         for _ in range(self.restarts):
-            x_adv = self._start(x, eps, generator)
+            x_adv = self.start(x, eps, generator)
             best = best or Best(x_adv)
-            for _ in range(self.steps):
+
+            def step(x_adv: Tensor = x_adv, best: Best = best) -> None:
                 leaf = x_adv.detach().requires_grad_()
-                objective, success = self._evaluate(leaf, y, loss, kwargs)
+                objective, success = self._evaluate(leaf, y, loss, routed)
                 grad = self._gradient(objective, leaf)
-                if self.best_iterate:
+                if self.best_iterate and not self.freeze_routing:
                     best.offer(x_adv, objective.detach(), success)
                 pgd_step_(x_adv, grad, x, eps, alpha, self.norm, self.bounds)
+
+            repeat(step, self.steps, capture=self.capture == "auto" and x.is_cuda)
             if self.restarts == 1 and not self.best_iterate:
                 return x_adv
             with torch.no_grad():
@@ -105,7 +126,8 @@ class PGD(Attack):
         assert best is not None
         return best.x
 
-    def _start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
+    def start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
+        """Where a restart begins, eps being [B]; a subclass may begin elsewhere in the ball."""
         if self.random_start:
             return self._uniform_start(x, eps, generator)
         if self.loss == "kl":

@@ -1,16 +1,23 @@
 """Layers: parameters and calls of the operators, no kernels."""
 
 from moe_kernels.nn.experts import ExpertLinear, ExpertMLP
+from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.preact import ExpertPreActResNet
 from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18
 from moe_kernels.nn.robust_moe import RobustMoE
 from moe_kernels.nn.routing import Routing
+from moe_kernels.nn.vit import ExpertLayerNorm, ExpertViT
 
 __all__ = [
     "ExpertBatchNorm2d",
     "ExpertConv2d",
+    "ExpertLayerNorm",
     "ExpertLinear",
     "ExpertMLP",
+    "ExpertPreActResNet",
     "ExpertResNet18",
+    "ExpertViT",
+    "GroupedNetwork",
     "RobustMoE",
     "Routing",
 ]

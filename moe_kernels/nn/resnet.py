@@ -1,7 +1,7 @@
 """Grouped convolutional networks: every parameter is its plain layer's with a leading expert dimension [E]."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels.nn.experts import ExpertLinear, reset_like_torch
+from moe_kernels.nn.grouped import GroupedNetwork
 from moe_kernels.nn.recompute import Again, check_recompute
 from moe_kernels.ops import expert_batch_norm, expert_conv2d, mask_relu
 
@@ -170,7 +171,15 @@ class _StandingStill:
             norm.updates = True
 
 
-class ExpertResNet18(nn.Module):
+def stage(
+    block: Callable[..., nn.Module], depth: int, num_experts: int, before: int, channels: int, stride: int, **to: Any
+) -> nn.ModuleList:
+    """`depth` blocks in a row, the first of which changes the channels and has the stride."""
+    first = block(num_experts, before, channels, stride, **to)
+    return nn.ModuleList([first, *(block(num_experts, channels, channels, 1, **to) for _ in range(depth - 1))])
+
+
+class ExpertResNet18(GroupedNetwork):
     """A CIFAR ResNet-18 per expert: 3x3 stem without pooling, four stages of two basic blocks, average pool, linear.
 
     Args:
@@ -203,37 +212,33 @@ class ExpertResNet18(nn.Module):
         self.num_experts, self.recompute = num_experts, recompute
         self.conv1 = ExpertConv2d(num_experts, in_channels, width, 3, 1, 1, bias=False, **to)
         self.bn1 = ExpertBatchNorm2d(num_experts, width, **to)
-        self.layer1 = self._stage(width, width, 1, to)
-        self.layer2 = self._stage(width, 2 * width, 2, to)
-        self.layer3 = self._stage(2 * width, 4 * width, 2, to)
-        self.layer4 = self._stage(4 * width, 8 * width, 2, to)
+        self.layer1 = stage(ExpertBasicBlock, 2, num_experts, width, width, 1, **to)
+        self.layer2 = stage(ExpertBasicBlock, 2, num_experts, width, 2 * width, 2, **to)
+        self.layer3 = stage(ExpertBasicBlock, 2, num_experts, 2 * width, 4 * width, 2, **to)
+        self.layer4 = stage(ExpertBasicBlock, 2, num_experts, 4 * width, 8 * width, 2, **to)
         self.linear = ExpertLinear(num_experts, 8 * width, num_classes, **to)
-
-    def _stage(self, before: int, channels: int, stride: int, to: dict[str, Any]) -> nn.ModuleList:
-        first = ExpertBasicBlock(self.num_experts, before, channels, stride, **to)
-        return nn.ModuleList([first, ExpertBasicBlock(self.num_experts, channels, channels, 1, **to)])
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
         with Again(_StandingStill(self), self.recompute == "activations") as again:
             h = again(self._stem, again(self.conv1, x, offsets), offsets)
-            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
                 if self.recompute == "all" and torch.is_grad_enabled():
                     h = checkpoint(
-                        *(self._run, stage, h, offsets, again),
+                        *(self._run, blocks, h, offsets, again),
                         use_reentrant=False,
                         preserve_rng_state=False,
                         context_fn=lambda: (nullcontext(), _StandingStill(self)),
                     )
                 else:
-                    h = self._run(stage, h, offsets, again)
+                    h = self._run(blocks, h, offsets, again)
             return self.linear(h.mean((2, 3)), offsets)
 
     def _stem(self, h: Tensor, offsets: Tensor) -> Tensor:
         return mask_relu(self.bn1(h, offsets))
 
-    def _run(self, stage: nn.ModuleList, h: Tensor, offsets: Tensor, again: Again) -> Tensor:
-        for block in stage:
+    def _run(self, blocks: nn.ModuleList, h: Tensor, offsets: Tensor, again: Again) -> Tensor:
+        for block in blocks:
             h = block(h, offsets, again)
         return h
 
@@ -246,36 +251,16 @@ class ExpertResNet18(nn.Module):
         """
         if not experts:
             raise ValueError("experts must be a list of at least one state dict, got none")
-        named = [{_cifar_name(key): value for key, value in state.items()} for state in experts]
+        first = {cls.plain_name(key): value for key, value in experts[0].items()}
         for key in ("conv1.weight", "linear.weight"):
-            if key not in named[0]:
+            if key not in first:
                 raise ValueError(f"experts[0] must be a ResNet-18 state dict, missing {key}")
-        stem, linear = named[0]["conv1.weight"], named[0]["linear.weight"]
+        stem, linear = first["conv1.weight"], first["linear.weight"]
         width, in_channels = stem.shape[:2]
-        net = cls(len(named), linear.shape[0], in_channels, width, stem.device, stem.dtype)
-        expected = {key: value[0].shape for key, value in net.state_dict().items()}
-        for i, state in enumerate(named):
-            _check_state(f"experts[{i}]", state, expected)
-        net.load_state_dict({key: torch.stack([state[key] for state in named]) for key in expected})
+        net = cls(len(experts), linear.shape[0], in_channels, width, stem.device, stem.dtype)
+        net.load_state_dicts(experts)
         return net
 
-    def state_dicts(self) -> list[dict[str, Tensor]]:
-        """One plain ResNet-18 state dict per expert, in pytorch-cifar's names, sharing this network's memory."""
-        state = self.state_dict()
-        return [{key: value[e] for key, value in state.items()} for e in range(self.num_experts)]
-
-
-def _cifar_name(key: str) -> str:
-    return re.sub(r"^fc\.", "linear.", key.replace(".downsample.", ".shortcut."))
-
-
-def _check_state(name: str, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    shapes = {
-        f"{key} {list(state[key].shape)} instead of {list(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
-    }
-    faults = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys(), "shapes": shapes}
-    message = "; ".join(f"{kind}: {', '.join(sorted(keys))}" for kind, keys in faults.items() if keys)
-    if message:
-        raise ValueError(f"{name} must be a ResNet-18 state dict like experts[0]; {message}")
+    @staticmethod
+    def plain_name(key: str) -> str:
+        return re.sub(r"^fc\.", "linear.", key.replace(".downsample.", ".shortcut."))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels.nn.experts import ExpertMLP
+from moe_kernels.nn.hub import HubMixin
 from moe_kernels.nn.routing import Routing
 from moe_kernels.ops.combine import combine
 from moe_kernels.ops.group_by_expert import group_by_expert
@@ -27,10 +28,11 @@ class ExpertList(nn.ModuleList):
         return torch.cat(outputs) if outputs else self[0](x)
 
 
-class RobustMoE(nn.Module):
+class RobustMoE(nn.Module, HubMixin):
     """A drop-in feed-forward block: y = sum over the top_k experts e of weight_e(x) * expert_e(x).
 
-    Dropless and deterministic: every row reaches its experts whatever its batch neighbours are.
+    Dropless and deterministic: every row reaches its experts whatever its batch neighbours are. Where huggingface_hub
+    is installed, a layer made from plain arguments has `save_pretrained`, `from_pretrained` and `push_to_hub`.
 
     Args:
         dim: width of x.
@@ -66,6 +68,7 @@ class RobustMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.dim: int | None = dim
+        self.router_given = router is not None
         experts = ExpertMLP(num_experts, dim, hidden_dim, activation, bias, device, dtype, recompute=recompute)
         if router is None:
             router = nn.Linear(dim, num_experts, bias=False, device=device, dtype=dtype)
@@ -142,6 +145,12 @@ class RobustMoE(nn.Module):
         else:
             y = combine(self.experts(rows.index_select(0, source), offsets), routing.weights, position)
         return y.reshape(*lead, *y.shape[1:])
+
+    def unsaveable(self) -> str | None:
+        """What of this layer its arguments, which `save_pretrained` writes down, cannot make again."""
+        if self.dim is None:
+            return "experts of its own (from_experts)"
+        return "a router of its own" if self.router_given else None
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate!r}, renormalize={self.renormalize}"

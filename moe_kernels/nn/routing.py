@@ -53,10 +53,14 @@ class Routing:
         offsets = group_by_expert(self.experts, self.num_experts)[2]
         return offsets.diff().to(self.weights.dtype) / max(self.experts.numel(), 1)
 
-    def balance_loss(self) -> Tensor:
-        """E * sum of load * mean probability over the experts: 1 even, E collapsed (Switch Transformer, eq. 4)."""
+    def balance_loss(self, load: Tensor | None = None) -> Tensor:
+        """E * sum of load * mean probability over the experts: 1 even, E collapsed (Switch Transformer, eq. 4).
+
+        `load` [E] replaces this routing's own. Given the load of a batch that is spread over several processes, the
+        mean of their losses, weighted by rows, is the batch's loss.
+        """
         mean = self._wide_logits().softmax(-1).sum(0) / max(self.experts.shape[0], 1)
-        return self.num_experts * (self.load * mean).sum()
+        return self.num_experts * ((self.load if load is None else load) * mean).sum()
 
     def z_loss(self) -> Tensor:
         """Mean squared logsumexp of the logits, which keeps them small (ST-MoE, eq. 5)."""

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rter.config import Config, load_settings
+from rter.checkpoint import run_config
+from rter.config import GROUPS, Config, load_settings
 from rter.data.command import add_command as add_data_command
+from rter.distributed import is_first
 from rter.errors import UserError
 from rter.methods import METHODS
 
@@ -25,6 +27,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0, got {text!r}")
+    return seconds
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="rter", description="Adversarially robust Mixture-of-Experts: train, evaluate, report.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -33,7 +45,15 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a model into a new folder", epilog=f"methods:\n{methods}",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder to make")
-    train.add_argument("--config", type=Path, metavar="FILE", help="JSON file of settings, which the flags override")
+    train.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML or JSON file of settings, which the flags override"
+    )
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    train.add_argument(
+        "--save-every", type=_seconds, default=120.0, metavar="SECONDS", help="time between two savings of the state "
+        "from which --resume goes on (default: 120)"
+    )  # fmt: skip
+    train.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     _add_settings(train)
     train.set_defaults(run=_train)
 
@@ -77,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
     """One flag per setting of Config."""
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in dataclasses.fields(Config):
         if field.name not in without:
             choices = field.metadata["choices"]
@@ -88,7 +109,7 @@ def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
             kind: dict[str, Any] = (
                 {"action": "store_const", "const": True} if field.type is bool else {"metavar": "VALUE"}
             )
-            parser.add_argument(flag, dest=f"set_{field.name}", help=text, **kind)
+            groups[field.metadata["group"]].add_argument(flag, dest=f"set_{field.name}", help=text, **kind)
 
 
 def _add_strength(parser: argparse.ArgumentParser, suite: str) -> None:
@@ -107,9 +128,12 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _train(args: argparse.Namespace) -> None:
     from rter.train import train
 
+    before = dataclasses.asdict(run_config(args.out)) if args.resume and (args.out / "config.json").exists() else {}
     settings = load_settings(args.config) if args.config else {}
-    train(Config(**(settings | _settings(args))), args.out)
-    print(f"trained: {args.out}; next: rter evaluate {args.out}")
+    config = Config(**(before | settings | _settings(args)))
+    trained = train(config, args.out, resume=args.resume, save_every=args.save_every, tensorboard=args.tensorboard)
+    if is_first():
+        print(f"{'trained' if trained else 'finished already'}: {args.out}; next: rter evaluate {args.out}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -1,69 +1,102 @@
 """Every setting of a run, checked, with its JSON form."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from rter.data import DATASETS
 from rter.data.augment import make_augment
 from rter.errors import UserError
 from rter.methods import FAITHFUL, METHODS
+from rter.models import parse_normalize
+from rter.models.networks import NETWORKS
+from rter.models.routers import ROUTERS
+from rter.optimisation import OPTIMIZERS, SCHEDULES
 
 GATES = ("hard", "sigmoid", "softmax", "soft", "straight_through")
 NORMS = ("Linf", "L2", "L1")
+GROUPS = ("run", "model", "data", "attack", "method", "optimisation")
 
 
-def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=None, metadata={"default": default, "help": help, "choices": choices})
+def _setting(default: Any, help: str, choices: tuple[str, ...] = (), group: str = "method") -> Any:
+    metadata = {"default": default, "help": help, "choices": choices, "group": group}
+    return dataclasses.field(default=None, metadata=metadata)
+
+
+_run, _model, _data, _attack, _method, _optimisation = (functools.partial(_setting, group=group) for group in GROUPS)
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of a run; None stands for the method's default. Raises UserError on a value that is out of range."""
 
-    method: str = _setting("rt-er", "what to train", tuple(METHODS))
-    faithful: bool = _setting(False, "take the settings of RT-ER's public code: a hard gate, no clean or balance term")
-    data: str = _setting("digits", "what to train on", tuple(DATASETS))
-    seed: int = _setting(0, "split, initialisation, shuffling and attack starts all follow from it")
-    held_out: int = _setting(360, "training images kept to choose the best weights by, and to test on where the data "
-                             "have no test split")  # fmt: skip
-    data_dir: str = _setting("data", "folder of the data set's files")
-    image_size: int = _setting(0, "pixels to which images in files of their own are scaled; 0: as they are")
-    augment: str = _setting("auto", "changes of training images, such as flip,translate2,cutout8 or crop4; none; auto: "
-                            "none for digits, no flip for svhn, the former otherwise")  # fmt: skip
+    seed: int = _run(0, "split, initialisation, shuffling and attack starts all follow from it")
+    epochs: int = _run(50, "passes over the training images")
+    eval_every: int = _run(5, "epochs between two measurements on the held-out images")
 
-    num_experts: int = _setting(4, "experts; 1 is a dense network")
-    width: int = _setting(16, "channels of an expert's first layer")
-    gate: str = _setting("straight_through", "weight of the chosen expert; soft mixes all experts", GATES)
-    dual_alpha: float = _setting(
+    data: str = _data("digits", "what to train on", tuple(DATASETS))
+    data_dir: str = _data("data", "folder of the data set's files")
+    held_out: int = _data(360, "training images kept to choose the best weights by, and to test on where the data "
+                          "have no test split")  # fmt: skip
+    image_size: int = _data(0, "pixels to which images in files of their own are scaled; 0: as they are")
+    augment: str = _data("auto", "changes of training images, such as flip,translate2,cutout8 or crop4; none; auto: "
+                         "none for digits, no flip for svhn, the former otherwise")  # fmt: skip
+
+    num_experts: int = _model(4, "experts; 1 is a dense network")
+    model: str = _model("small-conv", "network of an expert", tuple(NETWORKS))
+    width: int = _model(16, "channels of an expert's first layer or of a token; resnets 64, wrn 160, vit 384")
+    depth: int = _model(0, "layers of wrn (28) or blocks of vit (12)")
+    patch: int = _model(4, "pixels of vit's patches")
+    router: str = _model("linear", "network that chooses the expert", tuple(ROUTERS))
+    normalize: str = _model("data", "means/deviations of the channels, such as 0.49,0.48,0.45/0.25,0.24,0.26, for a "
+                            "network of other code; data: the training images'")  # fmt: skip
+    init: str = _model("", "file of weights to begin with: RT-ER's public code, or one network for all experts")
+    gate: str = _model("straight_through", "weight of the chosen expert; soft mixes all experts", GATES)
+    dual_alpha: float = _model(
         0.98, "weight of the robust model in the dual one, (1 - alpha) F_S + alpha F_R; the paper's is 0.7"
     )
 
-    norm: str = _setting("Linf", "norm of the perturbation", NORMS)
-    eps: float = _setting(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
-    alpha_ratio: float = _setting(0.25, "step of the attack as a part of eps")
-    attack_steps: int = _setting(10, "steps of the attack in training")
+    norm: str = _attack("Linf", "norm of the perturbation", NORMS)
+    eps: float = _attack(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
+    alpha_ratio: float = _attack(0.25, "step of the attack as a part of eps")
+    attack_steps: int = _attack(10, "steps of the attack in training")
 
-    epochs: int = _setting(50, "passes over the training images")
-    batch_size: int = _setting(119, "training images per step")
-    lr: float = _setting(1.5e-2, "peak of the one-cycle learning rate")
-    weight_decay: float = _setting(0.01, "AdamW's")
-    eval_every: int = _setting(5, "epochs between two measurements on the held-out images")
+    method: str = _method("rt-er", "what to train", tuple(METHODS))
+    faithful: bool = _method(False, "take the settings of RT-ER's public code: a hard gate, no clean or balance term")
+    beta: float = _method(2.0, "weight of the KL term")
+    clean_weight: float = _method(1.0, "weight of the clean cross-entropy of RT-ER's second expert")
+    balance_weight: float = _method(1.0, "weight of the router's balance loss on clean images")
+    explore: float = _method(0.5, "part of the epochs in which an image goes at random to its first or second expert; "
+                             "for nine-experts, in which the experts train independently")  # fmt: skip
+    awp_gamma: float = _method(0.0, "relative size of AWP's perturbation of the weights, such as 0.005; 0 for none")
+    awp_warmup: int = _method(10, "epochs before AWP begins")
+    fgsm_reach: float = _method(1.0, "greatest radius of the nine experts' FGSM, in eps")
+    pgd_scale: float = _method(0.2, "the nine experts' PGD takes 10 to 50 steps times this")
 
-    beta: float = _setting(2.0, "weight of the KL term")
-    clean_weight: float = _setting(1.0, "weight of the clean cross-entropy of RT-ER's second expert")
-    balance_weight: float = _setting(1.0, "weight of the router's balance loss on clean images")
-    explore: float = _setting(0.5, "part of the epochs in which an image goes at random to its first or second expert; "
-                              "for nine-experts, in which the experts train independently")  # fmt: skip
-    awp_gamma: float = _setting(0.0, "relative size of AWP's perturbation of the weights, such as 0.005; 0 for none")
-    awp_warmup: int = _setting(10, "epochs before AWP begins")
-    fgsm_reach: float = _setting(1.0, "greatest radius of the nine experts' FGSM, in eps")
-    pgd_scale: float = _setting(0.2, "the nine experts' PGD takes 10 to 50 steps times this")
+    optimizer: str = _optimisation("adamw", "rule of the update", tuple(OPTIMIZERS))
+    batch_size: int = _optimisation(119, "training images per step, over all processes together")
+    lr: float = _optimisation(1.5e-2, "peak of the learning rate")
+    schedule: str = _optimisation("one-cycle", "learning rate over the steps", tuple(SCHEDULES))
+    lr_low: float = _optimisation(0.5, "lowest learning rate of the cyclic schedule, as a part of lr")
+    cycle_steps: int = _optimisation(500, "steps in which the cyclic schedule rises, and then falls")
+    drops: str = _optimisation("100,105", "epochs after which the multi-step schedule divides the learning rate by 10")
+    weight_decay: float = _optimisation(0.01, "weight decay")
+    momentum: float = _optimisation(0.9, "momentum of sgd")
+    clip_norm: float = _optimisation(0.0, "greatest norm of the gradient; 0 does not clip")
+    ema: float = _optimisation(0.0, "decay of a running mean of the weights, then evaluated and saved; 0 for none")
+    amp: str = _optimisation("none", "arithmetic of training, attack included; evaluation is in fp32", ("none", "bf16"))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -71,14 +104,20 @@ class Config:
             object.__setattr__(self, field.name, _convert(field, self._default(field) if value is None else value))
         for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("epochs", "batch_size", "lr", "eval_every"):
+        for name in ("epochs", "batch_size", "lr", "eval_every", "cycle_steps", "patch"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "image_size", "weight_decay", "beta", "clean_weight", "balance_weight",
-                     "awp_gamma", "awp_warmup"):  # fmt: skip
+        for name in ("seed", "image_size", "depth", "weight_decay", "clip_norm", "beta", "clean_weight",
+                     "balance_weight", "awp_gamma", "awp_warmup"):  # fmt: skip
             self._demand(name, getattr(self, name) >= 0, "at least 0")
         self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
-        for name in ("explore", "dual_alpha"):
+        for name in ("explore", "dual_alpha", "lr_low"):
             self._demand(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("momentum", "ema"):
+            self._demand(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        if self.schedule == "multi-step":
+            epochs = self.drops.split(",")
+            valid = all(epoch.strip().isdigit() and 0 < int(epoch) < self.epochs for epoch in epochs)
+            self._demand("drops", valid, f"epochs between 1 and {self.epochs - 1}, such as 100,105")
         for name in ("fgsm_reach", "pgd_scale"):
             self._demand(name, getattr(self, name) > 0, "above 0")
         if METHODS[self.method].second_expert:
@@ -90,6 +129,8 @@ class Config:
             self._demand("num_experts", self.num_experts == 9, "9 for nine-experts")
             self._demand("gate", self.gate == "soft", "soft for nine-experts")
         make_augment(self)
+        if self.normalize != "data":
+            parse_normalize(self.normalize)
 
     def _demand(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -98,6 +139,7 @@ class Config:
     def _default(self, field: "dataclasses.Field[Any]") -> Any:
         own = {**METHODS[self.method].defaults} if self.method in METHODS else {}
         own |= FAITHFUL if self.faithful else {}
+        own |= NETWORKS[self.model].defaults if self.model in NETWORKS else {}
         return own.get(field.name, field.metadata["default"])
 
     @property
@@ -136,13 +178,14 @@ def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
 
 
 def load_settings(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file, such as another run's config.json."""
+    """The settings in a TOML file, or in a JSON file such as another run's config.json."""
+    kind, parse = ("TOML", tomllib.loads) if path.suffix == ".toml" else ("JSON", json.loads)
     try:
-        settings = json.loads(path.read_text())
+        settings = parse(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} must be a JSON file: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} must be a {kind} file: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold one JSON object, got {type(settings).__name__}")
     known = {field.name for field in dataclasses.fields(Config)}

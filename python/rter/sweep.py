@@ -42,8 +42,8 @@ def sweep(
 
     `rows` are ABLATION, or some of ROWS.
 
-    A run that is finished is taken as it is, so a sweep that was stopped goes on, and the ablation in the same folder
-    shares the first row.
+    A finished run is taken as it is and a stopped one goes on, so a sweep that was stopped goes on, and the ablation in
+    the same folder shares the first row.
     """
     out.mkdir(parents=True, exist_ok=True)
 
@@ -73,7 +73,7 @@ def _finish(run: Path, config: Config, steps: int, restarts: int, suite: str) ->
         if run_config(run) != config or attack != (steps, restarts, suite):
             raise UserError(f"--out holds {run} with other settings: give another folder, or remove it first")
         return report
-    train(config, run)
+    train(config, run, resume=True)
     return evaluate(run, "last", steps, restarts, suite)
 
 

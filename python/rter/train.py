@@ -1,59 +1,149 @@
 """The training loop; what it produces follows from the configuration alone."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rter.checkpoint import append_line, create_run, save_weights
+from rter.checkpoint import append_line, keep_lines, open_run, read_lines, save_tensors, save_weights, write_csv
 from rter.config import Config
-from rter.data import Split, load_data
+from rter.data import Data, Split, load_data
 from rter.data.augment import make_augment
+from rter.distributed import Share, is_first, processes, wait_for_all
+from rter.errors import NonFiniteError, UserError
 from rter.evaluate import quick_accuracies
 from rter.methods import METHODS
 from rter.methods.step import Step
 from rter.methods.update import update
 from rter.models import build_model
+from rter.models.initial import load_initial
+from rter.optimisation import RunningMean, make_optimizer, running_statistics, set_rate
+from rter.resume import State
+from rter.tensorboard import Board
 
 
-def train(config: Config, out: Path) -> None:
-    """Trains a model into the folder `out`: config.json, metrics.jsonl, last.safetensors and best.safetensors."""
+def train(
+    config: Config, out: Path, *, resume: bool = False, save_every: float = 120.0, tensorboard: bool = False
+) -> bool:
+    """Trains a model into the folder `out`; returns False if the run there was finished already.
+
+    Args:
+        resume: go on with the run in `out`, if there is one.
+        save_every: seconds of training between two savings of the state from which it can go on.
+        tensorboard: write the metrics for TensorBoard too.
+
+    Raises:
+        UserError: if the folder cannot be used, or if the loss is no number.
+    """
     data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
-    augment = make_augment(config)
-    batch_size = min(config.batch_size, len(data.train))
-    steps = len(data.train) // batch_size  # per epoch
-    create_run(out, config)
-    model = build_model(config, data)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.epochs * steps)
-    best_by, best, seconds = METHODS[config.method].best_by, -1.0, 0.0
-    progress = tqdm(range(config.epochs), desc=out.name, unit="epoch", disable=not sys.stderr.isatty())
-    for epoch in progress:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(processes())
+        board = Board(out) if tensorboard and is_first() else None
+        training = _Training(config, out, data, board)
+        if is_first():
+            stack.enter_context(open_run(out, config, resume))
+        wait_for_all()
+        return training.run(save_every)
+
+
+class _Training:
+    def __init__(self, config: Config, out: Path, data: Data, board: Board | None) -> None:
+        self.config, self.out, self.data, self.board = config, out, data, board
+        self.augment = make_augment(config)
+        self.share = Share.of(min(config.batch_size, len(data.train)))
+        self.steps = len(data.train) // self.share.total  # per epoch
+        model = build_model(config, data)
+        if config.init:
+            load_initial(model, Path(config.init))
+        optimizer = make_optimizer(config, model)
+        self.state = State(model, optimizer, RunningMean(model, config.ema) if config.ema else None)
+        self.saved = time.monotonic()
+
+    def run(self, save_every: float) -> bool:
+        state, out, total = self.state, self.out, self.config.epochs * self.steps
+        if (out / "resume.safetensors").exists():
+            state.load(out / "resume.safetensors")
+        if state.step == total:
+            return False
+        if is_first():
+            keep_lines(out / "metrics.jsonl", state.step // self.steps)
+        progress = tqdm(
+            desc=out.name,
+            total=total,
+            initial=state.step,
+            unit="step",
+            disable=not (is_first() and sys.stderr.isatty()),
+        )
+        with progress:
+            for epoch in range(state.step // self.steps, self.config.epochs):
+                order = self._order(epoch)
+                for i in range(state.step % self.steps, self.steps):
+                    self._step(order[i * self.share.total : (i + 1) * self.share.total], epoch, total)
+                    if i + 1 == self.steps:
+                        progress.set_postfix(self._finish(epoch))
+                    if is_first() and (state.step == total or time.monotonic() - self.saved >= save_every):
+                        state.save(out / "resume.safetensors")
+                        self.saved = time.monotonic()
+                    progress.update()
+        return True
+
+    def _order(self, epoch: int) -> Tensor:
+        shuffle = torch.Generator().manual_seed(self.config.seed_for("shuffle", epoch))
+        return torch.randperm(len(self.data.train), generator=shuffle)
+
+    def _step(self, rows: Tensor, epoch: int, total: int) -> None:
+        """One update from the given rows of the training images."""
         started = time.perf_counter()
-        model.train()
-        shuffle = torch.Generator().manual_seed(config.seed_for("shuffle", epoch))
-        order = torch.randperm(len(data.train), generator=shuffle)
-        records = []
-        for i in range(steps):
-            step = Step(model, config, epoch * steps + i, epoch=epoch)
-            batch = data.train[order[i * batch_size : (i + 1) * batch_size]]
-            chance = torch.Generator().manual_seed(config.seed_for("augment", step.index))
-            records.append(update(step, optimizer, Split(augment(batch.x, chance), batch.y)))
-            schedule.step()
-        seconds += time.perf_counter() - started
-        metrics = {"epoch": epoch + 1, **_means(records), "seconds": round(seconds, 3)}
-        if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-            metrics |= quick_accuracies(model, config, data.held_out)
+        state, config, share = self.state, self.config, self.share
+        state.model.train()
+        set_rate(state.optimizer, config, state.step, total)
+        step = Step(state.model, config, state.step, epoch=epoch, share=share)
+        chance = torch.Generator().manual_seed(config.seed_for("augment", step.index))
+        joint, ours = self.data.train[rows], slice(share.start, share.stop)
+        batch = Split(self.augment(joint.x, chance)[ours], joint.y[ours])
+        try:
+            terms = update(step, state.optimizer, batch)
+        except NonFiniteError as error:
+            path = self.out / "nan-batch.safetensors"
+            found = {f"x_adv.{i}": x_adv for i, x_adv in enumerate(step.found)}
+            save_tensors(path, {"x": batch.x, "y": batch.y, "rows": rows[ours], **found})
+            raise UserError(f"{error} at step {step.index}: a lower lr may help; the batch is in {path}") from None
+        share.mean_(list(terms.values()))
+        share.mean_(running_statistics(state.model))
+        if state.ema:
+            state.ema.update(state.model, state.step)
+        state.step += 1
+        state.records.append(terms)
+        state.seconds += time.perf_counter() - started
+
+    def _finish(self, epoch: int) -> dict[str, str]:
+        """Writes the metrics of an epoch, and the weights if it is one that is evaluated."""
+        state, config, out = self.state, self.config, self.out
+        metrics: dict[str, Any] = {"epoch": epoch + 1, **_means(state.records), "seconds": round(state.seconds, 3)}
+        state.records = []
+        if not is_first():
+            return {}
+        evaluated = (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs
+        if evaluated:
+            model = state.ema.model if state.ema else state.model
+            metrics |= quick_accuracies(model, config, self.data.held_out)
             save_weights(out / "last.safetensors", model)
-            if metrics[best_by] > best:
-                best = metrics[best_by]
+            best_by = METHODS[config.method].best_by
+            if metrics[best_by] > state.best:
+                state.best = metrics[best_by]
                 save_weights(out / "best.safetensors", model)
         append_line(out / "metrics.jsonl", metrics)
-        progress.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "sa", "ra") if name in metrics})
+        if evaluated:
+            write_csv(out / "metrics.csv", read_lines(out / "metrics.jsonl"))
+        if self.board:
+            self.board.add(metrics)
+        return {name: f"{metrics[name]:.3f}" for name in ("loss", "sa", "ra") if name in metrics}
 
 
 def _means(records: Sequence[dict[str, Tensor]]) -> dict[str, float]:

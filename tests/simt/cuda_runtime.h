@@ -1,6 +1,6 @@
 // CUDA blocks on the CPU: stands in for the toolkit's header, so that a .cuh compiles with g++ and runs under its
-// sanitizers. The threads of a block are fibers of one OS thread; one runs until it waits or returns, and the order in
-// which they run is chosen by simt::order, so that a result that depends on it shows a race. A block ends with a
+// sanitizers. The blocks run one after the other, the threads of a block as fibers of one OS thread: one runs until it
+// waits or returns. simt::order chooses both orders, so that a result that depends on them shows. A block ends with a
 // message on stderr and exit status 70 where threads wait for one that cannot come, or read a lane that takes no part.
 // Shared memory is static, hence not cleared between blocks; dynamic shared memory is fresh and filled with 0xff.
 #pragma once
@@ -47,7 +47,7 @@ namespace simt {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 1 << 15;
 
-inline int order = 0;  // of the threads: 0 rising, 1 falling, else the seed of a fresh shuffle at every round
+inline int order = 0;  // of blocks and threads: 0 rising, 1 falling, else a shuffle's seed, for threads at every round
 
 template <class... Parts>
 [[noreturn]] void fail(const char* format, Parts... parts) {
@@ -186,14 +186,14 @@ inline void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, std::function
   block.kernel = std::move(kernel);
   block.threads.resize(threads.x * threads.y * threads.z);
   std::mt19937 shuffle(order);
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = uint3(x, y, z);
-        block.dynamic_shared = std::vector<char>(shared_bytes, '\xff');
-        run_block(shuffle);
-      }
-    }
+  std::vector<unsigned> turn(grid.x * grid.y * grid.z);
+  std::iota(turn.begin(), turn.end(), 0);
+  if (order == 1) std::reverse(turn.begin(), turn.end());
+  if (order > 1) std::shuffle(turn.begin(), turn.end(), shuffle);
+  for (unsigned i : turn) {
+    blockIdx = uint3(i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y));
+    block.dynamic_shared = std::vector<char>(shared_bytes, '\xff');
+    run_block(shuffle);
   }
 }
 

@@ -1,4 +1,4 @@
-// What a driver of one operator needs: raw arrays from files, and one run for every order of the threads.
+// What a driver of one operator needs: raw arrays from files, and one run for every order of blocks and threads.
 #pragma once
 
 #include <cstdio>
@@ -60,14 +60,14 @@ bool same_bits(std::tuple<T...>& a, std::tuple<T...>& b) {
   return same_bits(a, b, std::index_sequence_for<T...>());
 }
 
-// The result of run(), an Array or a tuple of them, which must be the same bits for every order of the threads.
+// The result of run(), an Array or a tuple of them, which must be the same bits for every order of blocks and threads.
 template <class Run>
 auto in_every_order(Run run) {
   order = 0;
   auto result = run();
   for (order = 1; order < 3; ++order) {
     auto other = run();
-    if (!same_bits(result, other)) fail("the result depends on the order of the threads");
+    if (!same_bits(result, other)) fail("the result depends on the order of blocks and threads");
   }
   return result;
 }
@@ -75,9 +75,10 @@ auto in_every_order(Run run) {
 // Calls f with a value of the named floating type; those that a GPU is promised.
 template <class F>
 void with_float(const std::string& dtype, F f) {
-  if (dtype == "float32") f(float{});
-  if (dtype == "bfloat16") f(__nv_bfloat16{});
-  if (dtype == "float16") f(__half{});
+  if (dtype == "float32") return f(float{});
+  if (dtype == "bfloat16") return f(__nv_bfloat16{});
+  if (dtype == "float16") return f(__half{});
+  fail("no driver takes %s", dtype.c_str());
 }
 
 }  // namespace simt

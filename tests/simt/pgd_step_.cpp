@@ -28,6 +28,7 @@ void run(char** argv) {
 int main(int, char** argv) {
   if (std::string(argv[3]) == "float64") {
     std::string(argv[2]) == "float64" ? run<double, double>(argv) : run<float, double>(argv);
+    return 0;
   }
   simt::with_float(argv[3], [&](auto g) { run<float, decltype(g)>(argv); });
 }

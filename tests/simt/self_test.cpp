@@ -16,6 +16,21 @@ void neighbour(int* out) {
   out[threadIdx.x] = numbers[(threadIdx.x + 1) % kThreads];
 }
 
+// What the last block leaves.
+void order_of_blocks(int* out) {
+  if (threadIdx.x == 0) out[0] = blockIdx.x;
+}
+
+// A sum that threads join as they come, which rounds each time.
+void unordered_sum(int* out) {
+  __shared__ float sum;
+  if (threadIdx.x == 0) sum = 0;
+  __syncthreads();
+  atomicAdd(&sum, 1.0f / (1 + threadIdx.x));
+  __syncthreads();
+  std::memcpy(&out[threadIdx.x], &sum, sizeof(sum));
+}
+
 void shared_overflow(int* out) {
   __shared__ int numbers[kThreads];
   numbers[threadIdx.x + (threadIdx.x == kThreads - 1)] = 1;
@@ -99,6 +114,8 @@ int main(int, char** argv) {
       {"everything", everything},
       {"neighbour", neighbour<true>},
       {"race", neighbour<false>},
+      {"order_of_blocks", order_of_blocks},
+      {"unordered_sum", unordered_sum},
       {"shared_overflow", shared_overflow},
       {"dynamic_overflow", dynamic_overflow},
       {"global_overflow", global_overflow},

@@ -18,7 +18,6 @@ from rter.data.split import Source, Split
 
 RECORD = 1 + 3 * 32 * 32
 BINARY, PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
-ADVICE = f"`rter data fetch cifar10` brings it; unpack the binary or the python version as {BINARY} or {PYTHON}"
 
 
 def load(folder: Path) -> Source:
@@ -27,7 +26,7 @@ def load(folder: Path) -> Source:
         place = find_folder(folder, name, f"data_batch_1{suffix}")
         if place:
             return _load(place, suffix, read)
-    raise missing(folder / BINARY / "data_batch_1.bin", ADVICE)
+    raise missing("cifar10", folder, f"{BINARY}/data_batch_1.bin")
 
 
 def _load(place: Path, suffix: str, read: Callable[[Path], Split]) -> Source:

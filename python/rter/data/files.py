@@ -12,8 +12,8 @@ def find_folder(folder: Path, name: str, file: str) -> Path | None:
     return next((place for place in (folder / name, folder) if (place / file).is_file()), None)
 
 
-def missing(path: Path, advice: str) -> UserError:
-    return UserError(f"{path} does not exist: {advice}")
+def missing(name: str, folder: Path, file: str) -> UserError:
+    return UserError(f"{folder / file} does not exist: `rter data fetch {name} --data-dir {folder}` brings it")
 
 
 def read_bytes(path: Path) -> bytes:

@@ -14,14 +14,13 @@ from rter.errors import UserError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 TESTS = ("test", "val")
-ADVICE = "`rter data fetch tiny-imagenet` brings it"
 
 
 def load_tiny_imagenet(folder: Path, image_size: int = 0) -> Source:
     """train/<class>/images/*; the validation images, whose labels are published, are the test split."""
     place = find_folder(folder, "tiny-imagenet-200", "wnids.txt")
     if place is None:
-        raise missing(folder / "tiny-imagenet-200" / "wnids.txt", ADVICE)
+        raise missing("tiny-imagenet", folder, "tiny-imagenet-200/wnids.txt")
     labels = {name: i for i, name in enumerate(read_bytes(place / "wnids.txt").decode("ascii", "replace").split())}
     train = [(path, labels[name]) for name in labels for path in _images(place / "train" / name / "images")]
     annotations, test = place / "val" / "val_annotations.txt", []

@@ -12,13 +12,11 @@ import torch
 from rter.data.files import check_labels, damaged, find_folder, missing, read_bytes
 from rter.data.split import Source, Split
 
-ADVICE = "`rter data fetch svhn` brings it"
-
 
 def load(folder: Path) -> Source:
     place = find_folder(folder, "svhn", "train_32x32.mat")
     if place is None:
-        raise missing(folder / "svhn" / "train_32x32.mat", ADVICE)
+        raise missing("svhn", folder, "train_32x32.mat")
     return Source(_read(place / "train_32x32.mat"), _read(place / "test_32x32.mat"), 10)
 
 

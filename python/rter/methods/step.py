@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_kernels import Routing
 from moe_kernels.attacks import PGD
+from rter.distributed import Share
 from rter.models import DualClassifier, RobustClassifier, View
 
 if TYPE_CHECKING:
@@ -18,12 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """Training step number `index`; all its draws follow from the run's seed and that number."""
+    """Training step number `index`; all its draws follow from the run's seed and that number.
+
+    Args:
+        share: the part of the joint batch that this process computes; None for all of it.
+        found: what the attacks of this step have returned.
+    """
 
     model: RobustClassifier
     config: Config
     index: int
     epoch: int = field(kw_only=True)
+    share: Share | None = None
+    found: list[Tensor] = field(default_factory=list)
 
     @property
     def exploring(self) -> bool:
@@ -38,26 +48,47 @@ class Step:
         assert isinstance(self.model, DualClassifier)
         return self.model
 
+    def arithmetic(self) -> torch.autocast:
+        """The precision of the method's forwards and of its attacks."""
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.amp == "bf16")
+
     def attack(
         self, model: nn.Module, *, eps: float | Tensor | None = None, steps: int | None = None, **options: Any
-    ) -> PGD:
+    ) -> Callable[..., Tensor]:
         """The training attack: its last iterate, as in the papers, which also spares a forward."""
         eps = self.config.eps if eps is None else eps
         steps = self.config.attack_steps if steps is None else steps
-        return make_attack(model, self.config, eps, steps, "attack", self.index, best_iterate=False, **options)
+        options |= {"best_iterate": False, **({"share": self.share} if self.share else {})}
+        attack = make_attack(model, self.config, eps, steps, "attack", self.index, **options)
+
+        def remembered(x: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+            self.found.append(attack(x, y, **kwargs))
+            return self.found[-1]
+
+        return remembered
 
     def own_route(self, x: Tensor) -> Routing | None:
         """While exploring, each image's first or second expert at random; afterwards None: the model routes."""
         if not self.exploring or self.model.num_experts == 1 or self.config.gate == "soft":
             return None
         generator = torch.Generator().manual_seed(self.config.seed_for("explore", self.index))
-        rank = torch.randint(2, (len(x),), generator=generator)
+        rows, ours = (self.share or Share.whole(len(x))).joint_rows(len(x))
+        rank = torch.randint(2, (rows,), generator=generator)[ours]
         return self.model.route(x, top_k=2).select(rank)
 
     def balance(self, x: Tensor) -> dict[str, Tensor]:
-        """The balance loss; nothing where its weight is 0, so that it does not give the router a gradient of zeros."""
-        weight = self.config.balance_weight
-        return {"balance": weight * self.model.route(x).balance_loss()} if weight else {}
+        """The balance loss; nothing where its weight is 0, so that it does not give the router a gradient of zeros.
+
+        Given the load of the joint batch it is a mean over rows, as every other term is.
+        """
+        if not self.config.balance_weight:
+            return {}
+        routing = self.model.route(x)
+        load = routing.load
+        if self.share:
+            self.share.mean_([load])
+        return {"balance": self.config.balance_weight * routing.balance_loss(load)}
 
 
 def make_attack(
@@ -67,11 +98,28 @@ def make_attack(
     steps: int,
     *purpose: str | int,
     alpha_ratio: float | None = None,
+    share: Share | None = None,
     **options: Any,
 ) -> PGD:
-    """PGD, on the cross-entropy unless `options` say otherwise; its random start is drawn for `purpose` alone."""
+    """PGD, on the cross-entropy unless `options` say otherwise; its random start is drawn for `purpose` alone, and for
+    the joint batch of a share."""
     alpha = (config.alpha_ratio if alpha_ratio is None else alpha_ratio) * eps
-    return PGD(model, eps, alpha, steps, norm=config.norm, seed=config.seed_for(*purpose), **options)
+    pgd = PGD if share is None or share.alone else functools.partial(SharedPGD, share)
+    return pgd(model, eps, alpha, steps, norm=config.norm, seed=config.seed_for(*purpose), **options)
+
+
+class SharedPGD(PGD):
+    """PGD on a share of a joint batch, from the starts that it has there."""
+
+    def __init__(self, share: Share, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.share = share
+
+    def start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
+        rows, ours = self.share.joint_rows(len(x))
+        joint_x, joint_eps = x.new_zeros(rows, *x.shape[1:]), eps.new_zeros(rows)
+        joint_x[ours], joint_eps[ours] = x, eps
+        return super().start(joint_x, joint_eps, generator)[ours]
 
 
 def partly_forced(model: RobustClassifier, own: Routing | None, forced: Routing) -> View:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from moe_kernels import RobustMoE
 from rter.data import Data
+from rter.errors import UserError
 from rter.models.classifier import DualClassifier, Normalize, RobustClassifier, View
-from rter.models.networks import ExpertConvNet
+from rter.models.networks import make_experts
+from rter.models.routers import make_router
 
 if TYPE_CHECKING:
     from rter.config import Config  # which imports the methods
@@ -29,10 +32,35 @@ def build_model(config: Config, data: Data) -> RobustClassifier:
 
 
 def _classifier(config: Config, data: Data) -> RobustClassifier:
-    C, H, W = data.train.pixels.shape[1:]
-    experts = ExpertConvNet(config.num_experts, (C, H, W), data.num_classes, config.width)
-    linear = nn.Linear(C * H * W, config.num_experts)
-    nn.init.zeros_(linear.bias)
+    image = data.train.pixels.shape[1:]
+    experts = make_experts(config, image, data.num_classes)
+    router = make_router(config, image)
     top_k = config.num_experts if config.gate == "soft" else 1
-    moe = RobustMoE.from_experts(experts, nn.Sequential(nn.Flatten(), linear), top_k, config.gate)
-    return RobustClassifier(Normalize(data.train[:STATISTICS].x), moe)
+    moe = RobustMoE.from_experts(experts, router, top_k, config.gate)
+    return RobustClassifier(_normalize(config, data.train[:STATISTICS].x), moe)
+
+
+def _normalize(config: Config, images: Tensor) -> Normalize:
+    """By the images' mean and deviation, or by those that the setting gives."""
+    normalize = Normalize(images)
+    if config.normalize != "data":
+        C = images.shape[1]
+        values = parse_normalize(config.normalize)
+        if any(len(part) not in (1, C) for part in values):
+            raise UserError(f"normalize must give one number or {C}, one per channel, got {config.normalize!r}")
+        for buffer, part in zip((normalize.mean, normalize.std), values, strict=True):
+            buffer.copy_(torch.tensor(part)[:, None, None])
+    return normalize
+
+
+def parse_normalize(text: str) -> list[list[float]]:
+    """Mean and deviation of each channel, as in 0.49,0.48,0.45/0.25,0.24,0.26."""
+    try:
+        mean, std = ([float(number) for number in part.split(",")] for part in text.split("/"))
+    except ValueError:
+        raise UserError(
+            f"normalize must be data, or means/deviations as 0.49,0.48,0.45/0.25,0.24,0.26, got {text!r}"
+        ) from None
+    if not all(map(math.isfinite, mean)) or not all(math.isfinite(value) and value > 0 for value in std):
+        raise UserError(f"normalize must have finite means and deviations above 0, got {text!r}")
+    return [mean, std]

@@ -1,15 +1,27 @@
 """The networks that serve as experts, each as one grouped network."""
 
-from torch import Tensor, nn
+from __future__ import annotations
 
-from moe_kernels import ExpertConv2d, ExpertLinear
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_kernels import ExpertConv2d, ExpertLinear, ExpertPreActResNet, ExpertResNet18, ExpertViT
+from moe_kernels.nn import GroupedNetwork
 from moe_kernels.ops import mask_relu
+from rter.errors import UserError
+
+if TYPE_CHECKING:
+    from rter.config import Config  # which imports the networks
 
 
-class ExpertConvNet(nn.Module):
+class ExpertConvNet(GroupedNetwork):
     """All experts as one grouped network: two convolutions, the second of stride 2, and two linear layers."""
 
-    def __init__(self, num_experts: int, image: tuple[int, int, int], num_classes: int, width: int) -> None:
+    def __init__(self, num_experts: int, image: torch.Size, num_classes: int, width: int) -> None:
         super().__init__()
         C, H, W = image
         features = 2 * width * ((H + 1) // 2) * ((W + 1) // 2)
@@ -24,3 +36,56 @@ class ExpertConvNet(nn.Module):
         x = mask_relu(self.conv2(x, offsets))
         x = mask_relu(self.hidden(x.flatten(1), offsets))
         return self.head(x, offsets)
+
+
+@dataclass(frozen=True)
+class Network:
+    """`build(config, image [C, H, W], num_classes)`, and the settings whose defaults are the network's own."""
+
+    build: Callable[[Config, torch.Size, int], GroupedNetwork]
+    defaults: Mapping[str, int] = field(default_factory=dict)
+
+
+def _small_conv(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+    return ExpertConvNet(config.num_experts, image, num_classes, config.width)
+
+
+def _resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+    return ExpertResNet18(config.num_experts, num_classes, image[0], config.width)
+
+
+def _preact_resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+    return ExpertPreActResNet.resnet18(config.num_experts, num_classes, image[0], config.width)
+
+
+def _wrn(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+    return ExpertPreActResNet.wide(config.num_experts, num_classes, image[0], config.depth, config.width)
+
+
+def _vit(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+    C, H, W = image
+    if H != W:
+        raise ValueError(f"images must be square, got {H} x {W}")
+    heads = max(config.width // 64, 1)
+    return ExpertViT(config.num_experts, num_classes, C, H, config.patch, config.width, config.depth, heads)
+
+
+NETWORKS = {
+    "small-conv": Network(_small_conv),
+    "resnet18": Network(_resnet18, {"width": 64}),
+    "preact-resnet18": Network(_preact_resnet18, {"width": 64}),
+    "wrn": Network(_wrn, {"width": 160, "depth": 28}),
+    "vit": Network(_vit, {"width": 384, "depth": 12}),
+}
+
+
+def make_experts(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+    """The experts of the run as one grouped network.
+
+    Raises:
+        UserError: if the settings do not fit the network or the images.
+    """
+    try:
+        return NETWORKS[config.model].build(config, image, num_classes)
+    except ValueError as error:
+        raise UserError(f"model {config.model}: {error}") from None

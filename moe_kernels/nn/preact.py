@@ -1,0 +1,115 @@
+"""Residual networks with activations before the convolutions: PreAct ResNet-18 and wide ResNets, one per expert."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.nn.experts import ExpertLinear
+from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, stage
+from moe_kernels.ops import mask_relu
+
+
+class ExpertPreActBlock(nn.Module):
+    """conv2(relu(bn2(conv1(h)))) + s with h = relu(bn1(x)); s is x, or a 1x1 convolution of h where shapes change."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.bn1 = ExpertBatchNorm2d(num_experts, in_channels, **to)
+        self.conv1 = ExpertConv2d(num_experts, in_channels, channels, 3, stride, 1, bias=False, **to)
+        self.bn2 = ExpertBatchNorm2d(num_experts, channels, **to)
+        self.conv2 = ExpertConv2d(num_experts, channels, channels, 3, 1, 1, bias=False, **to)
+        changes = stride != 1 or in_channels != channels
+        self.shortcut = (
+            ExpertConv2d(num_experts, in_channels, channels, 1, stride, bias=False, **to) if changes else None
+        )
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        h = mask_relu(self.bn1(x, offsets))
+        s = x if self.shortcut is None else self.shortcut(h, offsets)
+        h = mask_relu(self.bn2(self.conv1(h, offsets), offsets))
+        return self.conv2(h, offsets) + s
+
+
+class ExpertPreActResNet(GroupedNetwork):
+    """A pre-activation ResNet per expert: 3x3 stem, stages of blocks, batch norm, ReLU, average pool, linear.
+
+    Args:
+        num_experts: number of experts E.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        stages: (channels, blocks) of each stage; all but the first halve the image.
+        stem: channels of the stem.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_classes: int,
+        in_channels: int,
+        stages: Sequence[tuple[int, int]],
+        stem: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_experts = num_experts
+        self.conv1 = ExpertConv2d(num_experts, in_channels, stem, 3, 1, 1, bias=False, **to)
+        widths = [stem, *(width for width, _ in stages)]
+        self.blocks = nn.ModuleList(
+            chain.from_iterable(
+                stage(ExpertPreActBlock, depth, num_experts, widths[i], width, 1 if i == 0 else 2, **to)
+                for i, (width, depth) in enumerate(stages)
+            )
+        )
+        self.bn = ExpertBatchNorm2d(num_experts, widths[-1], **to)
+        self.linear = ExpertLinear(num_experts, widths[-1], num_classes, **to)
+
+    @classmethod
+    def resnet18(
+        cls, num_experts: int, num_classes: int = 10, in_channels: int = 3, width: int = 64, **to: Any
+    ) -> "ExpertPreActResNet":
+        """PreAct ResNet-18 (He et al., 2016), its first stage with `width` channels."""
+        stages = [(width, 2), (2 * width, 2), (4 * width, 2), (8 * width, 2)]
+        return cls(num_experts, num_classes, in_channels, stages, width, **to)
+
+    @classmethod
+    def wide(
+        cls,
+        num_experts: int,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        depth: int = 28,
+        width: int = 160,
+        **to: Any,
+    ) -> "ExpertPreActResNet":
+        """Wide ResNet (Zagoruyko and Komodakis, 2016): WRN-28-10 has depth 28 and width 160.
+
+        Raises:
+            ValueError: if depth is not 6 n + 4.
+        """
+        blocks, rest = divmod(depth - 4, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"depth must be 10, 16, 22, 28 or another 6 n + 4, got {depth}")
+        stages = [(width, blocks), (2 * width, blocks), (4 * width, blocks)]
+        return cls(num_experts, num_classes, in_channels, stages, 16, **to)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
+        h = self.conv1(x, offsets)
+        for block in self.blocks:
+            h = block(h, offsets)
+        return self.linear(mask_relu(self.bn(h, offsets)).mean((2, 3)), offsets)

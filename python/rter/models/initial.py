@@ -1,0 +1,88 @@
+"""Weights to begin with, from files of other code, read without running anything in them.
+
+Either a mixture as the public RT-ER code saves it, `experts.<i>.*` and `router.gate.*`, or one network, which every
+expert then begins with: a ResNet-18 of pytorch-cifar or torchvision, or a transformer of timm. DataParallel's prefix
+`module.` is dropped, and a head for another number of classes is left as it is in the model.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from moe_kernels import RobustMoE
+from moe_kernels.nn import GroupedNetwork
+from rter.errors import UserError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which checkpoints keep a state dict
+HEADS = ("head.", "linear.", "fc.")
+
+
+def load_initial(model: nn.Module, path: Path) -> None:
+    """Loads the file into every mixture of the model.
+
+    Raises:
+        UserError: if the file cannot be read, holds more than tensors, or does not fit.
+    """
+    state = read_state(path)
+    for moe in model.modules():
+        if isinstance(moe, RobustMoE):
+            try:
+                _load(moe, state)
+            except ValueError as error:
+                raise UserError(f"{path} does not fit the model: {error}") from None
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file or in one of torch.save, without the prefix of DataParallel."""
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} must be a file of tensors, which is all that is loaded: {first}") from None
+    while isinstance(state, Mapping) and (wrapper := next((w for w in WRAPPERS if w in state), None)):
+        state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} must hold a state dict of tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _load(moe: RobustMoE, state: Mapping[str, Tensor]) -> None:
+    net = moe.experts
+    assert isinstance(net, GroupedNetwork)
+    experts: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if match := re.fullmatch(r"experts\.(\d+)\.(.*)", key):
+            experts.setdefault(int(match[1]), {})[match[2].removeprefix("module.")] = value
+    if not experts:
+        net.load_state_dicts([_with_own_head(state, own) for own in net.state_dicts()])
+        return
+    if sorted(experts) != list(range(net.num_experts)):
+        raise ValueError(f"it holds the experts {sorted(experts)}, the model has {net.num_experts}")
+    gate = {re.sub(r"^router\.(gate\.)?", "", k): v for k, v in state.items() if k.startswith("router.")}
+    own = moe.router.state_dict()
+    if {key: value.shape for key, value in gate.items()} != {key: value.shape for key, value in own.items()}:
+        shapes = {key: list(value.shape) for key, value in gate.items()}
+        raise ValueError(f"router must be { ({key: list(value.shape) for key, value in own.items()}) }, got {shapes}")
+    net.load_state_dicts([experts[e] for e in sorted(experts)])
+    moe.router.load_state_dict(gate)
+
+
+def _with_own_head(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The plain state with the model's own head where that of the file has other shapes."""
+    kept = {k: v for k, v in state.items() if not k.startswith(HEADS)}
+    given = {re.sub(r"^fc\.", "linear.", k): v for k, v in state.items() if k.startswith(HEADS)}
+    fits = all(key in own and own[key].shape == value.shape for key, value in given.items())
+    return kept | (given if fits and given else {k: v for k, v in own.items() if k.startswith(HEADS)})

@@ -1,0 +1,71 @@
+"""The state of a run between two steps, from which it goes on bit for bit."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rter.checkpoint import save_tensors
+from rter.errors import UserError
+from rter.models import RobustClassifier
+from rter.optimisation import RunningMean
+
+
+@dataclass
+class State:
+    """All that the next step depends on beside the configuration. One file holds it, so it is of one step.
+
+    Args:
+        ema: None if the configuration asks for none.
+        step: number of finished steps.
+        best: greatest held-out accuracy so far.
+        seconds: time spent in training steps.
+        records: the loss terms of the steps of the epoch that is not finished.
+    """
+
+    model: RobustClassifier
+    optimizer: torch.optim.Optimizer
+    ema: RunningMean | None
+    step: int = 0
+    best: float = -1.0
+    seconds: float = 0.0
+    records: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        tensors = {f"{part}/{name}": t for part, module in self._modules() for name, t in module.state_dict().items()}
+        optimizer = self.optimizer.state_dict()
+        for i, moments in optimizer["state"].items():
+            tensors |= {f"optimizer/{i}/{name}": value for name, value in moments.items() if value is not None}
+        if self.records:
+            tensors |= {f"records/{name}": torch.stack([r[name] for r in self.records]) for name in self.records[0]}
+        scalars = {"step": self.step, "best": self.best, "seconds": self.seconds, "groups": optimizer["param_groups"]}
+        save_tensors(path, tensors, {"state": json.dumps(scalars)})
+
+    def load(self, path: Path) -> None:
+        """Raises UserError if the file is damaged or is that of another configuration."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                scalars = json.loads(file.metadata()["state"])
+                parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "records": {}}
+                for key in file.keys():  # noqa: SIM118, the file is no mapping
+                    part, name = key.split("/", 1)
+                    parts[part][name] = file.get_tensor(key)
+            for part, module in self._modules():
+                module.load_state_dict(parts[part])
+            moments: dict[int, dict[str, Any]] = {}
+            for key, tensor in parts["optimizer"].items():
+                i, name = key.split("/", 1)
+                moments.setdefault(int(i), {})[name] = tensor
+            self.optimizer.load_state_dict({"state": moments, "param_groups": scalars["groups"]})
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged or not of this run: {' '.join(str(error).split())}") from None
+        self.step, self.best, self.seconds = scalars["step"], scalars["best"], scalars["seconds"]
+        columns = [[(name, value) for value in values.unbind()] for name, values in parts["records"].items()]
+        self.records = [dict(record) for record in zip(*columns, strict=True)]
+
+    def _modules(self) -> list[tuple[str, RobustClassifier]]:
+        return [("model", self.model)] + ([("ema", self.ema.model)] if self.ema else [])

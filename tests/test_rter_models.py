@@ -1,0 +1,204 @@
+"""Every network and router as a model of the application, and weights that come from other code."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from rter.__main__ import main
+from rter.config import Config
+from rter.data import Data, Split
+from rter.errors import UserError
+from rter.models import RobustClassifier, build_model
+from rter.models.initial import load_initial
+from rter.models.networks import NETWORKS
+from rter.models.routers import ROUTERS
+from torch import Tensor, nn
+
+from moe_kernels import attack_mode
+from moe_kernels.testing.networks import ResNet18, randomize_statistics
+
+SMALL: dict[str, dict[str, int]] = {"wrn": {"depth": 10, "width": 4}, "vit": {"depth": 1, "width": 8}}
+
+
+def images(channels: int = 3, size: int = 8) -> Data:
+    split = Split(torch.randint(256, (6, channels, size, size), dtype=torch.uint8), torch.randint(5, (6,)))
+    return Data(split, split, 5)
+
+
+def tiny(model: str = "resnet18", data: Data | None = None, **settings: Any) -> RobustClassifier:
+    config = Config(**({"model": model, "width": 4, "num_experts": 2} | SMALL.get(model, {}) | settings))
+    return build_model(config, data or images()).eval()
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_networks_train_and_meet_attacks(model: str) -> None:
+    data = images()
+    classifier = tiny(model, data)
+    x = data.train.x.requires_grad_()
+    y = classifier(x)
+    assert y.shape == (6, 5)
+    y.logsumexp(1).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in classifier.moe.experts.parameters())
+    with attack_mode(classifier):
+        (gradient,) = torch.autograd.grad(classifier(x).logsumexp(1).sum(), x)
+    torch.testing.assert_close(gradient, x.grad)
+    alone = [classifier(x, routing=classifier.route(x).fixed(e)) for e in range(2)]
+    chosen = classifier.route(x).experts[:, 0].tolist()
+    torch.testing.assert_close(y, torch.stack([alone[e][i] for i, e in enumerate(chosen)]))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_routers_route_each_image_by_itself(router: str) -> None:
+    data = images()
+    classifier = tiny("small-conv", data, router=router, num_experts=3)
+    logits = classifier.route(data.train.x).logits
+    assert logits.shape == (6, 3)
+    torch.testing.assert_close(classifier.route(data.train.x[2:3]).logits, logits[2:3])
+    assert not list(classifier.moe.router.parameters())[-1].any()
+
+
+def test_networks_have_sizes_of_their_own() -> None:
+    assert [Config(model=m).width for m in NETWORKS] == [16, 64, 64, 160, 384]
+    assert [Config(method="nine-experts", model=m).width for m in ("small-conv", "resnet18")] == [8, 64]
+    assert (Config(model="wrn").depth, Config(model="vit").depth, Config(model="wrn", width=32).width) == (28, 12, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "wrn", "depth": 11}, "model wrn: depth must be 10, 16, 22, 28 or another 6 n + 4, got 11"),
+        ({"model": "vit", "patch": 3}, "model vit: image_size must be a multiple of patch"),
+        ({"model": "cnn"}, "model must be one of small-conv, resnet18, preact-resnet18, wrn, vit, got 'cnn'"),
+        ({"router": "lottery"}, "router must be one of linear, conv, mlp, got 'lottery'"),
+        ({"patch": 0}, "patch must be above 0, got 0"),
+        (
+            {"normalize": "0.5"},
+            "normalize must be data, or means/deviations as 0.49,0.48,0.45/0.25,0.24,0.26, got '0.5'",
+        ),
+        ({"normalize": "0.5/0"}, "normalize must have finite means and deviations above 0, got '0.5/0'"),
+        ({"normalize": "0.5,0.5/1"}, "normalize must give one number or 3, one per channel, got '0.5,0.5/1'"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        tiny(**settings)
+    assert str(error.value).startswith(message)
+
+
+def test_normalises_by_what_is_given() -> None:
+    classifier, x = tiny(normalize="0.1,0.2,0.3/0.5"), torch.rand(2, 3, 8, 8)
+    expected = (x - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / 0.5
+    torch.testing.assert_close(classifier.normalize(x), expected)
+
+
+# weights of other code
+
+
+class PublicMoE(nn.Module):
+    """The public RT-ER code's mixture: a list of experts and a gate on the flattened image; top-1, its raw logits."""
+
+    def __init__(self, num_experts: int = 2) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(ResNet18(5, 3, 4) for _ in range(num_experts))
+        self.router = nn.Module()
+        self.router.gate = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router.gate(x).argmax(1).tolist()
+        return torch.cat([self.experts[e](row) for e, row in zip(chosen, x.split(1), strict=True)])
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_public_codes_mixture(tmp_path: Path, prefix: str, wrapped: bool) -> None:
+    public = randomize_statistics(PublicMoE()).eval()
+    state = {prefix + key: value for key, value in public.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "moe.pt")
+    data = images()
+    classifier = tiny(data=data, gate="hard")
+    load_initial(classifier, tmp_path / "moe.pt")
+    torch.testing.assert_close(classifier(data.train.x), public(classifier.normalize(data.train.x)))
+
+
+@pytest.mark.parametrize("classes", [5, 1000])
+def test_one_network_for_all_experts(tmp_path: Path, classes: int) -> None:
+    net = randomize_statistics(ResNet18(classes, 3, 4)).eval()
+    renamed = {key.replace("linear", "fc").replace("shortcut", "downsample"): v for key, v in net.state_dict().items()}
+    safetensors.torch.save_file(renamed, tmp_path / "net.safetensors")
+    data = images()
+    classifier = tiny(data=data)
+    before = classifier.moe.experts.linear.weight.clone()
+    load_initial(classifier, tmp_path / "net.safetensors")
+    for state in classifier.moe.experts.state_dicts():
+        own = {key: value for key, value in state.items() if not key.startswith("linear")}
+        torch.testing.assert_close(own, {key: net.state_dict()[key] for key in own}, rtol=0, atol=0)
+    kept = torch.equal(classifier.moe.experts.linear.weight, before)
+    assert kept == (classes == 1000)
+    if not kept:
+        x, route = data.train.x, classifier.route(data.train.x).fixed(1)
+        torch.testing.assert_close(classifier(x, routing=route), net(classifier.normalize(x)))
+
+
+class Malicious:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
+    state = PublicMoE().state_dict()
+    less = {k: v for k, v in state.items() if k != "experts.1.bn1.bias"}
+    contents = {
+        "gone": "cannot read",
+        "evil": "must be a file of tensors, which is all that is loaded",
+        "cut": "must be a file of tensors",
+        "cut.safetensors": "must be a file of tensors",
+        "list": "must hold a state dict of tensors",
+        "three": r"does not fit the model: it holds the experts \[0, 1, 2\], the model has 2",
+        "less": r"experts\[1\] must be a state dict .*; missing: bn1.bias",
+        "router": r"does not fit the model: router must be .*\[2, 192\].*, got .*\[2, 7\]",
+        "other": r"experts\[0\] must be a state dict .*; unexpected: w",
+    }
+    saved = {
+        "evil": {"w": Malicious(tmp_path / "ran")}, "list": [1], "three": PublicMoE(3).state_dict(), "less": less,
+        "router": state | {"router.gate.1.weight": torch.zeros(2, 7)}, "other": {"w": torch.zeros(1)},
+    }  # fmt: skip
+    for name, value in saved.items():
+        torch.save(value, tmp_path / name)
+    for name in ("cut", "cut.safetensors"):
+        (tmp_path / name).write_bytes((tmp_path / "less").read_bytes()[:3000])
+    classifier = tiny()
+    for name, message in contents.items():
+        with pytest.raises(UserError, match=message) as error:
+            load_initial(classifier, tmp_path / name)
+        assert "\n" not in str(error.value), error.value
+    assert not (tmp_path / "ran").exists()
+
+
+# the whole command
+
+
+def test_resnets_on_cifar10s_format(tmp_path: Path) -> None:
+    """A run on 3x32x32 images in CIFAR-10's binary format, evaluated on its test batch."""
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        records = torch.randint(256, (4, 3073), dtype=torch.uint8)
+        records[:, 0] %= 10
+        (folder / f"{name}.bin").write_bytes(records.numpy().tobytes())
+    torch.save(PublicMoE().state_dict(), tmp_path / "moe.pt")
+    run = tmp_path / "run"
+    settings = "--data cifar10 --model resnet18 --width 2 --num-experts 2 --router conv --epochs 1 --held-out 4 "
+    settings += f"--batch-size 8 --attack-steps 1 --eps 8/255 --data-dir {tmp_path}"
+    assert main(["train", "--out", str(run), *settings.split()]) == 0
+    assert main(["evaluate", str(run), "--suite", "quick", "--steps", "1", "--restarts", "1"]) == 0
+    report = (run / "report.json").read_text()
+    assert '"split": "test"' in report and '"held_out": 4' in report
+    assert main(["train", "--out", str(tmp_path / "other"), *settings.split(), "--init", str(tmp_path / "moe.pt")]) == 2
+    assert not (tmp_path / "other").exists()

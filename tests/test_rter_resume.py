@@ -1,0 +1,218 @@
+"""A run that is killed at any moment, or meets a full disk, goes on to the same weights and metrics, bit for bit."""
+
+import errno
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rter.__main__ import main
+from rter.checkpoint import load_tensors, open_run, read_lines
+from rter.config import Config
+from rter.errors import UserError
+from rter.train import train
+
+TINY = {"num_experts": 2, "width": 2, "attack_steps": 1, "held_out": 60, "batch_size": 500, "epochs": 2}
+CONFIG = Config(method="standard", eval_every=1, **TINY)  # type: ignore[arg-type]
+MOMENTS = 38  # see count_writes, of a run of CONFIG that saves its state after each of its 6 steps
+
+
+def flags(config: Config) -> list[str]:
+    names = [*TINY, "method", "eval_every", "ema"]
+    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    for name in ("last.safetensors", "best.safetensors"):
+        tensors, others = load_tensors(run / name), load_tensors(expected / name)
+        assert tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in tensors)
+    lines, others = ([{**line, "seconds": 0} for line in read_lines(r / "metrics.jsonl")] for r in (run, expected))
+    assert lines == others
+    assert (run / "metrics.csv").read_text().count("\n") == len(lines) + 1
+    assert {path.name for path in run.iterdir()} == {path.name for path in expected.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(CONFIG, run)
+    return run
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is cleaned up after it."""
+
+
+def count_writes(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
+    """Calls act(n) at the n-th moment between the steps of a write: before each fsync, before and after each rename."""
+    moments = iter(range(1000))
+    fsync, replace, unlink = os.fsync, Path.replace, Path.unlink
+    killed = False
+
+    def at_a_moment() -> None:
+        nonlocal killed
+        try:
+            act(next(moments))
+        except Killed:
+            killed = True
+            raise
+
+    def watched_replace(path: Path, target: Path) -> None:
+        at_a_moment()
+        replace(path, target)
+        at_a_moment()
+
+    def watched_fsync(file: int) -> None:
+        at_a_moment()
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: killed or unlink(path, missing_ok))
+
+
+def kill_at(n: int, config: Config, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(moment: int) -> None:
+        if moment == n:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        count_writes(patch, kill)
+        train(config, run, save_every=0)
+
+
+@pytest.mark.parametrize("failure", [Killed, functools.partial(OSError, errno.ENOSPC, "No space left")])
+def test_a_failure_at_any_moment_of_a_write(
+    failure: Callable[[], BaseException], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_over = 0
+    for n in range(0, MOMENTS, 4):
+
+        def fail(moment: int, n: int = n) -> None:
+            if moment == n:
+                raise failure()
+
+        run = tmp_path / str(n)
+        with monkeypatch.context() as patch, pytest.raises((Killed, OSError)) as error:
+            count_writes(patch, fail)
+            train(CONFIG, run, save_every=0)
+        left_over += any(path.name.startswith(".") for path in run.iterdir())
+        if isinstance(error.value, OSError):
+            assert str(run) in str(error.value)
+        assert train(CONFIG, run, resume=True)
+        assert_same_run(run, whole)
+    assert (left_over > 5) == (failure is Killed)
+
+
+def test_the_moments_are_all_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    count_writes(monkeypatch, seen.append)
+    train(CONFIG, tmp_path / "run", save_every=0)
+    assert len(seen) == MOMENTS
+
+
+def test_a_process_that_is_killed(tmp_path: Path) -> None:
+    """RT-ER with a running mean of the weights."""
+    config = Config(eval_every=2, ema=0.9, **(TINY | {"epochs": 5}))  # type: ignore[arg-type]
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "rter",
+        "train",
+        "--out",
+        str(run),
+        *flags(config),
+        "--save-every",
+        "0",
+        "--resume",
+    ]
+    process = subprocess.Popen(command)
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert main(command[3:]) == 0
+    train(config, tmp_path / "whole")
+    assert_same_run(run, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "sgd", "schedule": "cyclic", "cycle_steps": 2},
+        {"optimizer": "sgd", "momentum": 0, "schedule": "multi-step", "drops": "1"},
+        {"optimizer": "adam", "schedule": "cosine", "clip_norm": 0.5, "amp": "bf16"},
+        {"schedule": "constant", "num_experts": 1, "method": "pgd-at", "ema": 0.5},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_optimiser_goes_on(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(eval_every=2, **(TINY | {"lr": 0.01} | settings))  # type: ignore[arg-type]
+    train(config, tmp_path / "whole")
+    kill_at(3 * 5, config, tmp_path / "run", monkeypatch)  # after the config and 4 states
+    assert train(config, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_torn_line_is_written_again(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    kill_at(15, CONFIG, run, monkeypatch)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "lo')
+    train(CONFIG, run, resume=True)
+    assert_same_run(run, whole)
+
+
+def test_a_finished_run_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
+    assert main(["train", "--out", str(whole), "--resume"]) == 0
+    assert f"finished already: {whole}" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lr 0.1", "lr must stay 0.015 for the run in {run}, got 0.1"),
+        ("--epochs 3", "epochs must stay 2 for the run in {run}, got 3"),
+        ("--save-every never", "must be a number of seconds, at least 0, got 'never'"),
+    ],
+)
+def test_resume_refuses(flags: str, message: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--out", str(whole), "--resume", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert message.format(run=whole) in error and error.count("\n") == 1
+
+
+def test_a_damaged_state_is_named(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "resume.safetensors").write_bytes((whole / "resume.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"resume\.safetensors is damaged"):
+        train(CONFIG, run, resume=True)
+
+
+def test_lost_metrics_are_named(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    kill_at(33, CONFIG, run, monkeypatch)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: it holds 0 lines where the run's state says 1"):
+        train(CONFIG, run, resume=True)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with (
+        open_run(tmp_path / "run", CONFIG, resume=False),
+        pytest.raises(UserError, match="is in use"),
+        open_run(tmp_path / "run", CONFIG, resume=True),
+    ):
+        pass
