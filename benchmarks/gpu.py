@@ -80,7 +80,7 @@ def run(job: Job, device: Device, folder: Path, deadline: float) -> list[dict[st
     """The report of a job, wherever it ended: at the latest at the deadline."""
     path = folder / f"{job}.jsonl".replace(" ", "-")
     start = time.perf_counter()
-    seconds = min(job.seconds, deadline - start)
+    seconds = max(1.0, min(job.seconds, deadline - start))
     error = device.run(job.command(path), job.tool, seconds, partial(work, job, device, path))
     report = Report(path)
     kind = "check" if job.part in CORRECTNESS else "time"

@@ -120,8 +120,11 @@ class AttackSteps:
         self.y.random_(10)
 
     def eager(self) -> Outputs:
-        attack = PGD(self.model, EPS, ALPHA, self.steps, random_start=False, best_iterate=False)
-        return (attack(self.x, self.y),)
+        return (self.pgd(capture=False)(self.x, self.y),)
+
+    def pgd(self, capture: bool | str) -> PGD:
+        options = {"random_start": False, "best_iterate": False, "capture": capture}
+        return PGD(self.model, EPS, ALPHA, self.steps, **options)
 
 
 def graphs(device: Device, report: Report, tool: str | None, shard: int) -> None:
@@ -136,7 +139,14 @@ def graphs(device: Device, report: Report, tool: str | None, shard: int) -> None
         with attack_mode(attack.model):
             check_replay(device, attack, attack.renew, attack.eager)
 
+    def attack_that_captures_itself() -> None:
+        pgd = attack.pgd(capture="auto")
+        for _ in range(2):
+            attack.renew()
+            assert_equal((pgd(attack.x, attack.y),), attack.eager())
+
     report.check(f"captured PGD-{attack.steps}", captured_attack)
+    report.check(f'PGD-{attack.steps}(capture="auto")', attack_that_captures_itself)
 
 
 def check_replay(

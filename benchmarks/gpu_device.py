@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -204,11 +205,20 @@ Device = Gpu | Rehearsal
 def run(command: Sequence[str], environment: dict[str, str], seconds: float) -> str:
     """Runs a command; "" if it succeeded, else why not, with the end of what it wrote."""
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"did not finish within {seconds:.0f} s"
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
     except OSError as error:
         return str(error)
-    if done.returncode == 0:
-        return ""
-    return f"ended with status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with its children: a sanitizer's target, a test's workers
+        process.communicate()
+        return f"did not finish within {seconds:.0f} s"
+    return f"ended with status {process.returncode}: {output[-2000:]}" if process.returncode else ""
