@@ -16,7 +16,22 @@ struct PgdBatch {
   int64_t batch, size;
   int eps_stride, alpha_stride;
   T low, high;
+  ModelInput<T, G> model_input;
 };
+
+// Writes the model input of V neighbours from element i on, which may lie in several channels.
+template <class T, class G, int V>
+__device__ __forceinline__ void normalize(const ModelInput<T, G>& m, const Pack<T, V>& x_adv, int64_t i) {
+  const int64_t row = i / m.inner;
+  int64_t channel = row % m.channels, left = (row + 1) * m.inner - i;
+  Pack<G, V> out;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    out.at[k] = narrow<G>(static_cast<wide_t<G>>((x_adv.at[k] - m.mean[channel]) / m.std[channel]));
+    if (--left == 0) channel = channel + 1 == m.channels ? 0 : channel + 1, left = m.inner;
+  }
+  store(m.to + i, out);
+}
 
 // The elements [begin, end) of the batch in packs of V, walked by threads that are `stride` packs apart.
 template <class T, class G, int V>
@@ -60,6 +75,7 @@ struct PackLoop {
     each([&](auto a, const auto& g, const auto& x, int64_t i) {
       for (size_t k = 0; k < sizeof(a) / sizeof(T); ++k) a.at[k] = f(a.at[k], widen(g.at[k]), x.at[k]);
       store(p.x_adv + i, a);
+      if (p.model_input.to) normalize(p.model_input, a, i);
     });
   }
 };
@@ -102,7 +118,8 @@ template <class T, class G>
 void launch_pgd_step(PgdBatch<T, G> p, Norm norm, cudaStream_t stream) {
   constexpr int V = kPack<T>;
   if (norm == Norm::Linf && p.eps_stride == 0 && p.alpha_stride == 0) p.size *= p.batch, p.batch = 1;
-  const bool aligned = is_aligned<T, V>(p.x_adv) && is_aligned<G, V>(p.grad) && is_aligned<T, V>(p.x);
+  const bool aligned = is_aligned<T, V>(p.x_adv) && is_aligned<G, V>(p.grad) && is_aligned<T, V>(p.x) &&
+                       is_aligned<G, V>(p.model_input.to);
   if (aligned && (p.batch == 1 || p.size % V == 0)) {
     launch_pgd_step<T, G, V>(p, norm, stream);
   } else {
