@@ -396,10 +396,16 @@ def _pgd_step_cases() -> list[Case]:
         return Case("pgd_step_", f"{norm}_{name}", make, (torch.float64, torch.float32), has_gradient=False)
 
     def normalized(
-        name: str, norm: str, shape: tuple[int, ...], *, layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x
+        name: str,
+        norm: str,
+        shape: tuple[int, ...],
+        *,
+        per_sample: bool = True,
+        layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x,
     ) -> Case:
         def make(s: Source) -> tuple[Any, ...]:
-            x_adv, x, eps, alpha = images(s, norm, shape, per_sample=True)
+            x_adv, x, *magnitudes = images(s, norm, shape, per_sample)
+            eps, alpha = (torch.as_tensor(r, dtype=s.wide, device=s.device).reshape(-1) for r in magnitudes)
             mean, std = (s.rand(shape[1], dtype=s.wide) + offset for offset in (0, 0.5))
             grad = layout(s, s.randn(*shape))
             return layout(s, x_adv), grad, layout(s, x), eps, alpha, norm, (0.0, 1.0), mean, std
@@ -421,7 +427,8 @@ def _pgd_step_cases() -> list[Case]:
             normalized("no_rows", norm, (0, 3, 2, 2)),
             normalized("one_channel", norm, (2, 1, 4, 4)),
             normalized("one_element_per_channel", norm, (3, 10)),
-            normalized("odd_sizes", norm, (3, 3, 7, 9)),
+            normalized("odd_sizes", norm, (3, 3, 7, 9), per_sample=False),
+            normalized("packs_across_channels", norm, (2, 4, 3, 3)),
             normalized("whole_packs", norm, (2, 3, 4, 8)),
             normalized("channels_last", norm, (2, 3, 6, 8), layout=Source.channels_last),
             normalized("strided", norm, (2, 3, 9), layout=Source.strided),
