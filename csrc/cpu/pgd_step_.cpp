@@ -43,8 +43,16 @@ void normalize(const ModelInput<T, G>& m, const T* x_adv, int64_t first, int64_t
   for (int64_t i = first; i < last; end += m.inner, c = c + 1 == m.channels ? 0 : c + 1) {
     const T mean = m.mean[c], std = m.std[c];
     const int64_t stop = std::min(end, last);
+    G* to = m.to;
 #pragma omp simd
-    for (int64_t j = i; j < stop; ++j) m.to[j] = static_cast<G>(static_cast<acc_t<G>>((x_adv[j] - mean) / std));
+    for (int64_t j = i; j < stop; ++j) {
+      const G value = static_cast<acc_t<G>>((x_adv[j] - mean) / std);
+      if constexpr (sizeof(G) == 2) {
+        to[j].x = value.x;  // the assignment of a struct is not vectorised
+      } else {
+        to[j] = value;
+      }
+    }
     i = stop;
   }
 }
