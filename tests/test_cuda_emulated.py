@@ -30,7 +30,7 @@ CASES = [
 ]
 PGD = [
     pytest.param(c, d, id=f"{c}-{d}".replace("torch.", ""))
-    for c in testing.cases("pgd_step_")
+    for c in testing.cases("pgd_step_") + testing.cases("pgd_step_normalized_")
     for d in c.dtypes
     if d == torch.float32 or not c.name.endswith("bf16_grad")
 ]
@@ -100,14 +100,14 @@ def test_routing_of_a_row_of_nan(num_experts: int) -> None:
     assert experts.tolist() == [expected[0].tolist(), [0, 1, 2, 3], expected[2].tolist()]
 
 
-def check_pgd_step(args: tuple[Any, ...], shift: int = 0) -> None:
-    low, exact = (reference.pgd_step_(a[0].clone(), *a[1:]) for a in (args, testing.to_double(args)))
-    testing.assert_matches(emulate.pgd_step_(*args, shift=shift), low, exact, args[2].dtype)
+def check_pgd_step(op: str, args: tuple[Any, ...], dtype: torch.dtype, shift: int = 0) -> None:
+    low, exact = (getattr(reference, op)(a[0].clone(), *a[1:]) for a in (args, testing.to_double(args)))
+    testing.assert_matches(getattr(emulate, op)(*args, shift=shift), low, exact, dtype)
 
 
 @pytest.mark.parametrize(("case", "dtype"), PGD)
 def test_pgd_step(case: testing.Case, dtype: torch.dtype) -> None:
-    check_pgd_step(case.arguments(dtype))
+    check_pgd_step(case.op, case.arguments(dtype), dtype)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
@@ -117,4 +117,8 @@ def test_pgd_step_gradients_of_any_dtype_at_any_alignment(norm: str, grad_dtype:
     x, grad = source.rand(2, 1030), source.randn(2, 1030, dtype=grad_dtype)
     grad[0, 5], grad[1, 7] = torch.nan, 0
     for shift in (0, 1):
-        check_pgd_step((x.clone(), grad, x, 0.2, 0.3, norm), shift)
+        args = (x.clone(), grad, x, 0.2, 0.3, norm)
+        check_pgd_step("pgd_step_", args, x.dtype, shift)
+        if grad_dtype != torch.float64:
+            per_channel = source.rand(1030), source.rand(1030) + 0.5
+            check_pgd_step("pgd_step_normalized_", (*args, (0.0, 1.0), *per_channel), grad_dtype, shift)

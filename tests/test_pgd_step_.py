@@ -106,12 +106,51 @@ def test_same_bits_for_any_number_of_threads(norm: str) -> None:
     check_threads(lambda: [pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1, norm)])
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 1, 6, 6), (3, 50, 1000), (6, 9)])
+def test_model_input_comes_with_the_same_step(norm: str, shape: tuple[int, ...]) -> None:
+    x_adv, grad, x = images(*shape)
+    mean, std = torch.rand(shape[1]), torch.rand(shape[1]) + 0.1
+    by_channel = [t.view(-1, *[1] * (len(shape) - 2)) for t in (mean, std)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for layout in (torch.contiguous_format, torch.channels_last)[: 1 + (len(shape) == 4)]:
+            alone, together = (x_adv.clone(memory_format=layout) for _ in range(2))
+            pgd_step_(alone, grad.to(dtype), x, 0.2, 0.1, norm)
+            model_input = pgd_step_(together, grad.to(dtype), x, 0.2, 0.1, norm, normalize=(mean, std))
+            assert torch.equal(together, alone)
+            assert torch.equal(model_input, ((alone - by_channel[0]) / by_channel[1]).to(dtype))
+            assert model_input.dtype == dtype and model_input.is_contiguous(memory_format=layout)
+
+
+def test_model_input_from_the_reference_and_outside_of_the_graph() -> None:
+    x_adv, grad, x = images(3, 2, 4)
+    mean, std = torch.rand(2, requires_grad=True), torch.rand(2) + 0.5
+    ours, theirs = (
+        pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1, normalize=(mean, std), backend=b) for b in (None, "reference")
+    )
+    torch.testing.assert_close(ours, theirs)
+    assert not ours.requires_grad and not theirs.requires_grad
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_model_input_has_the_same_bits_for_any_number_of_threads(norm: str) -> None:
+    x_adv, grad, x = images(7, 3, 80, 80)
+    normalize = torch.rand(3), torch.rand(3) + 0.1
+    check_threads(lambda: [pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1, norm, normalize=normalize)])
+
+
 def test_compiles_as_one_graph() -> None:
     x_adv, grad, x = images(3, 8)
     expected = pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1)
     compiled = torch.compile(lambda *args: pgd_step_(*args, 0.2, 0.1), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x_adv, grad, x), expected)
     assert torch.equal(x_adv, expected)
+    normalize = torch.rand(8), torch.rand(8) + 0.5
+    expected = pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1, normalize=normalize)
+    compiled = torch.compile(
+        lambda *args: pgd_step_(*args, 0.2, 0.1, normalize=normalize), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(x_adv, grad, x), expected)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +171,11 @@ def test_compiles_as_one_graph() -> None:
         ({"alpha": torch.ones(2, dtype=torch.int64)}, "alpha must be a floating-point tensor"),
         ({"norm": "L3"}, "norm must be one of Linf, L2, L1, got 'L3'"),
         ({"bounds": (1.0, 0.0)}, "bounds must be"),
+        ({"normalize": (torch.zeros(2), torch.ones(3))}, r"mean must be \[C\].*\[3\], got shape \[2\]"),
+        ({"normalize": (torch.zeros(3), torch.ones(1, 3))}, r"std must be \[C\].*\[3\], got shape \[1, 3\]"),
+        ({"normalize": (torch.zeros(3, dtype=torch.int32), torch.ones(3))}, "mean must be a floating-point tensor"),
+        ({"normalize": (torch.zeros(3), torch.ones(3, device="meta"))}, "std must be on the device of x_adv"),
+        ({"normalize": (torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]))}, "std must be greater than 0, got 0"),
         ({"backend": "magic"}, "backend must be None"),
     ],
 )
@@ -139,6 +183,12 @@ def test_mistakes(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"x_adv": torch.zeros(2, 3), "grad": torch.ones(2, 3), "x": torch.zeros(2, 3)}
     with pytest.raises(ValueError, match=message):
         pgd_step_(**(good | {"eps": 0.1, "alpha": 0.1} | change))
+
+
+def test_one_value_per_sample_has_no_channels() -> None:
+    x = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"x_adv must be \[B, C, ...\] where normalize is given, got shape \[2\]"):
+        pgd_step_(x.clone(), x, x, 0.1, 0.1, normalize=(x, x + 1))
 
 
 def test_x_adv_must_not_require_grad() -> None:

@@ -1,30 +1,13 @@
 // The arguments of pgd_step_, checked and brought into one layout, for every device.
 #pragma once
 
-#include <algorithm>
 #include <string>
 
+#include "common/layout.h"
 #include "common/pgd_math.h"
 #include "common/tensor.h"
 
 namespace moe {
-
-// Whether each sample (index of the first dimension) is one gapless run of memory, the samples one after the other.
-inline bool samples_are_dense(const Tensor& t) {
-  std::vector<std::pair<int64_t, int64_t>> inner;  // (stride, size)
-  int64_t sample_size = 1;
-  for (int64_t d = 1; d < t.dim(); ++d) {
-    sample_size *= t.size(d);
-    if (t.size(d) != 1) inner.emplace_back(t.stride(d), t.size(d));
-  }
-  std::sort(inner.begin(), inner.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : inner) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return t.size(0) == 1 || t.stride(0) == sample_size;
-}
 
 // t with the strides of `layout`, which has its shape: t itself where they agree, else a copy.
 inline Tensor laid_out_like(const Tensor& t, const Tensor& layout) {
@@ -36,15 +19,19 @@ inline Tensor laid_out_like(const Tensor& t, const Tensor& layout) {
   return torch::stable::copy_(out, t);
 }
 
-// One dense block of `batch` samples of `size` elements. eps and alpha are [1] or [batch], in the dtype of x.
+// One dense block of `batch` samples of `size` elements. eps and alpha are [1] or [batch], in the dtype of x. Given
+// mean and std [channels], also the model input, in the dtype of grad and the layout of x_adv.
 struct PgdArguments {
   Norm norm;
   int64_t batch, size;
   Tensor x_adv, grad, x, eps, alpha;
   double low, high;
+  OptionalTensor mean, std, model_input;
+  int64_t inner = 1;  // elements of a channel that lie side by side
 
   PgdArguments(const Tensor& x_adv_, const Tensor& grad_, const Tensor& x_, const Tensor& eps_, const Tensor& alpha_,
-               const std::string& norm_, const std::vector<double>& bounds)
+               const std::string& norm_, const std::vector<double>& bounds, const OptionalTensor& mean_ = std::nullopt,
+               const OptionalTensor& std_ = std::nullopt)
       : norm(norm_ == "Linf" ? Norm::Linf
              : norm_ == "L2" ? Norm::L2
                              : Norm::L1),
@@ -70,10 +57,28 @@ struct PgdArguments {
                 t.numel());
     }
     low = bounds[0], high = bounds[1];
+    const bool channels_last = is_channels_last(x_adv);
+    if (mean_) {
+      MOE_CHECK(x_adv.dim() > 1, "x_adv must be [B, C, ...] to be normalised");
+      for (const OptionalTensor& t : {mean_, std_}) {
+        MOE_CHECK(shape(*t) == Shape{x_adv.size(1)} && t->scalar_type() == dtype, "mean and std must be [",
+                  x_adv.size(1), "] in the dtype of x_adv");
+      }
+      mean = as_contiguous(*mean_), std = as_contiguous(*std_);
+      model_input = torch::stable::empty(shape(x_adv), grad.scalar_type(), std::nullopt, x_adv.device(), std::nullopt,
+                                         memory_format(channels_last));
+      for (int64_t d = 2; d < x_adv.dim() && !channels_last; ++d) inner *= x_adv.size(d);
+    }
     if (x_adv.numel() == 0) return;
-    if (!samples_are_dense(x_adv)) x_adv = torch::stable::contiguous(x_adv);
+    x_adv = as_layout(x_adv, channels_last);
     grad = laid_out_like(grad, x_adv);
     x = laid_out_like(x, x_adv);
+  }
+
+  template <class T, class G>
+  ModelInput<T, G> normalized() const {
+    if (!model_input) return {};
+    return {mutable_data<G>(*model_input), data<T>(*mean), data<T>(*std), mean->numel(), inner};
   }
 
   // Hands the result back where x_adv had to be copied.

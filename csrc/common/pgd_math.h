@@ -13,6 +13,14 @@ namespace moe {
 
 enum class Norm { Linf, L2, L1 };
 
+// Where (x_adv - mean[c]) / std[c] goes, c = i / inner % channels being the channel of element i; to no place if null.
+template <class T, class G>
+struct ModelInput {
+  G* to;
+  const T *mean, *std;
+  int64_t channels, inner;
+};
+
 // max(value, low) and min(value, high), except that a NaN value stays NaN.
 template <class T>
 MOE_INLINE T clamp(T value, T low, T high) {

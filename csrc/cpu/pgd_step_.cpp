@@ -36,6 +36,27 @@ struct Loop {
   }
 };
 
+// Writes the model input of the elements [first, last), one run of a channel after the other.
+template <class T, class G>
+void normalize(const ModelInput<T, G>& m, const T* x_adv, int64_t first, int64_t last) {
+  int64_t c = first / m.inner % m.channels, end = (first / m.inner + 1) * m.inner;
+  for (int64_t i = first; i < last; end += m.inner, c = c + 1 == m.channels ? 0 : c + 1) {
+    const T mean = m.mean[c], std = m.std[c];
+    const int64_t stop = std::min(end, last);
+    G* to = m.to;
+#pragma omp simd
+    for (int64_t j = i; j < stop; ++j) {
+      const G value = static_cast<acc_t<G>>((x_adv[j] - mean) / std);
+      if constexpr (sizeof(G) == 2) {
+        to[j].x = value.x;  // the assignment of a struct is not vectorised
+      } else {
+        to[j] = value;
+      }
+    }
+    i = stop;
+  }
+}
+
 template <class T, class G>
 void run(const PgdArguments& a) {
   T* x_adv = mutable_data<T>(a.x_adv);
@@ -43,6 +64,10 @@ void run(const PgdArguments& a) {
   const T *x = data<T>(a.x), *eps = data<T>(a.eps), *alpha = data<T>(a.alpha);
   const bool many_eps = a.eps.numel() > 1, many_alpha = a.alpha.numel() > 1;
   const T low = static_cast<T>(a.low), high = static_cast<T>(a.high);
+  const ModelInput<T, G> model_input = a.normalized<T, G>();
+  auto emit = [&](int64_t first, int64_t last) {
+    if (model_input.to) normalize(model_input, x_adv, first, last);
+  };
   // The elements [first, last) of sample b.
   auto piece = [&](int64_t b, int64_t first, int64_t last) {
     const int64_t at = b * a.size + first;
@@ -56,6 +81,7 @@ void run(const PgdArguments& a) {
         piece(b, begin, end).update([=](T old, acc_t<G> g, T clean) {
           return linf_step(old, g, clean, radius, step, low, high);
         });
+        emit(i, i + end - begin);
         i += end - begin;
       }
     });
@@ -64,6 +90,7 @@ void run(const PgdArguments& a) {
       for (int64_t b = first; b < last; ++b) {
         Loop<T, G> sample = piece(b, 0, a.size);
         sample_step(sample, a.norm, eps[many_eps * b], alpha[many_alpha * b], low, high);
+        emit(b * a.size, (b + 1) * a.size);
       }
     });
   }
@@ -76,22 +103,40 @@ void check_not_negative(const char* name, const Tensor& t) {
   }
 }
 
+void step(const PgdArguments& a, Tensor& x_adv) {
+  auto with = [&](auto zero) {
+    using T = decltype(zero);
+    check_not_negative<T>("eps", a.eps);
+    check_not_negative<T>("alpha", a.alpha);
+    for (int64_t c = 0; a.std && c < a.std->numel(); ++c) {
+      MOE_CHECK(data<T>(*a.std)[c] > 0, "std must be greater than 0, got ", data<T>(*a.std)[c]);
+    }
+    if (x_adv.numel() == 0) return;
+    dispatch_float(a.grad.scalar_type(), "grad", [&](auto g) { run<T, decltype(g)>(a); });
+  };
+  x_adv.scalar_type() == ScalarType::Double ? with(double{}) : with(float{});
+  a.write_back(x_adv);
+}
+
 // x_adv, grad, x [B, ...], eps, alpha [1] or [B]
 void pgd_step_(Tensor x_adv, const Tensor& grad, const Tensor& x, const Tensor& eps, const Tensor& alpha,
                const std::string& norm, const std::vector<double>& bounds) {
-  const PgdArguments arguments(x_adv, grad, x, eps, alpha, norm, bounds);
-  auto with = [&](auto zero) {
-    using T = decltype(zero);
-    check_not_negative<T>("eps", arguments.eps);
-    check_not_negative<T>("alpha", arguments.alpha);
-    if (x_adv.numel() == 0) return;
-    dispatch_float(grad.scalar_type(), "grad", [&](auto g) { run<T, decltype(g)>(arguments); });
-  };
-  x_adv.scalar_type() == ScalarType::Double ? with(double{}) : with(float{});
-  arguments.write_back(x_adv);
+  step(PgdArguments(x_adv, grad, x, eps, alpha, norm, bounds), x_adv);
+}
+
+// x_adv, grad, x [B, C, ...], eps, alpha [1] or [B], mean, std [C] -> model input, like x_adv in the dtype of grad
+Tensor pgd_step_normalized_(Tensor x_adv, const Tensor& grad, const Tensor& x, const Tensor& eps, const Tensor& alpha,
+                            const std::string& norm, const std::vector<double>& bounds, const Tensor& mean,
+                            const Tensor& std) {
+  const PgdArguments arguments(x_adv, grad, x, eps, alpha, norm, bounds, mean, std);
+  step(arguments, x_adv);
+  return *arguments.model_input;
 }
 
 }  // namespace
 }  // namespace moe
 
-STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) { m.impl("pgd_step_", TORCH_BOX(&moe::pgd_step_)); }
+STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+  m.impl("pgd_step_", TORCH_BOX(&moe::pgd_step_));
+  m.impl("pgd_step_normalized_", TORCH_BOX(&moe::pgd_step_normalized_));
+}

@@ -16,10 +16,26 @@ struct PgdBatch {
   int64_t batch, size;
   int eps_stride, alpha_stride;
   T low, high;
+  ModelInput<T, G> model_input;
 };
 
-// The elements [begin, end) of the batch in packs of V, walked by threads that are `stride` packs apart.
+// Writes the model input of V neighbours from element i on, which may lie in several channels.
 template <class T, class G, int V>
+__device__ __forceinline__ void normalize(const ModelInput<T, G>& m, const Pack<T, V>& x_adv, int64_t i) {
+  const int64_t row = i / m.inner;
+  int64_t channel = row % m.channels, left = (row + 1) * m.inner - i;
+  Pack<G, V> out;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    out.at[k] = narrow<G>(static_cast<wide_t<G>>((x_adv.at[k] - m.mean[channel]) / m.std[channel]));
+    if (--left == 0) channel = channel + 1 == m.channels ? 0 : channel + 1, left = m.inner;
+  }
+  store(m.to + i, out);
+}
+
+// The elements [begin, end) of the batch in packs of V, walked by threads that are `stride` packs apart. Without
+// may_emit nothing is compiled for a model input.
+template <class T, class G, int V, bool may_emit>
 struct PackLoop {
   PgdBatch<T, G> p;
   int64_t begin, end;
@@ -60,19 +76,21 @@ struct PackLoop {
     each([&](auto a, const auto& g, const auto& x, int64_t i) {
       for (size_t k = 0; k < sizeof(a) / sizeof(T); ++k) a.at[k] = f(a.at[k], widen(g.at[k]), x.at[k]);
       store(p.x_adv + i, a);
+      if (may_emit && p.model_input.to) normalize(p.model_input, a, i);
     });
   }
 };
 
 constexpr int kLinfThreads = 256;
 
-// Block b covers chunk b % chunks of sample b / chunks, one pack per thread.
-template <class T, class G, int V>
+// Block b covers chunk b % chunks of sample b / chunks, one pack per thread. Compiled without a model input as well,
+// whose indices take the registers of a quarter of the warps.
+template <class T, class G, int V, bool may_emit>
 __global__ void __launch_bounds__(kLinfThreads) pgd_linf_kernel(PgdBatch<T, G> p, unsigned chunks) {
   const int64_t sample = blockIdx.x / chunks, chunk = blockIdx.x % chunks, width = kLinfThreads * V;
   const int64_t begin = sample * p.size + chunk * width, last = (sample + 1) * p.size;
   const T eps = p.eps[sample * p.eps_stride], alpha = p.alpha[sample * p.alpha_stride];
-  const PackLoop<T, G, V> loop{p, begin, begin + width < last ? begin + width : last, kLinfThreads, nullptr};
+  const PackLoop<T, G, V, may_emit> loop{p, begin, begin + width < last ? begin + width : last, kLinfThreads, nullptr};
   loop.update([=](T a, auto g, T x) { return linf_step(a, g, x, eps, alpha, p.low, p.high); });
 }
 
@@ -82,7 +100,7 @@ template <class T, class G, int V>
 __global__ void __launch_bounds__(kMaxThreads, 2) pgd_sample_kernel(PgdBatch<T, G> p, Norm norm) {
   __shared__ double partial[kWarp];
   const int64_t sample = blockIdx.x, begin = sample * p.size;
-  const PackLoop<T, G, V> loop{p, begin, begin + p.size, static_cast<int>(blockDim.x), &partial};
+  const PackLoop<T, G, V, true> loop{p, begin, begin + p.size, static_cast<int>(blockDim.x), &partial};
   sample_step(loop, norm, p.eps[sample * p.eps_stride], p.alpha[sample * p.alpha_stride], p.low, p.high);
 }
 
@@ -90,8 +108,8 @@ template <class T, class G, int V>
 void launch_pgd_step(PgdBatch<T, G> p, Norm norm, cudaStream_t stream) {
   if (norm == Norm::Linf) {
     const int64_t width = kLinfThreads * V, chunks = (p.size + width - 1) / width;
-    cuda_launch("pgd_step_", pgd_linf_kernel<T, G, V>, p.batch * chunks, kLinfThreads, stream, p,
-                static_cast<unsigned>(chunks));
+    const auto kernel = p.model_input.to ? pgd_linf_kernel<T, G, V, true> : pgd_linf_kernel<T, G, V, false>;
+    cuda_launch("pgd_step_", kernel, p.batch * chunks, kLinfThreads, stream, p, static_cast<unsigned>(chunks));
   } else {
     const int threads = p.size / V >= 4 * kMaxThreads ? kMaxThreads : 256;
     cuda_launch("pgd_step_", pgd_sample_kernel<T, G, V>, p.batch, threads, stream, p, norm);
@@ -102,7 +120,8 @@ template <class T, class G>
 void launch_pgd_step(PgdBatch<T, G> p, Norm norm, cudaStream_t stream) {
   constexpr int V = kPack<T>;
   if (norm == Norm::Linf && p.eps_stride == 0 && p.alpha_stride == 0) p.size *= p.batch, p.batch = 1;
-  const bool aligned = is_aligned<T, V>(p.x_adv) && is_aligned<G, V>(p.grad) && is_aligned<T, V>(p.x);
+  const bool aligned = is_aligned<T, V>(p.x_adv) && is_aligned<G, V>(p.grad) && is_aligned<T, V>(p.x) &&
+                       is_aligned<G, V>(p.model_input.to);
   if (aligned && (p.batch == 1 || p.size % V == 0)) {
     launch_pgd_step<T, G, V>(p, norm, stream);
   } else {

@@ -10,7 +10,7 @@ from moe_kernels.ops.expert_sum import expert_sum, index_sum
 from moe_kernels.ops.group_by_expert import group_by_expert
 from moe_kernels.ops.kl_divergence import kl_divergence
 from moe_kernels.ops.mask_relu import mask_relu
-from moe_kernels.ops.pgd_step_ import pgd_step_
+from moe_kernels.ops.pgd_step_ import pgd_step_, pgd_step_normalized_
 from moe_kernels.ops.topk_route import topk_route, topk_route_backward
 
 load()
@@ -30,6 +30,7 @@ __all__ = [
     "kl_divergence",
     "mask_relu",
     "pgd_step_",
+    "pgd_step_normalized_",
     "topk_route",
     "topk_route_backward",
 ]

@@ -1,11 +1,13 @@
 """One step of projected gradient descent in place: x_adv <- clamp(project(x_adv + alpha * direction(grad)), bounds)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moe_kernels import _checks as check
 from moe_kernels import backends
-from moe_kernels._library import define
+from moe_kernels._library import define, memory_format
 
 NORMS = ("Linf", "L2", "L1")
 
@@ -19,6 +21,7 @@ def pgd_step_(
     norm: str = "Linf",
     bounds: tuple[float, float] = (0.0, 1.0),
     *,
+    normalize: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Moves x_adv up the gradient, back into the eps-ball around x, then into the bounds, in one pass and in place.
@@ -35,14 +38,17 @@ def pgd_step_(
         alpha: length of the step in the units of x; a float, or [B].
         norm: "Linf", "L2" or "L1".
         bounds: (low, high), the valid range of an element.
+        normalize: (mean, std), each [C], for x_adv [B, C, ...]: the same pass also writes what the model reads next,
+            (x_adv - mean) / std per channel, in the dtype of grad. A gradient at that input serves Linf, which needs
+            its sign only; L2 and L1 want it divided by std first.
         backend: None for the fastest on x_adv's device, or "reference".
 
     Returns:
-        x_adv.
+        x_adv, or the model's next input where normalize is given.
 
     Raises:
-        ValueError: if a shape, dtype, device, the norm or the bounds do not fit, or eps or alpha is negative or NaN
-            (tensors on a GPU are not read).
+        ValueError: if a shape, dtype, device, the norm or the bounds do not fit, eps or alpha is negative or NaN, or
+            std is not positive (tensors on a GPU are not read).
         RuntimeError: if x_adv requires grad while grad mode is on.
     """
     if x_adv.dtype not in (torch.float32, torch.float64):
@@ -65,8 +71,14 @@ def pgd_step_(
     if not low <= high:
         raise ValueError(f"bounds must be (low, high) with low <= high, got {bounds}")
     eps, alpha = _radius("eps", eps, x_adv), _radius("alpha", alpha, x_adv)
-    backends.choose("pgd_step_", backend, x_adv)(x_adv, grad, x, eps, alpha, norm, (float(low), float(high)))
-    return x_adv
+    arguments = (x_adv, grad, x, eps, alpha, norm, (float(low), float(high)))
+    with torch.no_grad():
+        if normalize is None:
+            backends.choose("pgd_step_", backend, x_adv)(*arguments)
+            return x_adv
+        mean, std = normalize
+        mean, std = _per_channel("mean", mean, x_adv), _per_channel("std", std, x_adv)
+        return backends.choose("pgd_step_normalized_", backend, x_adv)(*arguments, mean, std)
 
 
 def _radius(name: str, value: float | Tensor, x_adv: Tensor) -> Tensor:
@@ -81,7 +93,29 @@ def _radius(name: str, value: float | Tensor, x_adv: Tensor) -> Tensor:
     return torch.full((1,), value, dtype=x_adv.dtype, device=x_adv.device)
 
 
+def _per_channel(name: str, value: Tensor, x_adv: Tensor) -> Tensor:
+    """[C] in x_adv's dtype."""
+    if x_adv.ndim < 2:
+        raise ValueError(f"x_adv must be [B, C, ...] where normalize is given, got shape {list(x_adv.shape)}")
+    check.shape(name, value, (x_adv.shape[1],), "[C], one per channel of x_adv")
+    check.floating(name, value)
+    check.same_device(name, value, "x_adv", x_adv)
+    return value.to(x_adv.dtype)
+
+
 _pgd_step_ = define(
     "pgd_step_(Tensor(a!) x_adv, Tensor grad, Tensor x, Tensor eps, Tensor alpha, str norm, float[] bounds) -> ()",
     lambda x_adv, grad, x, eps, alpha, norm, bounds: None,
+)
+
+
+def _normalized_fake(x_adv: Tensor, grad: Tensor, *_: Any) -> Tensor:
+    layout = memory_format(x_adv)
+    return torch.empty(x_adv.shape, dtype=grad.dtype, device=x_adv.device, memory_format=layout)
+
+
+pgd_step_normalized_ = define(
+    "pgd_step_normalized_(Tensor(a!) x_adv, Tensor grad, Tensor x, Tensor eps, Tensor alpha, str norm, float[] bounds, "
+    "Tensor mean, Tensor std) -> Tensor",
+    _normalized_fake,
 )

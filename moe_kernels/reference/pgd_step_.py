@@ -40,3 +40,20 @@ def pgd_step_(
         length = torch.linalg.vector_norm(delta, order, -1, keepdim=True)
         delta = torch.where(length > eps, delta * (eps / length), delta)
     return x_adv.copy_((clean + delta).clamp(*bounds).reshape(x.shape))
+
+
+def pgd_step_normalized_(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    alpha: float | Tensor,
+    norm: str,
+    bounds: tuple[float, float],
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
+    """(x_adv - mean) / std per channel of the x_adv after its step, in the dtype of grad."""
+    pgd_step_(x_adv, grad, x, eps, alpha, norm, bounds)
+    mean, std = (t.view(-1, *[1] * (x.ndim - 2)) for t in (mean, std))
+    return ((x_adv - mean) / std).to(grad.dtype)

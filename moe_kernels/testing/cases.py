@@ -373,7 +373,12 @@ def _combine_cases() -> list[Case]:
 
 def _pgd_step_cases() -> list[Case]:
     radii = {"Linf": (0.1, 0.05), "L2": (0.9, 0.4), "L1": (4.0, 2.0)}
-    channels_last = torch.channels_last
+
+    def images(s: Source, norm: str, shape: tuple[int, ...], per_sample: bool) -> tuple[Any, ...]:
+        x = s.rand(*shape, dtype=s.wide)
+        x_adv = (x + radii[norm][0] * s.randn(*shape, dtype=s.wide).clamp(-1, 1)).clamp(0, 1)
+        eps, alpha = (s.rand(shape[0], dtype=s.wide) * 2 * r if per_sample else r for r in radii[norm])
+        return x_adv, x, eps, alpha
 
     def case(
         name: str,
@@ -385,12 +390,27 @@ def _pgd_step_cases() -> list[Case]:
         layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x,
     ) -> Case:
         def make(s: Source) -> tuple[Any, ...]:
-            x = s.rand(*shape)
-            x_adv = (x + radii[norm][0] * s.randn(*shape).clamp(-1, 1)).clamp(0, 1)
-            eps, alpha = (s.rand(shape[0]) * 2 * r if per_sample else r for r in radii[norm])
+            x_adv, x, eps, alpha = images(s, norm, shape, per_sample)
             return layout(s, x_adv), s.randn(*shape, dtype=grad), layout(s, x), eps, alpha, norm
 
         return Case("pgd_step_", f"{norm}_{name}", make, (torch.float64, torch.float32), has_gradient=False)
+
+    def normalized(
+        name: str,
+        norm: str,
+        shape: tuple[int, ...],
+        *,
+        per_sample: bool = True,
+        layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x,
+    ) -> Case:
+        def make(s: Source) -> tuple[Any, ...]:
+            x_adv, x, *magnitudes = images(s, norm, shape, per_sample)
+            eps, alpha = (torch.as_tensor(r, dtype=s.wide, device=s.device).reshape(-1) for r in magnitudes)
+            mean, std = (s.rand(shape[1], dtype=s.wide) + offset for offset in (0, 0.5))
+            grad = layout(s, s.randn(*shape))
+            return layout(s, x_adv), grad, layout(s, x), eps, alpha, norm, (0.0, 1.0), mean, std
+
+        return Case("pgd_step_normalized_", f"{norm}_{name}", make, has_gradient=False)
 
     cases = []
     for norm in radii:
@@ -402,8 +422,16 @@ def _pgd_step_cases() -> list[Case]:
             case("odd_sizes", norm, (3, 63, 129)),
             case("per_sample", norm, (5, 3, 7, 9), per_sample=True),
             case("bf16_grad", norm, (2, 130), grad=torch.bfloat16),
-            case("channels_last", norm, (2, 3, 7, 9), layout=lambda s, x: x.contiguous(memory_format=channels_last)),
+            case("channels_last", norm, (2, 3, 7, 9), layout=Source.channels_last),
             case("strided", norm, (2, 3, 9), layout=Source.strided),
+            normalized("no_rows", norm, (0, 3, 2, 2)),
+            normalized("one_channel", norm, (2, 1, 4, 4)),
+            normalized("one_element_per_channel", norm, (3, 10)),
+            normalized("odd_sizes", norm, (3, 3, 7, 9), per_sample=False),
+            normalized("packs_across_channels", norm, (2, 4, 3, 3)),
+            normalized("whole_packs", norm, (2, 3, 4, 8)),
+            normalized("channels_last", norm, (2, 3, 6, 8), layout=Source.channels_last),
+            normalized("strided", norm, (2, 3, 9), layout=Source.strided),
         ]
     return cases
 

@@ -42,13 +42,37 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def pgd_step_(x_adv: Tensor, grad: Tensor, x: Tensor, eps: Any, alpha: Any, norm: str, *, shift: int = 0) -> Tensor:
+def _pgd_step(
+    outputs: dict[str, Tensor],
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: Any,
+    alpha: Any,
+    norm: str,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    *,
+    shift: int = 0,
+) -> Tensor:
+    layout = memory_format(x_adv)
+    x_adv, grad, x = (t.contiguous(memory_format=layout) for t in (x_adv, grad, x))
     eps, alpha = (torch.as_tensor(r, dtype=x.dtype).reshape(-1) for r in (eps, alpha))
-    x_adv, grad, x = (t.contiguous() for t in (x_adv, grad, x))
-    inputs = {"x_adv": x_adv, "grad": grad, "x": x, "eps": eps, "alpha": alpha}
+    inputs = {"x_adv": x_adv, "grad": grad, "x": x, "eps": eps, "alpha": alpha, "mean": mean, "std": std}
     sizes = (x.shape[0], x[0].numel() if len(x) else 0)
-    arguments = name(x.dtype), name(grad.dtype), *sizes, shift, norm, 0.0, 1.0
-    return drive("pgd_step_", inputs, {"out": torch.empty_like(x)}, *arguments)
+    inner = 1 if layout == torch.channels_last else x.shape[2:].numel()
+    return drive("pgd_step_", inputs, outputs, name(x.dtype), name(grad.dtype), *sizes, shift, norm, *bounds, inner)
+
+
+def pgd_step_(x_adv: Tensor, *args: Any, shift: int = 0) -> Tensor:
+    out = torch.empty_like(x_adv, memory_format=memory_format(x_adv))
+    return _pgd_step({"out": out}, x_adv, *args, shift=shift)
+
+
+def pgd_step_normalized_(x_adv: Tensor, grad: Tensor, *args: Any, shift: int = 0) -> Tensor:
+    out = torch.empty_like(x_adv, dtype=grad.dtype, memory_format=memory_format(x_adv))
+    return _pgd_step({"model_input": out}, x_adv, grad, *args, shift=shift)
 
 
 def _combine(op: str, inputs: dict[str, Tensor], row: Tensor, position: Tensor, out: Tensor, shift: int) -> Tensor:
