@@ -137,6 +137,7 @@ class Rehearsal:
         conv=(Conv(2, 2, 3, 4, 4),),
         images=(2, 3, 4, 4),
         activations=(2, 4, 4, 4),
+        logits=(2, 4),
         rt_er=(2, 2, 2),
     )
     layer = (16, 16, 4, 8)

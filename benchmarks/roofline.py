@@ -80,6 +80,7 @@ class Shapes(NamedTuple):
     conv: tuple[Conv, ...]
     images: tuple[int, int, int, int]  # of the PGD step
     activations: tuple[int, int, int, int]  # of the ReLU and the batch norm of an attack
+    logits: tuple[int, int]  # of the KL divergence
     rt_er: tuple[int, int, int]  # images, experts, width of the ResNet-18
 
 
@@ -90,15 +91,17 @@ TARGETS = Shapes(
     conv=(Conv(1024, 4, 64, 64, 32), Conv(1024, 4, 128, 256, 16, stride=2), Conv(1024, 4, 512, 512, 4)),
     images=(16384, 3, 32, 32),
     activations=(1024, 64, 32, 32),
+    logits=(16384, 200),
     rt_er=(512, 4, 64),
 )
 
 
 def linear(shape: Linear) -> dict[str, Work]:
-    """Forward, input gradient and weight gradient, in bf16; all three move and compute the same."""
+    """Forward and the gradients, in bf16; the first three move and compute the same."""
     rows, k, n, experts = shape
     moved, flops = 2 * (rows * k + experts * n * k + rows * n), 2 * rows * n * k
-    return {part: Work(f"expert_linear {part}", str(shape), moved, flops) for part in ("forward", "dX", "dW")}
+    works = {part: Work(f"expert_linear {part}", str(shape), moved, flops) for part in ("forward", "dX", "dW")}
+    return works | {"dbias": Work("expert_sum of dY, the bias gradient", str(shape), 2 * (rows + experts) * n, 0, 2)}
 
 
 def conv(shape: Conv) -> dict[str, Work]:
@@ -123,6 +126,7 @@ def routing(shape: Layer) -> dict[str, Work]:
         "group_by_expert": Work("group_by_expert", str(shape), 12 * slots + 4 * experts, launches=3),
         "combine": Work("combine", str(shape), 2 * (slots + tokens) * d + 8 * slots),
         "combine dY": Work("combine dY", str(shape), 2 * (slots + tokens) * d + 8 * slots),
+        "index_sum": Work("index_sum of dX over slots", str(shape), 2 * (slots + tokens) * d + 4 * slots, 0, 8),
     }
 
 
@@ -140,19 +144,24 @@ def layer(shape: Layer) -> dict[str, Work]:
     backward = 2 * (3 * tokens * d + 2 * weights + 4 * hidden)
     return {
         "forward": Work("RobustMoE forward", str(shape), forward, flops, 8),
+        "hidden gradient": Work("expert_mlp_hidden_grad", str(shape), 12 * slots * n + 8 * slots),
         "backward": Work("RobustMoE backward", str(shape), backward, 2 * flops, 17),
     }
 
 
 def elementwise(shapes: Shapes) -> dict[str, Work]:
     """The passes over images and activations."""
-    pixels, values = (_product(s) for s in (shapes.images, shapes.activations))
-    images, activations = (" x ".join(map(str, s)) for s in (shapes.images, shapes.activations))
+    pixels, values, classes = (_product(s) for s in (shapes.images, shapes.activations, shapes.logits))
+    images, activations, logits = (" x ".join(map(str, s)) for s in (shapes.images, shapes.activations, shapes.logits))
     return {
         "pgd_step_": Work("pgd_step_ Linf, fp32", images, 16 * pixels),
         "mask_relu forward": Work("mask_relu forward, bf16", activations, 4 * values + values // 8),
         "mask_relu backward": Work("mask_relu backward, bf16", activations, 4 * values + values // 8),
-        "expert_batch_norm forward": Work("expert_batch_norm training forward, bf16", activations, 6 * values, 0, 2),
+        "expert_batch_norm forward": Work("expert_batch_norm training forward, bf16", activations, 6 * values, 0, 3),
+        "expert_batch_norm eval": Work("expert_batch_norm eval forward, bf16", activations, 4 * values, 0, 2),
+        "expert_batch_norm backward": Work("expert_batch_norm training backward, bf16", activations, 10 * values, 0, 4),
+        "kl_divergence": Work("kl_divergence, fp32", logits, 8 * classes),
+        "kl_divergence backward": Work("kl_divergence backward, fp32", logits, 16 * classes),
     }
 
 
