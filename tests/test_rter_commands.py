@@ -81,8 +81,8 @@ def test_a_dense_run(tmp_path: Path) -> None:
 
 
 def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["sweep", "--out", str(tmp_path), "--seeds", "0", "1", *TINY[2:], "--epochs", "1", *WEAK, "--methods"]
-    command += ["rt-er", "standard", "pgd-at", "dense-pgd-at"]
+    command = ["sweep", "--out", str(tmp_path), "--seeds", "0", "1", *TINY[2:], "--epochs", "1", *WEAK]
+    command += ["--equal-time", "--methods", "rt-er", "standard", "pgd-at", "dense-pgd-at"]
     assert main(command) == 0
     rows = json.loads((tmp_path / "methods.json").read_text())["rows"]
     assert list(rows)[:4] == ["rt-er", "standard", "pgd-at", "dense pgd-at"] and len(rows) == 6

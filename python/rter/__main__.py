@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--ablation", action="store_true", help="RT-ER without one part of the recipe at a time, instead"
     )
+    sweep.add_argument(
+        "--equal-time", action="store_true", help="PGD-AT once more, for as many epochs as fit into RT-ER's time"
+    )
     _add_settings(sweep, without=("method", "seed"))
     _add_strength(sweep, suite="full")
     sweep.set_defaults(run=_sweep)
@@ -175,7 +178,8 @@ def _sweep(args: argparse.Namespace) -> None:
         if name not in names:
             raise UserError(f"--methods must be among {', '.join(names)}, got {name!r}")
     rows = ABLATION if args.ablation else {names[name]: ROWS[names[name]] for name in args.methods or names}
-    written = sweep(args.out, args.seeds, _settings(args), rows, args.steps, args.restarts, args.suite)
+    strength = args.steps, args.restarts, args.suite
+    written = sweep(args.out, args.seeds, _settings(args), rows, *strength, equal_time=args.equal_time)
     print(written.read_text())
     print(f"written: {written}")
 

@@ -26,7 +26,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "without exploring": {"method": "rt-er", "explore": 0.0},
     "softmax gate": {"method": "rt-er", "gate": "softmax"},
 }
-EQUAL_TIME = ("pgd-at", "dense pgd-at")  # trained once more, for as many epochs as fit into RT-ER's time
+EQUAL_TIME = ("pgd-at", "dense pgd-at")
 
 
 def sweep(
@@ -37,10 +37,12 @@ def sweep(
     steps: int,
     restarts: int,
     suite: str,
+    equal_time: bool = False,
 ) -> Path:
     """Trains and evaluates each row with each seed in a folder of its own; returns the path of the Markdown table.
 
-    `rows` are ABLATION, or some of ROWS.
+    `rows` are ABLATION, or some of ROWS. With `equal_time`, those in EQUAL_TIME are trained once more, for as many
+    epochs as fit into the time that RT-ER took here.
 
     A finished run is taken as it is and a stopped one goes on, so a sweep that was stopped goes on, and the ablation in
     the same folder shares the first row.
@@ -52,7 +54,7 @@ def sweep(
         return [_finish(out / f"{name.replace(' ', '-')}-{c.seed}", c, steps, restarts, suite) for c in configs]
 
     reports = {name: finish(name, row) for name, row in rows.items()}
-    for name in EQUAL_TIME:
+    for name in EQUAL_TIME if equal_time else ():
         if {name, "rt-er"} <= rows.keys():
             epochs = round(reports["rt-er"][0]["epochs"] * _seconds(reports["rt-er"]) / _seconds(reports[name]))
             reports[f"{name} {epochs} epochs"] = finish(f"{name} equal time", rows[name] | {"epochs": epochs})
