@@ -11,6 +11,24 @@ from torch import Tensor
 
 from moe_kernels._library import memory_format
 
+__all__ = [  # those whose arguments and results are the operator's
+    "combine",
+    "combine_input_grad",
+    "combine_weight_grad",
+    "expert_batch_norm_forward",
+    "expert_batch_norm_input_grad",
+    "expert_batch_norm_param_grad",
+    "expert_sum",
+    "group_by_expert",
+    "index_sum",
+    "kl_divergence",
+    "kl_divergence_backward",
+    "mask_relu_backward",
+    "mask_relu_forward",
+    "topk_route",
+    "topk_route_backward",
+]
+
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
