@@ -1,7 +1,6 @@
 """The arguments that every operator must handle: sizes, dtypes and layouts, drawn from a seed."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +8,7 @@ from torch import Tensor
 
 from moe_kernels import reference
 from moe_kernels.reference.expert_mlp import GATED
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+from moe_kernels.testing.case import DTYPES, Case, Source
 
 # Rows of each expert in a sorted batch.
 GROUPS: dict[str, tuple[int, ...]] = {
@@ -21,65 +19,6 @@ GROUPS: dict[str, tuple[int, ...]] = {
     "single_expert": (7,),
     "odd_sizes": (63, 100, 129),
 }
-
-
-class Source:
-    """Seeded random arguments of one dtype on one device; inputs are of order 1."""
-
-    def __init__(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
-        self.dtype, self.device = dtype, device
-        self.generator = torch.Generator().manual_seed(seed)
-
-    @property
-    def wide(self) -> torch.dtype:
-        """The dtype of statistics and parameters beside 16-bit inputs."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Drawn in fp64, so that every dtype sees the same numbers up to its own rounding."""
-        x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        return x.to(dtype or self.dtype).to(self.device)
-
-    def rand(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        x = torch.rand(shape, generator=self.generator, dtype=torch.float64)
-        return x.to(dtype or self.dtype).to(self.device)
-
-    def randint(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator, dtype=torch.int32).to(self.device)
-
-    def offsets(self, counts: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *counts]).cumsum(0).int().to(self.device)
-
-    def strided(self, x: Tensor) -> Tensor:
-        """The same values, laid out with gaps."""
-        gaps = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
-        gaps[..., ::2] = x
-        return gaps[..., ::2]
-
-    def channels_last(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Arguments for one operator. `make` draws them from a source of a given dtype.
-
-    `gradcheck` is False where the gradient is by definition not the derivative, as behind a straight-through gate.
-    """
-
-    op: str
-    name: str
-    make: Callable[[Source], tuple[Any, ...]]
-    dtypes: tuple[torch.dtype, ...] = DTYPES
-    gradcheck: bool = True
-    buffers: tuple[int, ...] = ()  # floating arguments that take no gradient
-    has_gradient: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.op}-{self.name}"
-
-    def arguments(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
-        return self.make(Source(dtype, device, seed))
 
 
 def _expert_linear_cases() -> list[Case]:
