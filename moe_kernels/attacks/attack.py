@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -15,7 +16,7 @@ from moe_kernels.attacks.losses import Loss
 from moe_kernels.ops.pgd_step_ import pgd_step_
 
 
-class Attack:
+class Attack(ABC):
     """Base of `PGD` and `APGD`, which say how the iterates move (`_attack`).
 
     Attributes:
@@ -98,8 +99,9 @@ class Attack:
     def _magnitudes(self) -> dict[str, float | Tensor]:
         return {"eps": self.eps}
 
+    @abstractmethod
     def _attack(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+        """The images that the attack finds for checked x and y, in attack mode."""
 
     def _generator(self, x: Tensor) -> torch.Generator:
         generator = torch.Generator(x.device)

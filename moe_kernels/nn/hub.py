@@ -1,5 +1,6 @@
 """Saving to and loading from a folder or the Hugging Face hub, where huggingface_hub is installed."""
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,6 @@ else:
             self._hub_mixin_config.pop("device", None)  # that of who loads it
             super()._save_pretrained(save_directory)
 
+        @abstractmethod
         def unsaveable(self) -> str | None:
             """What of this layer its arguments cannot make again."""
-            raise NotImplementedError
