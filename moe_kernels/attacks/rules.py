@@ -31,7 +31,7 @@ class _Lean(torch.autograd.Function):
         y, kept = forward(x)
         ctx.save_for_backward(*kept)
         ctx.input_gradient, ctx.dtype = backward, x.dtype
-        return y
+        return y.data if y._is_view() else y  # a view made in here could not be written to
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
