@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "moe_kernels/nn": ("moe_kernels._checks", "moe_kernels._recipes", "moe_kernels.nn", "moe_kernels.ops"),
     "moe_kernels/attacks": (
         "moe_kernels._checks",
+        "moe_kernels._library",
         "moe_kernels._recipes",
         "moe_kernels.attacks",
         "moe_kernels.backends",

@@ -1,6 +1,7 @@
 """A torch function mode under which a forward keeps only what its input gradient needs."""
 
 from collections.abc import Sequence
+from functools import partial
 from types import FunctionType, MethodWrapperType
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_kernels import _checks as check
+from moe_kernels._library import memory_format
 from moe_kernels._recipes import Recipes
+from moe_kernels.attacks.fold import FOLDABLE, HARMLESS, Folds
 from moe_kernels.attacks.rules import RULES, SIGNATURES
 
 # Norms keep their input, so that their result need not be kept, nor what is computed from it by the functions below it.
@@ -21,6 +24,7 @@ CHEAP = {
     *(Tensor.contiguous, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
     *(Tensor.mul, torch.mul, Tensor.add, torch.add),
 }
+VIEWS = {Tensor.view, Tensor.view_as}  # which a tensor that folding has made channels-last may not have
 MOST_STEPS = 6  # in a recipe, so that a chain of norms and linear maps is not computed from its start for each of them
 
 # Torch hands these to the mode whole; such a copy of the same code does not, and hands over what it calls.
@@ -44,10 +48,13 @@ class LeanMode(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recipes = Recipes()
+        self.recipes, self.folds = Recipes(), Folds()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        folded = self._with_folds(func, args, kwargs)
+        if folded is not None:
+            return folded
         if isinstance(func, MethodWrapperType):  # an attribute
             if func.__self__ is Tensor.data:  # through which values may change unnoticed
                 self.recipes.clear()
@@ -61,6 +68,19 @@ class LeanMode(TorchFunctionMode):
         out = self._keeping_little(func, args, kwargs)
         self._record(out, func, args, kwargs)
         return out
+
+    def _with_folds(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result where folding concerns it, else None."""
+        simple = func in FOLDABLE and _applies() and _only_input_needs_grad(_tensors(args, kwargs))
+        if simple and func is F.batch_norm:
+            return self.folds.batch_norm(*args, **kwargs)
+        if func not in HARMLESS:
+            self.folds.used((*args, *kwargs.values()))
+        if simple and len(args) > 2 and not kwargs:
+            return self.folds.convolution(partial(self._keeping_little, func, kwargs={}), args)
+        if func in VIEWS and self.folds and memory_format(args[0]) == torch.channels_last:
+            return func(args[0].contiguous(), *args[1:], **kwargs)
+        return None
 
     def _keeping_little(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = _tensors(args, kwargs)

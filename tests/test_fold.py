@@ -1,0 +1,137 @@
+"""From the second forward in attack_mode on batch norms are folded, to rounding; where they cannot be, exactly."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_kernels.attacks import attack_mode
+from moe_kernels.testing import Source
+from moe_kernels.testing.networks import ResNet18, randomize_statistics
+
+
+class Net(nn.Module):
+    """A convolution and a batch norm in the hands of a function, which may count its calls."""
+
+    def __init__(self, function: Callable[["Net", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.line, self.line_bn = nn.Conv1d(3, 8, 3, bias=False), nn.BatchNorm1d(8, affine=False)
+        self.function, self.calls = function, 0
+        self.kept: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.function(self, x)
+
+
+def keeps_the_convolution(net: Net, x: Tensor) -> Tensor:
+    before, net.kept = net.kept, net.conv(x)
+    y = net.bn(net.kept)
+    return y if before is None else y + before.detach()
+
+
+def from_the_third_call(use: Callable[[Net, Tensor], Tensor]) -> Callable[[Net, Tensor], Tensor]:
+    """Plain at first, so that the batch norm is folded by then."""
+
+    def function(net: Net, x: Tensor) -> Tensor:
+        return use(net, x) if net.calls > 2 else net.bn(net.conv(x))
+
+    return function
+
+
+def both(net: Net, x: Tensor) -> Tensor:
+    h = net.conv(x)
+    return net.bn(h) * h
+
+
+def changes_the_weight(net: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        net.conv.weight.mul_(1.1)
+        net.bn.running_var.add_(0.1)
+    return net.bn(net.conv(x))
+
+
+def replaces_the_statistics(net: Net, x: Tensor) -> Tensor:
+    net.bn.running_mean = net.bn.running_mean + 1
+    return net.bn(net.conv(x))
+
+
+def batch_statistics(net: Net, x: Tensor) -> Tensor:
+    return F.batch_norm(net.conv(x), None, None, training=True)
+
+
+# name: (function, whether its batch norm is folded in the end)
+FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], bool]] = {
+    "plain": (lambda net, x: net.bn(net.conv(x)).relu_(), True),
+    "one dimension": (lambda net, x: net.line_bn(net.line(x.flatten(2))), True),
+    "viewed": (lambda net, x: net.bn(net.conv(x)).view(len(x), -1), True),
+    "calls itself twice": (lambda net, x: net.bn(net.conv(x)) + net.bn(net.conv(2 * x)), True),
+    "two norms in turn": (lambda net, x: (net.bn if net.calls % 2 else net.other)(net.conv(x)), False),
+    "the result used twice": (both, False),
+    "in a list": (
+        lambda net, x: net.bn(torch.cat([net.conv(x), x.mean(1, True)[:, :, 2:, 2:].expand(-1, 0, -1, -1)], 1)),
+        False,
+    ),
+    "kept from the call before": (keeps_the_convolution, False),
+    "later another norm": (from_the_third_call(lambda net, x: net.other(net.conv(x))), False),
+    "later no norm": (from_the_third_call(lambda net, x: torch.cat([net.conv(x)], 1)), False),
+    "later both": (from_the_third_call(both), False),
+    "later written to": (from_the_third_call(lambda net, x: net.bn(net.conv(x).mul_(2))), False),
+    "later new statistics": (from_the_third_call(replaces_the_statistics), False),
+    "later a view of its own": (from_the_third_call(lambda net, x: net.conv(x).mT), False),
+    "later batch statistics": (from_the_third_call(batch_statistics), False),
+    "changed weights": (changes_the_weight, False),
+}
+
+
+def input_gradients(net: nn.Module, x: Tensor, steps: int = 4) -> list[Tensor]:
+    torch.manual_seed(0)
+    gradients = []
+    for _ in range(steps):
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        gradients += [y.detach(), torch.autograd.grad((y * y.detach().cos()).sum(), leaf)[0]]
+    return gradients
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_step_is_that_of_eager(name: str) -> None:
+    function, folds = FUNCTIONS[name]
+    torch.manual_seed(0)
+    networks = [randomize_statistics(Net(function)).double().eval().requires_grad_(False) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    x = Source(torch.float64).rand(2, 3, 8, 8)
+    expected = input_gradients(networks[0], x)
+    with attack_mode(networks[1]):
+        got = input_gradients(networks[1], x)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert torch.equal(got[1], expected[1]) or name == "calls itself twice"
+    assert torch.equal(got[-1], expected[-1]) != folds
+
+
+def test_a_folded_resnet_has_the_signs_of_eager() -> None:
+    net = randomize_statistics(ResNet18(width=8)).double().eval()
+    x = Source(torch.float64).rand(2, 3, 32, 32)
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    _, _, _, expected = input_gradients(net, x, 2)
+    with attack_mode(net):
+        _, first, _, second = input_gradients(net, x, 2)
+    assert torch.equal(first, expected) and not torch.equal(second, expected)
+    torch.testing.assert_close(second, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(second.sign(), expected.sign())
+    assert all(torch.equal(t, state[name]) for name, t in net.state_dict().items())
+
+
+def test_nothing_is_folded_under_autocast() -> None:
+    net = randomize_statistics(ResNet18(width=4)).eval().requires_grad_(False)
+    x = Source(torch.float32).rand(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = input_gradients(net, x, 2)
+        with attack_mode(net):
+            got = input_gradients(net, x, 2)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
