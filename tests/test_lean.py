@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels import ExpertResNet18
+from moe_kernels import ExpertResNet18, ExpertViT
 from moe_kernels.attacks import attack_mode
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import PreActResNet, ResNet18, ViT, randomize_statistics
@@ -46,10 +46,12 @@ class DecoderNet(nn.Module):
         return self.net(x)
 
 
-class OneExpert(nn.Module):
-    def __init__(self, width: int) -> None:
+class Alone(nn.Module):
+    """A grouped network of one expert as a network of its own."""
+
+    def __init__(self, experts: nn.Module) -> None:
         super().__init__()
-        self.experts = ExpertResNet18(1, width=width)
+        self.experts = experts
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x, torch.tensor([0, len(x)], dtype=torch.int32))
@@ -61,7 +63,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: ViT(32, 8, 32, 2, 2),
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 10)),
     "decoder": DecoderNet,
-    "experts": lambda: OneExpert(4),
+    "experts": lambda: Alone(ExpertResNet18(1, width=4)),
+    "expert vit": lambda: Alone(ExpertViT(1, image_size=32, patch=8, width=32, depth=2, heads=2)),
 }
 
 
@@ -93,10 +96,11 @@ def test_equals_eager_bitwise(name: str, autocast: bool, layout: torch.memory_fo
         (lambda: ResNet18(), 4_700_160, 69_632),  # one bit for each of the 557 056 ReLUs
         (lambda: PreActResNet(PREACT18, 64), 4_470_784, 69_632),
         (lambda: PreActResNet(WRN_28_10, 16), 18_496_000, 288_768),
-        (lambda: OneExpert(64), 2_279_428, 69_636),
-        (lambda: ViT(32, 4, 64, 2, 4), 582_728, 354_120),
+        (lambda: Alone(ExpertResNet18(1)), 2_279_428, 69_636),
+        (lambda: ViT(32, 4, 64, 2, 4), 582_728, 121_160),
+        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 634_012, 122_988),
     ],
-    ids=["resnet-18", "preact-resnet-18", "wrn-28-10", "expert-resnet-18", "vit"],
+    ids=["resnet-18", "preact-resnet-18", "wrn-28-10", "expert-resnet-18", "vit", "expert-vit"],
 )
 def test_saved_bytes(net: Callable[[], nn.Module], eager: int, lean: int) -> None:
     model, images = net().eval(), 2

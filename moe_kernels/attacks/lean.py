@@ -52,6 +52,8 @@ class LeanMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
         folded = self._with_folds(func, args, kwargs)
         if folded is not None:
             return folded
@@ -116,9 +118,12 @@ class LeanMode(TorchFunctionMode):
 
 
 def _applies() -> bool:
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return not check.inside_checkpoint()
+    return (
+        torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and not check.inside_checkpoint()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+    )
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
