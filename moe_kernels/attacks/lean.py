@@ -122,7 +122,7 @@ def _applies() -> bool:
         torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
         and not check.inside_checkpoint()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     )
 
 
