@@ -112,11 +112,13 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
             f"under the attack on the router {report['route_flip_rate']:.1%}.",
         ]
     if "alpha_curve" in report:
-        points = {f"alpha {alpha}": dict(zip(("SA", "RA", "above"), p, strict=True)) for alpha, *p in
-                  report["alpha_curve"]["points"]}  # fmt: skip
+        curve = report["alpha_curve"]
+        points = {f"alpha {alpha}": dict(zip(("SA", "RA", "above"), p, strict=True)) for alpha, *p in curve["points"]}
         parts.append(
             "(1 - alpha) F_S + alpha F_R, each image under the worst of all the attacks. Above: distance from "
-            f"the line between the two ends, positive for more SA at the same RA.\n\n{table(points)}"
+            "the line between the two ends, positive for more SA at the same RA. Between the ends it is "
+            f"{curve['least']:.4f} to {curve['above']:.4f}; without any clean error and as robust as the better end it "
+            f"would be {curve['greatest']:.4f}.\n\n{table(points)}"
         )
     parts.append("![Clean and adversarial images](plots/images.png)")
     return "\n\n".join(parts) + "\n"
