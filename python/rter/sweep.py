@@ -34,6 +34,7 @@ ABLATION: Rows = {
     "without KL": {"method": "rt-er", "beta": 0.0},
     "without balance": {"method": "rt-er", "balance_weight": 0.0},
     "without exploring": {"method": "rt-er", "explore": 0.0},
+    "ranked second expert": {"method": "rt-er", "second": "ranked"},
     "softmax gate": {"method": "rt-er", "gate": "softmax"},
 }
 
