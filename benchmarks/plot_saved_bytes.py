@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from bench_attack import Alone
+from saved_bytes import Alone
 from torch import Tensor, nn
 
 from moe_kernels import ExpertResNet18
@@ -76,7 +76,7 @@ def draw(axes: plt.Axes, bars: dict[str, Counter[str]], kinds: dict[str, str], g
     for y, total in enumerate(left):
         axes.text(total + gap, y, f"{total:.2f}", va="center")
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="lower right", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
 
