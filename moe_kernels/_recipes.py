@@ -110,7 +110,7 @@ class Recipes:
 
     def find(self, x: Tensor) -> Kept | None:
         """What to keep instead of x, if it is known and would still give x."""
-        known = self._known.get(x.untyped_storage()._cdata)
+        known = self._known.get(x.untyped_storage()._cdata) if x.layout == torch.strided else None
         if known is None or known.storage.expired() or known.version != x._version or known.recipe.dtype != x.dtype:
             return None
         if known.versions != [leaf._version for leaf in known.leaves]:

@@ -20,7 +20,9 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
     and, once initialised, CUDA) is what it was. The flags are set directly, so an overridden `train` or `eval` does not
     run. May be nested and reused. Lazy parameters and buffers that are initialised inside stay initialised.
 
-    A forward inside keeps for its backward only what the gradient of its input needs: `moe_kernels.attacks.lean`.
+    A forward inside keeps for its backward only what the gradient of its input needs (`moe_kernels.attacks.lean`). From
+    the second on, batch norms are folded into copies of the weights of the convolutions before them, which rounds
+    otherwise (`moe_kernels.attacks.fold`).
 
     Args:
         model: any module; a callable that is no module has nothing to freeze.
