@@ -26,11 +26,15 @@ class Recipe:
 
     def compute(self, leaves: Iterator[Tensor]) -> Tensor:
         inputs = [i.compute(leaves) if isinstance(i, Part) else next(leaves) if i is LEAF else i for i in self.inputs]
-        enabled, dtype = self.autocast
-        as_then = torch.autocast(self.device.type, dtype, enabled, cache_enabled=False)
-        with nullcontext() if _autocast(self.device.type) == self.autocast else as_then:
+        with self._autocast_as_then():
             y = self.function(*inputs)
         return y if y.stride() == self.stride else y.new_empty_strided(self.shape, self.stride).copy_(y)
+
+    def _autocast_as_then(self) -> AbstractContextManager[Any]:
+        if _autocast(self.device.type) == self.autocast:
+            return nullcontext()
+        enabled, dtype = self.autocast
+        return torch.autocast(self.device.type, dtype, enabled, cache_enabled=False)
 
     def result_of(self, leaves: Callable[[], Iterator[Tensor]]) -> Tensor:
         """The result, computed once for all that hold it at the same time."""
