@@ -17,6 +17,7 @@ from rter.models.networks import NETWORKS
 TRAIN = """Trains a model into a new folder. A setting comes from its flag, or from the file given by --config, or it is
 the default. On several GPUs, or in several processes: torchrun --nproc-per-node N -m rter train ..."""
 
+OWN = {name: owner.defaults for owners in (METHODS, NETWORKS) for name, owner in owners.items()}
 NOTHING: dict[Any, str] = {bool: "no", str: "none", int: "0", float: "0"}
 
 SYMBOLS = """
@@ -115,8 +116,7 @@ def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
     for field in dataclasses.fields(Config):
         if field.name not in without:
             choices = field.metadata["choices"]
-            own = (f"; {owner.defaults[field.name]} for {name}" for name, owner in [*METHODS.items(), *NETWORKS.items()]
-                   if field.name in owner.defaults)  # fmt: skip
+            own = (f"; {defaults[field.name]} for {name}" for name, defaults in OWN.items() if field.name in defaults)
             default = f"(default: {field.metadata['default'] or NOTHING[field.type]}{''.join(own)})"
             text = f"{field.metadata['help']}{': ' + ', '.join(choices) if choices else ''} {default}"
             flag = "--" + field.name.replace("_", "-")
