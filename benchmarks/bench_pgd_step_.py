@@ -12,20 +12,24 @@ from moe_kernels.testing import Source
 EPS, ALPHA = 8 / 255, 2 / 255
 
 
+SHAPES = [(256, 3, 32, 32), (64, 3, 224, 224)]  # in the cache, and beyond it
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["moe_kernels", "7 eager kernels", "copy of the same bytes"])
-def test_linf(contest: Contest, name: str) -> None:
+def test_linf(contest: Contest, shape: tuple[int, ...], name: str) -> None:
     s = Source(torch.float32)
-    x, grad = s.rand(256, 3, 32, 32), s.randn(256, 3, 32, 32)
-    x_adv = (x + EPS * (2 * s.rand(256, 3, 32, 32) - 1)).clamp(0, 1)
+    x, grad = s.rand(*shape), s.randn(*shape)
+    x_adv = (x + EPS * (2 * s.rand(*shape) - 1)).clamp(0, 1)
     work = x_adv.clone()
-    two = torch.empty(2, *x.shape), torch.empty(2, *x.shape)
+    two = torch.zeros(2, *shape), torch.zeros(2, *shape)  # 8 bytes read and 8 written per element, as 12 and 4 here
 
     def ours() -> Tensor:
         return pgd_step_(work, grad, x, EPS, ALPHA)
 
     exact = pgd_step(x_adv.double(), grad.double(), x.double(), EPS, ALPHA)
     contest(
-        "pgd_step_ Linf 256 x 3 x 32 x 32",
+        f"pgd_step_ Linf {' x '.join(map(str, shape))}",
         {
             "moe_kernels": ours,
             "7 eager kernels": lambda: pgd_step(x_adv, grad, x, EPS, ALPHA),
@@ -33,5 +37,5 @@ def test_linf(contest: Contest, name: str) -> None:
         },
         name,
         exact=None if name.startswith("copy") else lambda: exact,
-        target=[("7 eager kernels", 4), ("copy of the same bytes", 0.9)],
+        targets={"7 eager kernels": ">= 4", "copy of the same bytes": ">= 0.9"},
     )

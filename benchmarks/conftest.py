@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 OURS = "moe_kernels"
+BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # in hardware
 MAX_RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 Contest = Callable[..., None]
@@ -17,7 +18,8 @@ Contest = Callable[..., None]
 def contest(benchmark: Any) -> Contest:
     """Times `contenders[name]`, all contenders of one `group` side by side; `exact()` is the fp64 truth.
 
-    `target` is (other contender, factor), or several: ours should take at most 1 / factor of the other's time.
+    `targets` says of other contenders what their time, over ours, should be: {"a loop": ">= 1.3"}. `once` times a
+    single run of what takes many seconds.
     """
 
     def run(
@@ -25,7 +27,8 @@ def contest(benchmark: Any) -> Contest:
         contenders: dict[str, Callable[[], Any]],
         name: str,
         exact: Callable[[], Tensor] | None = None,
-        target: tuple[str, float] | list[tuple[str, float]] | None = None,
+        targets: dict[str, str] | None = None,
+        once: bool = False,
     ) -> None:
         if exact is not None:
             out, truth = contenders[name](), exact()
@@ -33,9 +36,12 @@ def contest(benchmark: Any) -> Contest:
             assert error <= MAX_RELATIVE_ERROR[out.dtype], f"{name} is wrong by {error:.1e}"
         benchmark.group = group
         benchmark.name = name
-        if name == OURS and target:
-            benchmark.extra_info["target"] = target if isinstance(target, list) else [target]
-        benchmark(contenders[name])
+        if name == OURS:
+            benchmark.extra_info["targets"] = targets or {}
+        if once:
+            benchmark.pedantic(contenders[name])
+        else:
+            benchmark(contenders[name])
 
     return run
 
@@ -43,3 +49,4 @@ def contest(benchmark: Any) -> Contest:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
+    machine_info["bf16"] = BF16

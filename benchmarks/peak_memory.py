@@ -1,69 +1,79 @@
 """Prints the peak memory of whole processes: `python benchmarks/peak_memory.py [IMAGES STEPS]`.
 
-Each contender runs in a process of its own; what the process held before it began is subtracted.
+Each contender runs in a process of its own; what the process held before it began, the networks included, is
+subtracted. More steps need no more memory.
 """
 
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from bench_attack import ALPHA, EPS, images, one_at_a_time, rt_er_step, rt_er_step_by_image
-from peers import pgd
-from torch import nn
+from bench_rt_er import ALPHA, EPS, images, make_router, rt_er_step
+from peers import OneImageAtATime, pgd
+from peers import rt_er_step as rt_er_step_by_image
 
 from moe_kernels import PGD, ExpertResNet18, RobustMoE
 from moe_kernels.testing.networks import ResNet18
 
 
-def attack(lean: bool) -> Callable[[int, int], object]:
-    def run(batch: int, steps: int) -> object:
-        net, (x, y) = ResNet18().eval(), images(batch, 32)
-        return PGD(net, EPS, ALPHA, steps)(x, y) if lean else pgd(net, x, y, EPS, ALPHA, steps)
-
-    return run
+def attack(lean: bool, batch: int, steps: int) -> Callable[[], object]:
+    net, (x, y) = ResNet18().eval(), images(batch)
+    return partial(PGD(net, EPS, ALPHA, steps), x, y) if lean else partial(pgd, net, x, y, EPS, ALPHA, steps)
 
 
-def rt_er(recompute: str | None) -> Callable[[int, int], object]:
-    def run(batch: int, steps: int) -> object:
-        experts = ExpertResNet18(4, width=32, recompute=recompute or "none")
-        router, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)), images(batch, 32)
-        if recompute is None:
-            return rt_er_step_by_image(one_at_a_time(experts.eval(), router).eval(), x, y, steps)
-        return rt_er_step(RobustMoE.from_experts(experts, router, gate="hard"), x, y, steps)
-
-    return run
+def rt_er(recompute: str, batch: int, steps: int) -> Callable[[], object]:
+    moe = RobustMoE.from_experts(ExpertResNet18(4, recompute=recompute), make_router(), gate="hard")
+    return partial(rt_er_step, moe, *images(batch), steps)
 
 
-CONTENDERS = {
-    "PGD on a ResNet-18: moe_kernels": attack(True),
-    "PGD on a ResNet-18: as usually written": attack(False),
-    "RT-ER step, 4 experts of width 32: recompute='activations'": rt_er("activations"),
-    "RT-ER step, 4 experts of width 32: recompute='all'": rt_er("all"),
-    "RT-ER step, 4 experts of width 32: one image at a time": rt_er(None),
+def rt_er_by_image(batch: int, steps: int) -> Callable[[], object]:
+    loop = OneImageAtATime([ResNet18().eval() for _ in range(4)], make_router())
+    return partial(rt_er_step_by_image, loop, *images(batch), EPS, ALPHA, steps)
+
+
+# title: {contender: what makes it}; the last is what the others should take a third of
+CONTENDERS: dict[str, dict[str, Callable[[int, int], Callable[[], object]]]] = {
+    "PGD on a ResNet-18": {"moe_kernels": partial(attack, True), "as usually written": partial(attack, False)},
+    "RT-ER step, 4 x ResNet-18": {
+        "moe_kernels, recompute='activations'": partial(rt_er, "activations"),
+        "moe_kernels, recompute='all'": partial(rt_er, "all"),
+        "one image at a time": rt_er_by_image,
+    },
 }
 
 
 def peak() -> float:
+    """MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def main() -> None:
-    batch, steps = (int(a) for a in (sys.argv[1:] or ("128", "10")))
-    print(f"| {batch} images, PGD-{steps} | peak MB |\n|---|---|")
-    for name in CONTENDERS:
-        command = [sys.executable, str(Path(__file__)), str(batch), str(steps), name]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        print(f"| {name} | {out.strip()} |", flush=True)
+def measure(batch: int, steps: int, title: str, name: str) -> float:
+    command = [sys.executable, str(Path(__file__)), str(batch), str(steps), title, name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main(batch: int = 128, steps: int = 1) -> None:
+    print(f"| {batch} images, PGD-{steps} | | peak MB | of the usual | target | |\n|---|---|---|---|---|---|")
+    for title, contenders in CONTENDERS.items():
+        megabytes = {name: measure(batch, steps, title, name) for name in contenders}
+        *ours, usual = megabytes
+        for name in ours:
+            part = megabytes[name] / megabytes[usual]
+            figures = f"{megabytes[name]:.0f} | {part:.2f} | <= 1/3 | {'met' if part <= 1 / 3 else 'missed'}"
+            print(f"| {title} | {name} | {figures} |", flush=True)
+        print(f"| {title} | {usual} | {megabytes[usual]:.0f} | 1 | | |", flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
+    if len(sys.argv) == 5:
         torch.manual_seed(0)
+        run = CONTENDERS[sys.argv[3]][sys.argv[4]](int(sys.argv[1]), int(sys.argv[2]))
         before = peak()
-        CONTENDERS[sys.argv[3]](int(sys.argv[1]), int(sys.argv[2]))
-        print(f"{peak() - before:.0f}")
+        run()
+        print(peak() - before)
     else:
-        main()
+        main(*map(int, sys.argv[1:]))

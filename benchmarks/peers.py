@@ -1,10 +1,13 @@
 """The strongest plain-PyTorch ways to do what the kernels do."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_kernels import ExpertMLP, RobustMoE
+from moe_kernels import ExpertMLP, ExpertResNet18, RobustMoE
+from moe_kernels.testing.networks import ResNet18
 
 
 def route_and_sort(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +59,7 @@ def pgd_step(x_adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float) -
     return torch.clamp(x + delta, min=0, max=1)
 
 
-def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Tensor:
+def pgd(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Tensor:
     """PGD from x as it is usually written: mean cross-entropy, parameters left trainable."""
     x_adv = x.clone()
     for _ in range(steps):
@@ -77,3 +80,29 @@ class OneImageAtATime(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         chosen = self.router(x).argmax(-1)
         return torch.cat([self.experts[int(e)](image[None]) for e, image in zip(chosen, x, strict=True)])
+
+    @classmethod
+    def of(cls, experts: ExpertResNet18, router: nn.Module) -> "OneImageAtATime":
+        """The same experts as networks of plain torch."""
+        alone = []
+        for e in range(experts.num_experts):
+            single = ResNet18(width=experts.conv1.weight.shape[1])
+            single.load_state_dict({name: t[e] for name, t in experts.state_dict().items()})
+            alone.append(single.train(experts.training))
+        return cls(alone, router)
+
+
+def rt_er_step(moe: OneImageAtATime, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Tensor:
+    """RT-ER's two attacks and three forwards, image by image."""
+    second = moe.router(x).topk(2).indices[:, 1]
+
+    def second_expert(x: Tensor) -> Tensor:
+        return torch.cat([moe.experts[int(e)](image[None]) for e, image in zip(second, x, strict=True)])
+
+    x1 = pgd(moe, x, y, eps, alpha, steps)
+    x2 = pgd(second_expert, x, y, eps, alpha, steps)
+    log_p, log_q = second_expert(x).log_softmax(-1), second_expert(x2).log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    loss = F.cross_entropy(moe(x1), y) + 6 * kl
+    loss.backward()
+    return loss.detach()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from bench_attack import Alone
+from saved_bytes import Alone
 from torch import Tensor, nn
 
 from moe_kernels import ExpertResNet18

@@ -1,13 +1,24 @@
 """Prints what a forward saves for its backward, plainly and in attack_mode: `python benchmarks/saved_bytes.py`."""
 
 import torch
-from bench_attack import Alone
-from torch import nn
+from torch import Tensor, nn
 
 from moe_kernels import ExpertResNet18
 from moe_kernels.attacks import attack_mode
 from moe_kernels.testing.networks import PreActResNet, ResNet18, ViT
 from moe_kernels.testing.saved import saved_bytes
+
+
+class Alone(nn.Module):
+    """One expert of a grouped network as a network of its own."""
+
+    def __init__(self, experts: ExpertResNet18) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, torch.tensor([0, x.shape[0]], dtype=torch.int32))
+
 
 # name: (network, size of its images, target of attack_mode)
 NETWORKS = {

@@ -32,10 +32,12 @@ MOE_INLINE T clamp(T value, T low, T high) {
 template <class T>
 MOE_INLINE T inside(T y, T x, T radius) {
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  Bits bits;
+  const T delta = y - x;
+  Bits bits, sign;
   std::memcpy(&bits, &y, sizeof(T));
-  const Bits inward = (y > x) == (y > 0) ? -1 : 1;
-  bits += std::fabs(y - x) > radius ? inward : 0;
+  std::memcpy(&sign, &delta, sizeof(T));
+  const Bits outward = ((bits ^ sign) >> (8 * sizeof(T) - 1)) | 1;  // 1 where y, which is not 0, grows away from x
+  bits -= std::fabs(delta) > radius ? outward : 0;
   std::memcpy(&y, &bits, sizeof(T));
   return y;
 }

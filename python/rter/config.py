@@ -76,7 +76,9 @@ class Config:
     method: str = _method("rt-er", "how to train, by a formula below", tuple(METHODS))
     faithful: bool = _method(False, "take the settings of RT-ER's public code: hard gate, beta 6, no part of ours")
     beta: float = _method(2.0, "beta, weight of the KL term of a method that has one")
-    clean_weight: float = _method(1.0, "gamma, weight of the clean cross-entropy of RT-ER's second expert")
+    second: str = _method("random", "expert s that RT-ER trains beside the first: any other, or the second-ranked",
+                          ("random", "ranked"))  # fmt: skip
+    clean_weight: float = _method(1.0, "gamma, weight of the clean cross-entropy of RT-ER's expert s")
     balance_weight: float = _method(1.0, "lambda, weight of the router's balance loss on clean images")
     explore: float = _method(0.5, "part of the epochs in which an image goes at random to its first or second expert; "
                              "for nine-experts, in which the experts train independently")  # fmt: skip
@@ -119,7 +121,7 @@ class Config:
         if self.schedule == "multi-step":
             epochs = self.drops.split(",")
             valid = all(epoch.strip().isdigit() and 0 < int(epoch) < self.epochs for epoch in epochs)
-            self._demand("drops", valid, f"epochs between 1 and {self.epochs - 1}, such as 100,105")
+            self._demand("drops", valid, f"numbers between 0 and epochs, {self.epochs}, with commas between")
         for name in ("fgsm_reach", "pgd_scale"):
             self._demand(name, getattr(self, name) > 0, "above 0")
         if METHODS[self.method].second_expert:
