@@ -55,7 +55,7 @@ def test_the_documented_settings_are_valid(path: Path) -> None:
         ({"ema": 1}, "ema must be at least 0 and below 1, got 1.0"),
         (
             {"schedule": "multi-step"},
-            "drops must be numbers between 0 and epochs, 50, with commas between, got 100,105",
+            "drops must be numbers below epochs, 50, with commas between, got 100,105",
         ),
     ],
 )

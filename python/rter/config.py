@@ -121,7 +121,7 @@ class Config:
         if self.schedule == "multi-step":
             epochs = self.drops.split(",")
             valid = all(epoch.strip().isdigit() and 0 < int(epoch) < self.epochs for epoch in epochs)
-            self._demand("drops", valid, f"numbers between 0 and epochs, {self.epochs}, with commas between")
+            self._demand("drops", valid, f"numbers below epochs, {self.epochs}, with commas between")
         for name in ("fgsm_reach", "pgd_scale"):
             self._demand(name, getattr(self, name) > 0, "above 0")
         if METHODS[self.method].second_expert:
