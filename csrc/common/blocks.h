@@ -9,6 +9,7 @@ namespace moe {
 
 // Rows of a GEMM's block: a GEMM packs its weight anew for every call, so few blocks; threads share them, so several.
 constexpr int64_t kGemmRows = 256;
+constexpr int64_t kGemmBand = 512;  // rows of a weight gradient's block, whose sum is over the batch
 
 struct Block {
   int64_t expert, begin, count;

@@ -43,7 +43,7 @@ Tensor expert_linear_weight_grad(const Tensor& grad, const Tensor& x, const Tens
   const auto ranges = read_offsets(offsets, num_experts, grad.size(0));
   std::vector<Block> blocks;
   for (int64_t e = 0; e < num_experts; ++e) {
-    for (int64_t i = 0; i < width; i += kGemmRows) blocks.push_back({e, i, std::min(kGemmRows, width - i)});
+    for (int64_t i = 0; i < width; i += kGemmBand) blocks.push_back({e, i, std::min(kGemmBand, width - i)});
   }
   if (rows) check_rows(*rows, grad.size(0), x.size(0));
   const Tensor gathered = rows ? slot_rows(x, rows, 0, grad.size(0)) : x;
