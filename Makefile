@@ -46,11 +46,12 @@ gpu:  ## on a machine with a GPU: all cases, compute-sanitizer, graphs, benchmar
 
 install: $(READY)
 
-# One environment; the isolated build would unpack torch a second time.
+# One environment; the isolated build would unpack torch a second time, and the attack libraries' pins would replace it.
 $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch numpy setuptools pybind11 ninja
 	$(BIN)/pip install -q --no-build-isolation -e '.[rter,test,lint]'
+	$(BIN)/pip install -q --no-deps torchattacks foolbox eagerpy  # beside which ours are timed and tested
 	@touch $@
 
 clean:

@@ -19,8 +19,14 @@ MAY_IMPORT = {
         "moe_kernels.ops",
         "moe_kernels.reference",
     ),
-    "moe_kernels/nn": ("moe_kernels._checks", "moe_kernels.nn", "moe_kernels.ops"),
-    "moe_kernels/attacks": ("moe_kernels._checks", "moe_kernels.attacks", "moe_kernels.backends", "moe_kernels.ops"),
+    "moe_kernels/nn": ("moe_kernels._checks", "moe_kernels._recipes", "moe_kernels.nn", "moe_kernels.ops"),
+    "moe_kernels/attacks": (
+        "moe_kernels._checks",
+        "moe_kernels._recipes",
+        "moe_kernels.attacks",
+        "moe_kernels.backends",
+        "moe_kernels.ops",
+    ),
     "python/rter": ("moe_kernels", "rter"),
 }
 OURS = ("moe_kernels", "rter", "tests", "benchmarks")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from rter.__main__ import main
-from rter.checkpoint import load_tensors
+from rter.checkpoint import load_tensors, write_json
+from rter.comparison import write_comparison
 from rter.config import Config
 from rter.evaluate import evaluate
 
@@ -81,16 +82,46 @@ def test_a_dense_run(tmp_path: Path) -> None:
 
 def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["sweep", "--out", str(tmp_path), "--seeds", "0", "1", *TINY[2:], "--epochs", "1", *WEAK]
-    command += ["--equal-time", "--methods", "rt-er", "standard", "pgd-at", "dense-pgd-at"]
+    command += ["--methods", "rt-er", "standard", "dense-pgd-at"]
     assert main(command) == 0
-    rows = json.loads((tmp_path / "methods.json").read_text())["rows"]
-    assert list(rows)[:4] == ["rt-er", "standard", "pgd-at", "dense pgd-at"] and len(rows) == 6
-    assert rows["rt-er"]["RA"].keys() == {"mean", "deviation"} and rows["dense pgd-at"]["RA-R"] is None
+    figures = json.loads((tmp_path / "methods.json").read_text())
+    rows = figures["rows"]
+    assert list(rows) == ["rt-er", "standard", "dense pgd-at"] and figures["seeds"] == [0, 1]
+    assert len(rows["rt-er"]["RA"]) == 2 and rows["dense pgd-at"]["RA-R"] == [None, None]
     trained = (tmp_path / "rt-er-0" / "last.safetensors").stat().st_mtime_ns
     assert main(command) == 0
     assert trained == (tmp_path / "rt-er-0" / "last.safetensors").stat().st_mtime_ns
+    text = (tmp_path / "methods.md").read_text()
+    (tmp_path / "methods.md").unlink()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path)]) == 0
+    assert text == (tmp_path / "methods.md").read_text() and text in capsys.readouterr().out
+    assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
     assert main([*command, "--beta", "3"]) == 2
     assert "with other settings" in capsys.readouterr().err
+
+
+def test_a_sweep_at_equal_time_in_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sweep", "--out", str(tmp_path), "--seeds", "3", *TINY[2:], "--epochs", "2", *WEAK]
+    command += ["--equal-time", "--jobs", "2", "--methods"]
+    assert main([*command, "rt-er", "standard"]) == 0
+    kept = json.loads((tmp_path / "equal-time.json").read_text())
+    ratio = kept["rt-er"]["seconds per step"] / kept["standard"]["seconds per step"]
+    assert kept["rt-er"]["epochs"] == 2 and kept["standard"]["epochs"] == max(1, round(2 * ratio))
+    assert len((tmp_path / "standard-3" / "metrics.jsonl").read_text().splitlines()) == kept["standard"]["epochs"]
+    assert f"Epochs: rt-er 2, standard {kept['standard']['epochs']}." in (tmp_path / "methods.md").read_text()
+    assert main([*command, "standard"]) == 2
+    assert "--methods must include rt-er with --equal-time" in capsys.readouterr().err
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    """By hand: differences 0.1, 0.2, 0.3 have mean 0.2, standard error 0.1 / sqrt(3), and t(0.975, 2) = 4.303."""
+    row = {key: [0.5, 0.6, 0.7] for key in ("SA", "RA", "AA", "verdict")}
+    rows = {"a": row, "b": {**row, "RA": [0.4, 0.4, 0.4], "AA": [None, None, None]}}
+    write_json(tmp_path / "methods.json", {"seeds": [0, 1, 2], "equal_time_epochs": {}, "rows": rows})
+    text = write_comparison(tmp_path / "methods").read_text()
+    assert "0.600 ± 0.100" in text and "+0.200 [-0.048, +0.448]" in text
+    assert "| b   | +0.000 [+0.000, +0.000] |" in text
 
 
 @pytest.mark.parametrize(
@@ -109,7 +140,7 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("train --out {file}", "--out {file} already exists and is not an empty folder"),
         ("train --config {new} --out {new}", "cannot read {new}: No such file or directory"),
         ("evaluate {full}", "RUN must be a folder made by `rter train`, and {full} holds no config.json"),
-        ("sweep --out {new} --methods magic", "--methods must be among standard, pgd-at, "),
+        ("sweep --out {new} --methods magic", "--methods must be among rt-er, standard, "),
         ("evaluate {full} --steps 0", "must be a whole number above 0, got '0'"),
         ("evaluate {full} --weights first", "invalid choice: 'first'"),
         ("report {full}", "{full} holds no report.json: run `rter evaluate {full}` first"),

@@ -79,7 +79,8 @@ def test_the_curve_counts_every_attack_and_measures_from_the_line(monkeypatch: p
     assert [point[:3] for point in curve["points"]] == [[0, 1, 0], [0.5, 1, 0.75], [1, 0.5, 0.5]]
     # the line from (1, 0) to (0.5, 0.5); (1, 0.75) lies 0.75 / sqrt(2) beyond it
     assert [point[3] for point in curve["points"]] == pytest.approx([0, 0.75 / 2**0.5, 0])
-    assert curve["above"] == pytest.approx(0.75 / 2**0.5)
+    assert curve["above"] == curve["least"] == pytest.approx(0.75 / 2**0.5)
+    assert curve["greatest"] == pytest.approx(0.5 / 2**0.5)  # (1, 0.5), were no RA above both ends'
 
 
 def test_a_dual_run_reports_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

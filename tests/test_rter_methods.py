@@ -189,7 +189,8 @@ def test_advmoe_stays_finite_where_softmax_underflows(batch: Split) -> None:
 
 def rt_er(plain: Plain, step: Step, batch: Split) -> dict[str, Tensor]:
     x, y = batch.x, batch.y
-    second, own = plain.ranked(x, 1), step.own_route(x)
+    own, ranks = step.own_route(x), range(1, 2 if step.config.second == "ranked" else 3)
+    second = step.ranked_route(x, ranks, "second").experts[:, 0].tolist()
     moe = plain if own is None else lambda x: plain.alone(own.experts[:, 0].tolist(), x)
     x1 = attack_ce(moe, x, y)
     x2 = attack_ce(lambda x: plain.alone(second, x), x, y)
@@ -202,10 +203,11 @@ def rt_er(plain: Plain, step: Step, batch: Split) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("second", ["random", "ranked"])
 @pytest.mark.parametrize("gate", ["softmax", "straight_through", "hard"])
 @pytest.mark.parametrize("epoch", [0, 50])
-def test_rt_er(batch: Split, epoch: int, gate: str) -> None:
-    model, config = tiny(batch, "rt-er", gate=gate)
+def test_rt_er(batch: Split, epoch: int, gate: str, second: str) -> None:
+    model, config = tiny(batch, "rt-er", gate=gate, second=second)
     step = Step(model, config, 0, epoch=epoch)
     assert_terms(step, batch, rt_er(Plain(model), step, batch))
 
@@ -214,7 +216,7 @@ def test_faithful_rt_er_is_the_public_codes_loss(batch: Split) -> None:
     config = Config(method="rt-er", faithful=True, num_experts=3, width=2)
     model = build_model(config, Data(batch, batch, 3)).double()
     step = Step(model, config, 0, epoch=0)
-    assert step.own_route(batch.x) is None and config.gate == "hard" and config.beta == 6
+    assert step.own_route(batch.x) is None and (config.gate, config.second, config.beta) == ("hard", "ranked", 6)
     expected = rt_er(Plain(model), step, batch)
     expected["kl"] = 4 * expected["kl"]
     expected["clean_second"] = 0 * expected.pop("balance")
@@ -304,6 +306,20 @@ def test_exploring_draws_the_first_or_second_expert_by_step(batch: Split) -> Non
     assert {0, 1} == set(ranks)
     assert draws[0] == chosen(0) and draws[0] != draws[1]
     assert Step(model, config, 0, epoch=24).exploring and not Step(model, config, 0, epoch=25).exploring
+
+
+def test_rt_ers_second_expert_is_any_but_the_first(batch: Split) -> None:
+    model, config = tiny(batch, "rt-er", num_experts=4)
+    order = [Plain(model).ranked(batch.x, rank) for rank in range(4)]
+
+    def ranks(index: int, drawn: range) -> list[int]:
+        experts = Step(model, config, index, epoch=0).ranked_route(batch.x, drawn, "second").experts[:, 0].tolist()
+        return [[row[i] for row in order].index(e) for i, e in enumerate(experts)]
+
+    draws = [ranks(index, range(1, 4)) for index in range(4)]
+    assert {rank for draw in draws for rank in draw} == {1, 2, 3}
+    assert draws[0] == ranks(0, range(1, 4)) and draws[0] != draws[1]
+    assert ranks(0, range(1, 2)) == [1] * 12
 
 
 def test_the_model_is_a_function_of_the_seed_and_leaves_the_global_state(batch: Split) -> None:

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--queries", type=_positive, default=5000, help="of AutoAttack's Square (default: 5000)")
     evaluate.set_defaults(run=_evaluate)
 
-    report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run")
+    report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run or of a sweep")
     report.add_argument("run_folder", type=Path, metavar="RUN")
     report.add_argument(
         "--baselines", type=Path, nargs="+", default=[], metavar="RUN", help="evaluated runs to compare"
@@ -88,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         "--ablation", action="store_true", help="RT-ER without one part of the recipe at a time, instead"
     )
     sweep.add_argument(
-        "--equal-time", action="store_true", help="PGD-AT once more, for as many epochs as fit into RT-ER's time"
+        "--equal-time", action="store_true", help="train every method for as many epochs as fit into RT-ER's time"
     )
+    sweep.add_argument("--jobs", type=_positive, default=1, help="runs at a time, sharing the cores (default: 1)")
     _add_settings(sweep, without=("method", "seed"))
     _add_strength(sweep, suite="full")
     sweep.set_defaults(run=_sweep)
@@ -119,7 +120,15 @@ def _add_strength(parser: argparse.ArgumentParser, suite: str) -> None:
     parser.add_argument("--suite", choices=("quick", "full"), default=suite, help="attacks: the quick ones, or also "
                         f"AutoAttack and every attack on the route (default: {suite})")  # fmt: skip
     parser.add_argument("--steps", type=_positive, default=50, help="steps of PGD and APGD (default: 50)")
-    parser.add_argument("--restarts", type=_positive, default=5, help="PGD restarts on the whole model (default: 5)")
+    parser.add_argument("--restarts", type=_positive, help="PGD restarts on the whole model (default: 5, in the full "
+                        "suite 20)")  # fmt: skip
+
+
+def _strength(args: argparse.Namespace) -> tuple[int, int, str]:
+    """Steps, restarts and suite."""
+    from rter.suite import RESTARTS
+
+    return args.steps, args.restarts or RESTARTS[args.suite], args.suite
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -143,17 +152,24 @@ def _evaluate(args: argparse.Namespace) -> None:
     from rter.evaluate import evaluate
     from rter.report import summary, table, verdict
 
-    report = evaluate(args.run_folder, args.weights, args.steps, args.restarts, args.suite, args.queries)
+    report = evaluate(args.run_folder, args.weights, *_strength(args), args.queries)
     print(table({args.run_folder.resolve().name: summary(report)}))
     print(verdict(report))
     print(f"written: {args.run_folder / 'report.json'}; next: rter report {args.run_folder}")
 
 
 def _report(args: argparse.Namespace) -> None:
+    from rter.comparison import write_comparison
     from rter.report import make_report
 
-    print(make_report(args.run_folder, args.baselines))
-    print(f"written: {args.run_folder / 'report.md'}")
+    compared = [
+        file.with_suffix("") for name in ("methods", "ablation") if (file := args.run_folder / f"{name}.json").exists()
+    ]
+    for written in map(write_comparison, compared):
+        print(written.read_text())
+    if not compared:
+        print(make_report(args.run_folder, args.baselines))
+        print(f"written: {args.run_folder / 'report.md'}")
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -165,7 +181,7 @@ def _demo(args: argparse.Namespace) -> None:
     configs = {method: Config(**(_settings(args) | {"method": method})) for method in runs}
     for method, run in runs.items():
         train(configs[method], run)
-        evaluate(run, "last", args.steps, args.restarts, args.suite)
+        evaluate(run, "last", *_strength(args))
     print(make_report(runs["rt-er"], [runs["standard"]]))
     print(f"report: {runs['rt-er'] / 'report.md'}")
 
@@ -178,8 +194,8 @@ def _sweep(args: argparse.Namespace) -> None:
         if name not in names:
             raise UserError(f"--methods must be among {', '.join(names)}, got {name!r}")
     rows = ABLATION if args.ablation else {names[name]: ROWS[names[name]] for name in args.methods or names}
-    strength = args.steps, args.restarts, args.suite
-    written = sweep(args.out, args.seeds, _settings(args), rows, *strength, equal_time=args.equal_time)
+    settings, strength = _settings(args), _strength(args)
+    written = sweep(args.out, args.seeds, settings, rows, *strength, equal_time=args.equal_time, jobs=args.jobs)
     print(written.read_text())
     print(f"written: {written}")
 

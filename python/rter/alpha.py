@@ -30,7 +30,9 @@ def alpha_curve(
     Returns:
         points, one [alpha, SA, RA, above] for each alpha: above is the point's distance in the plane of SA and RA from
         the straight line between the two ends, on which a coin that chooses F_R with probability alpha would lie;
-        positive for more SA at the same RA. above, the greatest of them.
+        positive for more SA at the same RA. above and least, the greatest and the least distance of the points between
+        the ends; greatest, that of a model as robust as the better end and without an error on clean images, which no
+        point passes whose RA is not above both ends'.
     """
     own = model.alpha
     try:
@@ -43,9 +45,11 @@ def alpha_curve(
             points.append((right[0].double().mean().item(), right.all(0).double().mean().item()))
     finally:
         model.alpha = own
-    above = [_above(point, points[0], points[-1]) for point in points]
+    start, end = points[0], points[-1]
+    above = [_above(point, start, end) for point in points]
     curve = [[alpha, *point, distance] for alpha, point, distance in zip(ALPHAS, points, above, strict=True)]
-    return {"points": curve, "above": max(above)}
+    greatest = _above((1.0, max(start[1], end[1])), start, end)
+    return {"points": curve, "above": max(above[1:-1]), "least": min(above[1:-1]), "greatest": greatest}
 
 
 def _above(point: tuple[float, float], start: tuple[float, float], end: tuple[float, float]) -> float:

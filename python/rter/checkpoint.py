@@ -128,9 +128,13 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
 def read_report(run: Path) -> dict[str, Any]:
     try:
-        return json.loads((run / "report.json").read_text())
+        return read_json(run / "report.json")
     except FileNotFoundError:
         raise UserError(f"{run} holds no report.json: run `rter evaluate {run}` first") from None
 

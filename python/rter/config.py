@@ -76,6 +76,8 @@ class Config:
     method: str = _method("rt-er", "what to train", tuple(METHODS))
     faithful: bool = _method(False, "take the settings of RT-ER's public code: a hard gate, no clean or balance term")
     beta: float = _method(2.0, "weight of the KL term")
+    second: str = _method("random", "expert that RT-ER trains beside the first: any other, or the second-ranked",
+                          ("random", "ranked"))  # fmt: skip
     clean_weight: float = _method(1.0, "weight of the clean cross-entropy of RT-ER's second expert")
     balance_weight: float = _method(1.0, "weight of the router's balance loss on clean images")
     explore: float = _method(0.5, "part of the epochs in which an image goes at random to its first or second expert; "

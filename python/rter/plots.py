@@ -65,6 +65,31 @@ def draw(
             plt.close(drawn)
 
 
+def draw_comparison(file: Path, rows: dict[str, dict[str, list[float | None]]]) -> None:
+    """Draws the figures of a sweep's rows, each a list with one value for each seed."""
+    with plt.rc_context(STYLE):
+        drawn = comparison(rows)
+        drawn.savefig(file, facecolor="white")
+        plt.close(drawn)
+
+
+def comparison(rows: dict[str, dict[str, list[float | None]]]) -> Figure:
+    """SA, RA, AA and verdict of each row: the mean, with a small dot for each seed; the best verdict on top."""
+    values = {name: {key: np.array(row[key], float) for key in row} for name, row in rows.items()}  # None is NaN
+    names = sorted(values, key=lambda name: values[name]["verdict"].mean())
+    figure, axes = plt.subplots(figsize=(6.4, 0.8 + 0.42 * len(names)))
+    for i, (key, colour) in enumerate((("SA", CLEAN), ("RA", ORANGE), ("AA", GREEN), ("verdict", ATTACKED))):
+        at = np.arange(len(names)) + 0.12 * (1.5 - i)
+        seeds = np.array([values[name][key] for name in names])  # [rows, seeds]
+        axes.plot(seeds, at, "o", color=colour, markersize=2.5, alpha=0.5, zorder=2)
+        axes.plot(seeds.mean(1), at, "D", color=colour, markersize=5, label=key, zorder=3)
+    axes.set(xlim=(0, 1), ylim=(-0.6, len(names) - 0.4))
+    axes.set_yticks(range(len(names)), names)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    return figure
+
+
 def accuracy(runs: dict[str, dict[str, Any]], report: dict[str, Any]) -> Figure:
     """Accuracy against eps of the run and its baselines, with one standard error to either side."""
     figure, axes = plt.subplots(figsize=(5.6, 3.4))

@@ -13,7 +13,7 @@ COLUMNS = {
     "RA": "accuracy under PGD on the whole model",
     "AA": "accuracy under AutoAttack's standard ensemble (full suite)",
     "verdict": "part of the images that withstand every attack of the suite",
-    "RA-E": "accuracy of one expert alone under PGD on it: mean and least over the experts",
+    "RA-E": "accuracy of one expert alone under PGD on it: mean, least and greatest over the experts",
     "RA-R": "accuracy under PGD on the router's choice",
     "load": "least part of the clean images that an expert gets",
     "train s": "seconds of training, without the measurements on held-out images",
@@ -29,6 +29,7 @@ def summary(report: dict[str, Any]) -> dict[str, float | None]:
         "verdict": report["verdict"],
         "RA-E mean": sum(report["ra_e"]) / len(report["ra_e"]),
         "RA-E min": min(report["ra_e"]),
+        "RA-E max": max(report["ra_e"]),
         "RA-R": report["ra_r"],
         "min load": min(report["expert_load"]),
         "train s": report["train_seconds"],
@@ -112,11 +113,13 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
             f"under the attack on the router {report['route_flip_rate']:.1%}.",
         ]
     if "alpha_curve" in report:
-        points = {f"alpha {alpha}": dict(zip(("SA", "RA", "above"), p, strict=True)) for alpha, *p in
-                  report["alpha_curve"]["points"]}  # fmt: skip
+        curve = report["alpha_curve"]
+        points = {f"alpha {alpha}": dict(zip(("SA", "RA", "above"), p, strict=True)) for alpha, *p in curve["points"]}
         parts.append(
             "(1 - alpha) F_S + alpha F_R, each image under the worst of all the attacks. Above: distance from "
-            f"the line between the two ends, positive for more SA at the same RA.\n\n{table(points)}"
+            "the line between the two ends, positive for more SA at the same RA. Between the ends it is "
+            f"{curve['least']:.4f} to {curve['above']:.4f}; without any clean error and as robust as the better end it "
+            f"would be {curve['greatest']:.4f}.\n\n{table(points)}"
         )
     parts.append("![Clean and adversarial images](plots/images.png)")
     return "\n\n".join(parts) + "\n"

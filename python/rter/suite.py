@@ -21,7 +21,7 @@ from rter.config import Config
 from rter.data import Split
 from rter.methods.step import make_attack
 
-SUITES = ("quick", "full")
+RESTARTS = {"quick": 5, "full": 20}  # of PGD on the whole model, in each suite
 BATCH = 512
 DRAWS = 20
 TEMPERATURES = (1.0, 4.0, 16.0)

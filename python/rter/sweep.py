@@ -1,71 +1,80 @@
-"""Methods, or parts of the recipe, compared over several seeds."""
+"""Methods, or parts of the recipe, trained and evaluated with several seeds, in one comparison."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rter.checkpoint import read_report, run_config, write_atomic, write_json
+import torch
+from tqdm import tqdm
+
+from rter.checkpoint import read_json, read_report, run_config, write_json
+from rter.comparison import write_comparison
 from rter.config import Config
 from rter.errors import UserError
 from rter.evaluate import evaluate
 from rter.methods import METHODS
-from rter.report import summary, table
-from rter.train import train
+from rter.report import summary
+from rter.train import seconds_per_step, train
 
-ROWS: dict[str, dict[str, Any]] = {
+Rows = Mapping[str, dict[str, Any]]
+
+ROWS: Rows = {
+    "rt-er": {"method": "rt-er"},
     **{name: {"method": name} for name in METHODS},
     "nine-experts": {"method": "nine-experts", "num_experts": 9, "gate": "soft"},
     "dense pgd-at": {"method": "pgd-at", "num_experts": 1},
 }
-ABLATION: dict[str, dict[str, Any]] = {
+ABLATION: Rows = {
     "rt-er": {"method": "rt-er"},
     "without clean CE": {"method": "rt-er", "clean_weight": 0.0},
     "without KL": {"method": "rt-er", "beta": 0.0},
     "without balance": {"method": "rt-er", "balance_weight": 0.0},
     "without exploring": {"method": "rt-er", "explore": 0.0},
+    "ranked second expert": {"method": "rt-er", "second": "ranked"},
     "softmax gate": {"method": "rt-er", "gate": "softmax"},
 }
-EQUAL_TIME = ("pgd-at", "dense pgd-at")
 
 
 def sweep(
     out: Path,
     seeds: Sequence[int],
     settings: dict[str, Any],
-    rows: Mapping[str, dict[str, Any]],
+    rows: Rows,
     steps: int,
     restarts: int,
     suite: str,
     equal_time: bool = False,
+    jobs: int = 1,
 ) -> Path:
-    """Trains and evaluates each row with each seed in a folder of its own; returns the path of the Markdown table.
+    """Trains and evaluates each row with each seed in a folder of its own; returns the path of the comparison.
 
-    `rows` are ABLATION, or some of ROWS. With `equal_time`, those in EQUAL_TIME are trained once more, for as many
-    epochs as fit into the time that RT-ER took here.
+    Args:
+        rows: ABLATION, or some of ROWS.
+        equal_time: train every row for as many epochs as fit into the time of the row "rt-er", by the time of a step of
+            each, measured in turns and kept in equal-time.json.
+        jobs: runs at a time, each in a process of its own on an equal part of the threads.
 
     A finished run is taken as it is and a stopped one goes on, so a sweep that was stopped goes on, and the ablation in
     the same folder shares the first row.
     """
     out.mkdir(parents=True, exist_ok=True)
-
-    def finish(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
-        configs = [Config(**(settings | row | {"seed": seed})) for seed in seeds]
-        return [_finish(out / f"{name.replace(' ', '-')}-{c.seed}", c, steps, restarts, suite) for c in configs]
-
-    reports = {name: finish(name, row) for name, row in rows.items()}
-    for name in EQUAL_TIME if equal_time else ():
-        if {name, "rt-er"} <= rows.keys():
-            epochs = round(reports["rt-er"][0]["epochs"] * _seconds(reports["rt-er"]) / _seconds(reports[name]))
-            reports[f"{name} {epochs} epochs"] = finish(f"{name} equal time", rows[name] | {"epochs": epochs})
-    figures = {name: _statistics([summary(report) for report in runs]) for name, runs in reports.items()}
+    epochs = _equal_epochs(out / "equal-time.json", settings, rows) if equal_time else {}
+    tasks = []
+    for name, row in rows.items():
+        for seed in seeds:
+            trained_for = {"epochs": epochs[name]} if equal_time else {}
+            config = Config(**(settings | row | trained_for | {"seed": seed}))
+            tasks.append((out / f"{name.replace(' ', '-')}-{seed}", config, steps, restarts, suite))
+    with _workers(jobs) as run_all:
+        done = list(tqdm(run_all(_finish, *zip(*tasks, strict=True)), total=len(tasks), unit="run", disable=None))
     file = out / ("ablation" if rows is ABLATION else "methods")
-    write_json(file.with_suffix(".json"), {"seeds": list(seeds), "rows": figures})
-    text = {name: {key: _text(key, value) for key, value in row.items()} for name, row in figures.items()}
-    write_atomic(
-        file.with_suffix(".md"), f"Mean and deviation over seeds {', '.join(map(str, seeds))}.\n\n{table(text)}\n"
-    )
-    return file.with_suffix(".md")
+    reports = {name: done[i * len(seeds) : (i + 1) * len(seeds)] for i, name in enumerate(rows)}
+    write_json(file.with_suffix(".json"), _figures(reports, list(seeds), epochs))
+    return write_comparison(file)
 
 
 def _finish(run: Path, config: Config, steps: int, restarts: int, suite: str) -> dict[str, Any]:
@@ -79,21 +88,45 @@ def _finish(run: Path, config: Config, steps: int, restarts: int, suite: str) ->
     return evaluate(run, "last", steps, restarts, suite)
 
 
-def _seconds(reports: Sequence[dict[str, Any]]) -> float:
-    return statistics.mean(report["train_seconds"] for report in reports)
+@contextmanager
+def _workers(jobs: int) -> Iterator[Any]:
+    """A `map` that runs so many calls at a time."""
+    if jobs == 1:
+        yield map
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, initializer=_start_worker, initargs=(threads,)) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _statistics(rows: Sequence[dict[str, float | None]]) -> dict[str, dict[str, float] | None]:
-    """Mean and standard deviation of each figure over the seeds; None where it is not measured."""
-    result: dict[str, dict[str, float] | None] = {}
-    for key in rows[0]:
-        values = [value for row in rows if (value := row[key]) is not None]
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        result[key] = {"mean": statistics.mean(values), "deviation": deviation} if values else None
-    return result
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    os.environ["TQDM_DISABLE"] = "1"  # several bars at a time overwrite each other
 
 
-def _text(key: str, value: dict[str, float] | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value['mean']:.0f}" if key == "train s" else f"{value['mean']:.3f} ± {value['deviation']:.3f}"
+def _equal_epochs(file: Path, settings: dict[str, Any], rows: Rows) -> dict[str, int]:
+    """Epochs of each row that take the time of "rt-er"; as measured before, where the file exists."""
+    if "rt-er" not in rows:
+        raise UserError(f"--methods must include rt-er with --equal-time, got {', '.join(rows)}")
+    known = read_json(file) if file.exists() else {}
+    if not rows.keys() <= known.keys():
+        configs = {name: Config(**(settings | row)) for name, row in rows.items()}
+        seconds = dict(zip(rows, seconds_per_step(list(configs.values())), strict=True))
+        time = configs["rt-er"].epochs * seconds["rt-er"]
+        known = {name: {"seconds per step": s, "epochs": max(1, round(time / s))} for name, s in seconds.items()}
+        write_json(file, known)
+    return {name: known[name]["epochs"] for name in rows}
+
+
+def _figures(reports: dict[str, list[dict[str, Any]]], seeds: list[int], epochs: dict[str, int]) -> dict[str, Any]:
+    """Every figure of every seed, which `write_comparison` reads."""
+    rows = {}
+    for name, runs in reports.items():
+        summaries = [summary(report) for report in runs]
+        rows[name] = {key: [each[key] for each in summaries] for key in summaries[0]}
+    return {"seeds": seeds, "equal_time_epochs": epochs, "rows": rows}

@@ -1,6 +1,7 @@
 """The training loop; what it produces follows from the configuration alone."""
 
 import contextlib
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -50,6 +51,20 @@ def train(
             stack.enter_context(open_run(out, config, resume))
         wait_for_all()
         return training.run(save_every)
+
+
+def seconds_per_step(configs: Sequence[Config], rounds: int = 5) -> list[float]:
+    """Seconds of a training step of each: medians of steps taken in turns, averaged over the first and last epoch."""
+    trainings = []
+    for config in configs:
+        data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
+        trainings.append(_Training(config, Path(), data.to(device()), None))
+    taken: list[dict[int, list[float]]] = [{0: [], config.epochs - 1: []} for config in configs]
+    for _ in range(rounds):
+        for training, times in zip(trainings, taken, strict=True):
+            for epoch in times:
+                times[epoch].append(training.timed_step(epoch))
+    return [statistics.mean(statistics.median(each) for each in times.values()) for times in taken]
 
 
 class _Training:
@@ -122,6 +137,12 @@ class _Training:
         state.step += 1
         state.records.append(terms)
         state.seconds += time.perf_counter() - started
+
+    def timed_step(self, epoch: int) -> float:
+        """Seconds of a step on the first batch of an epoch."""
+        before = self.state.seconds
+        self._step(self._order(epoch)[: self.share.total], epoch, self.config.epochs * self.steps)
+        return self.state.seconds - before
 
     def _finish(self, epoch: int) -> dict[str, str]:
         """Writes the metrics of an epoch, and the weights if it is one that is evaluated."""

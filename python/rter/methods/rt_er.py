@@ -1,12 +1,14 @@
 """RT-ER: L = CE(F(x1), y) + beta KL(f_s(x) || f_s(x2)) + gamma CE(f_s(x), y) + lambda balance(x).
 
-s is the second-ranked expert of the clean x, x1 = PGD(F, x, y) attacks the whole model and x2 = PGD(f_s, x, y) that
-expert alone; KL is the mean over the batch, and neither of its sides is detached. The paper has the first two terms.
+x1 = PGD(F, x, y) attacks the whole model and x2 = PGD(f_s, x, y) the expert s alone; KL is the mean over the batch, and
+neither of its sides is detached. The paper has the first two terms, with the second-ranked expert of the clean x for s
+(`--second ranked`). By default s is any expert but the first, at random: an attack can send an image to all of them.
 The KL alone is content with a constant expert, which the third forbids; the fourth keeps the router from collapse.
 
 F(x) = sum_i a_i(x) f_i(x) over the chosen expert, where a is its softmax probability with `--gate softmax` (the
 paper's), 1 with the softmax's gradient with `--gate straight_through`, and 1 without any with `--gate hard`.
-`--faithful` is the public code: the hard gate, so a router that stays as it was initialised, and the first two terms.
+`--faithful` is the public code: the hard gate, so a router that stays as it was initialised, the second-ranked expert,
+and the first two terms.
 
 Both attacks run as one batch of 2B rows, and the three forwards as one of 3B. An expert with BatchNorm would therefore
 take its statistics over the clean and the adversarial rows that reach it together.
@@ -23,13 +25,20 @@ from moe_kernels.ops import kl_divergence
 from rter.methods.method import Loss, Method, Pass
 from rter.methods.step import Step, partly_forced
 
-FAITHFUL = {"gate": "hard", "beta": 6.0, "clean_weight": 0.0, "balance_weight": 0.0, "explore": 0.0}
+FAITHFUL = {
+    "gate": "hard",
+    "second": "ranked",
+    "beta": 6.0,
+    "clean_weight": 0.0,
+    "balance_weight": 0.0,
+    "explore": 0.0,
+}
 
 
 def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     model, config = step.model, step.config
     own = step.own_route(x)
-    second = model.route(x, top_k=2).select(1)
+    second = step.ranked_route(x, range(1, model.num_experts if config.second == "random" else 2), "second")
     both = partly_forced(model, own, second)
     x1, x2 = step.attack(both)(torch.cat([x, x]), torch.cat([y, y])).chunk(2)
     three = partly_forced(model, own, Routing.cat([second, second]))

@@ -72,10 +72,14 @@ class Step:
         """While exploring, each image's first or second expert at random; afterwards None: the model routes."""
         if not self.exploring or self.model.num_experts == 1 or self.config.gate == "soft":
             return None
-        generator = torch.Generator().manual_seed(self.config.seed_for("explore", self.index))
+        return self.ranked_route(x, range(2), "explore")
+
+    def ranked_route(self, x: Tensor, ranks: range, purpose: str) -> Routing:
+        """Each image's route to the expert of a rank drawn from `ranks`; rank 0 is its first expert."""
+        generator = torch.Generator().manual_seed(self.config.seed_for(purpose, self.index))
         rows, ours = (self.share or Share.whole(len(x))).joint_rows(len(x))
-        rank = torch.randint(2, (rows,), generator=generator)[ours].to(x.device)
-        return self.model.route(x, top_k=2).select(rank)
+        rank = torch.randint(ranks.start, ranks.stop, (rows,), generator=generator)[ours].to(x.device)
+        return self.model.route(x, top_k=ranks.stop).select(rank)
 
     def balance(self, x: Tensor) -> dict[str, Tensor]:
         """The balance loss; nothing where its weight is 0, so that it does not give the router a gradient of zeros.

@@ -1,0 +1,151 @@
+"""Tensors that a backward computes again, from others that are kept, instead of keeping them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from moe_kernels import _checks as check
+
+LEAF = object()  # stands for a tensor that is kept
+
+
+class Recipe:
+    """How to compute y again: function(*inputs), each input a LEAF, a Part of another recipe's result or a constant."""
+
+    def __init__(self, y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Any]) -> None:
+        self.function, self.inputs = function, inputs
+        self.shape, self.stride, self.dtype, self.device = y.shape, y.stride(), y.dtype, y.device
+        self.steps: int = 1 + sum(i.recipe.steps for i in inputs if isinstance(i, Part))
+        self.autocast = _autocast(y.device.type)
+        self.result: StorageWeakRef | None = None
+
+    def compute(self, leaves: Iterator[Tensor]) -> Tensor:
+        inputs = [i.compute(leaves) if isinstance(i, Part) else next(leaves) if i is LEAF else i for i in self.inputs]
+        enabled, dtype = self.autocast
+        as_then = torch.autocast(self.device.type, dtype, enabled, cache_enabled=False)
+        with nullcontext() if _autocast(self.device.type) == self.autocast else as_then:
+            y = self.function(*inputs)
+        return y if y.stride() == self.stride else y.new_empty_strided(self.shape, self.stride).copy_(y)
+
+    def result_of(self, leaves: Callable[[], Iterator[Tensor]]) -> Tensor:
+        """The result, computed once for all that hold it at the same time."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.result.cdata) if self.result else None
+        if storage is not None:
+            return torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, 0, self.shape, self.stride)
+        y = self.compute(leaves())
+        self.result = StorageWeakRef(y.untyped_storage())
+        return y
+
+
+class Part(NamedTuple):
+    """A view of a recipe's result."""
+
+    recipe: Recipe
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def compute(self, leaves: Iterator[Tensor]) -> Tensor:
+        return self.of(self.recipe.compute(leaves))
+
+    def of(self, y: Tensor) -> Tensor:
+        return y.as_strided(self.shape, self.stride, self.offset)
+
+
+class Kept(NamedTuple):
+    """What is kept instead of a tensor: how to compute it, and from what."""
+
+    part: Part
+    leaves: list[Any]
+
+
+class _Known(NamedTuple):
+    """The recipe of a living storage and its leaves, with the versions at which it holds."""
+
+    storage: StorageWeakRef
+    version: int
+    recipe: Recipe
+    leaves: list[Tensor]
+    versions: list[int]
+
+
+class Recipes:
+    """The recipes of tensors that are alive; `hooks()` is a context in which they are kept instead of the tensors.
+
+    Hooks that are active outside are given what is kept. Where there are none, a kept tensor that is written to before
+    the backward is an error, as without hooks. Recipes run inside `during`.
+    """
+
+    def __init__(self, during: AbstractContextManager[Any] | None = None) -> None:
+        self.during = during or nullcontext()
+        self._known: dict[int, _Known] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def clear(self) -> None:
+        self._known.clear()
+
+    def record(self, y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Any]) -> None:
+        """y = function(*inputs), which gives the same again; tensors without a recipe are its leaves."""
+        storage = y.untyped_storage()
+        if y.storage_offset() or y.numel() * y.itemsize != storage.nbytes():
+            return
+        steps: list[Any] = []
+        leaves: list[Tensor] = []
+        for i in inputs:
+            kept = self.find(i) if isinstance(i, Tensor) else None
+            steps.append(kept.part if kept else LEAF if isinstance(i, Tensor) else i)
+            leaves += kept.leaves if kept else [i.detach()] if isinstance(i, Tensor) else []  # a grad_fn: a cycle
+        known = _Known(
+            StorageWeakRef(storage), y._version, Recipe(y, function, steps), leaves, [t._version for t in leaves]
+        )
+        self._known = {key: other for key, other in self._known.items() if not other.storage.expired()}
+        self._known[storage._cdata] = known
+
+    def find(self, x: Tensor) -> Kept | None:
+        """What to keep instead of x, if it is known and would still give x."""
+        known = self._known.get(x.untyped_storage()._cdata)
+        if known is None or known.storage.expired() or known.version != x._version or known.recipe.dtype != x.dtype:
+            return None
+        if known.versions != [leaf._version for leaf in known.leaves]:
+            return None
+        return Kept(Part(known.recipe, x.shape, x.stride(), int(x.storage_offset())), known.leaves)
+
+    def hooks(self) -> saved_tensors_hooks:
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        outer_pack, outer_unpack = outer or (_hold, _release)
+        during = self.during
+
+        def pack(x: Tensor) -> Any:
+            kept = self.find(x)
+            return outer_pack(x) if kept is None else Kept(kept.part, [outer_pack(leaf) for leaf in kept.leaves])
+
+        def unpack(kept: Any) -> Tensor:
+            if not isinstance(kept, Kept):
+                return outer_unpack(kept)
+            with torch.no_grad(), during:
+                return kept.part.of(kept.part.recipe.result_of(lambda: map(outer_unpack, kept.leaves)))
+
+        return saved_tensors_hooks(pack, unpack)
+
+
+def _hold(x: Tensor) -> tuple[Tensor, int]:
+    return x.detach(), x._version
+
+
+def _release(held: tuple[Tensor, int]) -> Tensor:
+    x, version = held
+    if x._version != version:
+        raise RuntimeError("one of the tensors needed for a gradient has been modified by an inplace operation")
+    return x
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype | None]:
+    enabled = check.autocast_is_on(device)
+    return enabled, torch.get_autocast_dtype(device) if enabled else None

@@ -1,0 +1,282 @@
+"""What operations with frozen weights keep for their input gradient, in place of what torch would keep.
+
+Every rule below belongs to operations that are linear in their input, piece by piece: the input gradient needs to know
+the piece (a bit, an index) but not the input, so that second derivatives are those of the backward, and real.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_kernels import _checks as check
+from moe_kernels.backends import is_implemented
+from moe_kernels.ops.mask_relu import mask_relu
+
+Size = int | Sequence[int]
+Rule = Callable[..., Tensor]
+
+aten = torch.ops.aten
+
+
+class _Lean(torch.autograd.Function):
+    """y, kept = forward(x), whose gradient is backward(grad, *kept) in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Callable[..., Any], backward: Callable[..., Tensor]) -> Tensor:
+        y, kept = forward(x)
+        ctx.save_for_backward(*kept)
+        ctx.input_gradient, ctx.dtype = backward, x.dtype
+        return y.data if y._is_view() else y  # a view made in here could not be written to
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype), None, None
+
+
+def _convolution(
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    if isinstance(padding, str) or input.ndim != weight.ndim:
+        return NotImplemented
+    settings = (stride, padding, dilation, False, 0, groups)
+    return _lean_convolution(
+        input, weight, lambda x: func(x, weight, bias, stride, padding, dilation, groups), *settings
+    )
+
+
+def _transposed_convolution(
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+) -> Tensor:
+    if input.ndim != weight.ndim:
+        return NotImplemented
+    settings = (stride, padding, dilation, True, output_padding, groups)
+    return _lean_convolution(
+        input, weight, lambda x: func(x, weight, bias, stride, padding, output_padding, groups, dilation), *settings
+    )
+
+
+def _lean_convolution(
+    x: Tensor,
+    weight: Tensor,
+    convolve: Callable[[Tensor], Tensor],
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+    transposed: bool,
+    output_padding: Size,
+    groups: int,
+) -> Tensor:
+    blank, (stride, padding, dilation, output_padding) = (
+        _blank(x),
+        (_each(size, x.ndim - 2) for size in (stride, padding, dilation, output_padding)),
+    )
+    settings = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
+
+    def backward(grad: Tensor, weight: Tensor) -> Tensor:
+        return aten.convolution_backward(grad, blank(grad), weight.to(grad.dtype), None, *settings)[0]
+
+    return _Lean.apply(x, lambda x: (convolve(x), (weight,)), backward)
+
+
+def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not check.autocast_is_on(input.device.type):  # under which torch keeps a cast copy of the weight
+        return NotImplemented
+
+    def backward(grad: Tensor, weight: Tensor) -> Tensor:
+        return (grad.reshape(-1, grad.shape[-1]) @ weight.to(grad.dtype)).view(input_shape)
+
+    input_shape = input.shape
+    return _Lean.apply(input, lambda x: (func(x, weight, bias), (weight,)), backward)
+
+
+def _batch_norm(
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training or running_mean is None or running_var is None:
+        return NotImplemented
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        return func(x, running_mean, running_var, weight, bias, False, momentum, eps), (running_var, weight)
+
+    def backward(grad: Tensor, running_var: Tensor, weight: Tensor | None) -> Tensor:
+        shape = (-1, *[1] * (grad.ndim - 2))
+        dtype = torch.promote_types(running_var.dtype, torch.float32)
+        scale = (running_var.double() + eps).rsqrt().to(dtype)
+        dx = grad * scale.view(shape)
+        return dx if weight is None else dx.mul_(weight.view(shape))
+
+    return _Lean.apply(input, forward, backward)
+
+
+def _relu(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+    layouts = (torch.contiguous_format, torch.channels_last)
+    dense = any(input.is_contiguous(memory_format=f) for f in layouts if f != torch.channels_last or input.ndim == 4)
+    if dense and is_implemented("mask_relu_forward", input.device.type):
+        y = mask_relu(input)
+    else:
+        y = _piecewise(input, torch.relu, lambda x: ~(x <= 0), 0)
+    return input.copy_(y) if inplace else y
+
+
+def _relu_(func: Any, input: Tensor) -> Tensor:
+    return _relu(func, input, True)
+
+
+def _leaky_relu(func: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    y = _piecewise(input, lambda x: F.leaky_relu(x, negative_slope), lambda x: x > 0, negative_slope)
+    return input.copy_(y) if inplace else y
+
+
+def _hardtanh(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    y = _piecewise(input, lambda x: F.hardtanh(x, min_val, max_val), lambda x: ~((x <= min_val) | (x >= max_val)), 0)
+    return input.copy_(y) if inplace else y
+
+
+def _relu6(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+    return _hardtanh(func, input, 0.0, 6.0, inplace)
+
+
+def _piecewise(
+    x: Tensor, function: Callable[[Tensor], Tensor], passes: Callable[[Tensor], Tensor], slope: float
+) -> Tensor:
+    """function(x), whose derivative is 1 where passes(x), elsewhere slope; keeps one bit per element."""
+
+    def backward(grad: Tensor, bits: Tensor) -> Tensor:
+        shifts = torch.arange(8, device=bits.device)
+        mask = (bits[:, None] >> shifts & 1).bool().flatten()[: grad.numel()].view(grad.shape)
+        return torch.where(mask, grad, grad * slope if slope else 0)
+
+    return _Lean.apply(x, lambda x: (function(x), (_packed(passes(x)),)), backward)
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """bool, any shape -> uint8 [ceil(numel / 8)]."""
+    bytes_ = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bytes_ << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def _max_pool(
+    func: Any,
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    n, pool, pool_backward = _MAX_POOLS[func]
+    if return_indices or input.ndim != n + 2:
+        return NotImplemented
+    sizes = (kernel_size, stride if stride is not None else kernel_size, padding, dilation)
+    settings = (*(_each(size, n) for size in sizes), ceil_mode)
+    index = torch.int16 if math.prod(input.shape[2:]) < 2**15 else torch.int32
+    blank = _blank(input)
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, indices = pool(x, *settings)
+        return y, (indices.to(index),)
+
+    def backward(grad: Tensor, indices: Tensor) -> Tensor:
+        return pool_backward(grad, blank(grad), *settings, indices.long())
+
+    return _Lean.apply(input, forward, backward)
+
+
+def _avg_pool(
+    func: Any,
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    n, pool_backward = _AVG_POOLS[func]
+    if input.ndim != n + 2:
+        return NotImplemented
+    sizes = (kernel_size, stride if stride is not None else kernel_size, padding)
+    settings = (*(_each(size, n) for size in sizes), ceil_mode, count_include_pad, divisor_override)
+    blank = _blank(input)
+    return _Lean.apply(
+        input, lambda x: (func(x, *settings), ()), lambda grad: pool_backward(grad, blank(grad), *settings)
+    )
+
+
+def _adaptive_avg_pool(func: Any, input: Tensor, output_size: Size | Sequence[int | None]) -> Tensor:
+    n, pool_backward = _ADAPTIVE_AVG_POOLS[func]
+    if input.ndim != n + 2 or _each(output_size, n) == [1] * n:  # which torch computes as a mean
+        return NotImplemented
+    blank = _blank(input)
+    return _Lean.apply(input, lambda x: (func(x, output_size), ()), lambda grad: pool_backward(grad, blank(grad)))
+
+
+def _each(size: Any, n: int) -> list[Any]:
+    """One number or n, as n."""
+    sizes = [size] if isinstance(size, int) else list(size)
+    return sizes * n if len(sizes) == 1 else sizes
+
+
+def _blank(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Makes memory in x's shape and layout to stand for x where a backward reads no value of it."""
+    shape, stride = x.shape, x.stride()
+    return lambda grad: torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)
+
+
+_MAX_POOLS = {
+    F.max_pool2d: (2, aten.max_pool2d_with_indices, aten.max_pool2d_with_indices_backward),
+    torch.max_pool2d: (2, aten.max_pool2d_with_indices, aten.max_pool2d_with_indices_backward),
+    F.max_pool3d: (3, aten.max_pool3d_with_indices, aten.max_pool3d_with_indices_backward),
+    torch.max_pool3d: (3, aten.max_pool3d_with_indices, aten.max_pool3d_with_indices_backward),
+}
+_AVG_POOLS = {F.avg_pool2d: (2, aten.avg_pool2d_backward), F.avg_pool3d: (3, aten.avg_pool3d_backward)}
+_ADAPTIVE_AVG_POOLS = {
+    F.adaptive_avg_pool2d: (2, aten._adaptive_avg_pool2d_backward),
+    F.adaptive_avg_pool3d: (3, aten._adaptive_avg_pool3d_backward),
+}
+
+# A rule takes the torch function itself and its arguments; NotImplemented leaves the call to torch.
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _convolution),
+    **dict.fromkeys([F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d], _transposed_convolution),
+    F.linear: _linear,
+    F.batch_norm: _batch_norm,
+    **dict.fromkeys([F.relu, torch.relu, Tensor.relu], _relu),
+    **dict.fromkeys([torch.relu_, Tensor.relu_], _relu_),
+    F.leaky_relu: _leaky_relu,
+    F.hardtanh: _hardtanh,
+    F.relu6: _relu6,
+    **dict.fromkeys(_MAX_POOLS, _max_pool),
+    **dict.fromkeys(_AVG_POOLS, _avg_pool),
+    **dict.fromkeys(_ADAPTIVE_AVG_POOLS, _adaptive_avg_pool),
+}
+SIGNATURES = {rule: inspect.signature(rule) for rule in RULES.values()}

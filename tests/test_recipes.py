@@ -1,0 +1,173 @@
+"""What attack_mode computes again is what it was, to the bit and to the second derivative, or it is an error."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from moe_kernels.attacks import attack_mode
+from moe_kernels.testing import Source
+from moe_kernels.testing.saved import saved_bytes
+
+TOKENS, D = 6, 16
+X_BYTES = 4 * 2 * TOKENS * D
+MEANS_BYTES = 2 * 4 * 2 * TOKENS  # mean and deviation of each token
+
+
+class Net(nn.Module):
+    """A norm and a linear map, in front of a function."""
+
+    def __init__(self, function: Callable[["Net", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(D), nn.Linear(D, 3 * D)
+        self.head_norm = nn.LayerNorm(8)
+        self.function = function
+        s = Source(torch.float32)
+        for p in self.parameters():
+            p.data = s.randn(*p.shape)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, 2 * x)
+
+    def map(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+
+def attention(net: Net, x: Tensor) -> Tensor:
+    """As timm writes it."""
+    q, k, v = net.map(x).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+
+
+def attention_by_hand(net: Net, x: Tensor) -> Tensor:
+    q, k, v = (h.unflatten(2, (2, 8)).transpose(1, 2) for h in net.map(x).chunk(3, 2))
+    return (q * 8**-0.5 @ k.mT).softmax(-1) @ v
+
+
+def attention_with_norms(net: Net, x: Tensor) -> Tensor:
+    q, k, v = (h.unflatten(2, (2, 8)).transpose(1, 2) for h in net.map(x).chunk(3, 2))
+    return F.scaled_dot_product_attention(net.head_norm(q), net.head_norm(k), v)
+
+
+def written_to(net: Net, x: Tensor) -> Tensor:
+    z = net.map(x)
+    return F.gelu(z.mul_(0.5)) + F.silu(z)
+
+
+def written_to_through_data(net: Net, x: Tensor) -> Tensor:
+    z = net.map(x)
+    z.data.clamp_(-0.5, 0.5)
+    return F.gelu(z)
+
+
+def a_view_written_to(net: Net, x: Tensor) -> Tensor:
+    h = net.norm(x)
+    h[:, :2] = 1
+    return F.gelu(net.linear(h))
+
+
+def mixed_precision(net: Net, x: Tensor) -> Tensor:
+    h = net.norm(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = net.linear(h)
+    return F.gelu(z.float()) + F.gelu(z)
+
+
+def in_checkpoint(net: Net, x: Tensor) -> Tensor:
+    return F.gelu(net.map(x)) + checkpoint(lambda x: F.silu(net.map(x)), x, use_reentrant=False)
+
+
+def without_nonlinearity(net: Net, x: Tensor) -> Tensor:
+    for _ in range(5):
+        x = net.map(x)[..., :D] + 1
+    return F.gelu(x)
+
+
+# name: (function, bytes kept beside the norm's input and its statistics, None if they do not matter)
+FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int | None]] = {
+    "gelu": (lambda net, x: F.gelu(net.map(x)), 0),
+    "silu and tanh-gelu": (lambda net, x: F.silu(net.map(x)) * 2 + F.gelu(net.map(x), approximate="tanh"), None),
+    "gated": (lambda net, x: torch.mul(*net.map(x)[..., : 2 * D].chunk(2, -1)), 0),
+    "group norm": (lambda net, x: F.silu(F.group_norm(x, 2)), -MEANS_BYTES + 2 * 4 * 2 * 2),
+    "attention": (attention, X_BYTES + 4 * 2 * 2 * TOKENS),  # its result and a normaliser for each head
+    "attention by hand": (attention_by_hand, None),
+    "attention with norms": (attention_with_norms, None),
+    "written to": (written_to, None),
+    "written to through data": (written_to_through_data, None),
+    "a view written to": (a_view_written_to, None),
+    "mixed precision": (mixed_precision, None),
+    "in checkpoint": (in_checkpoint, None),
+    "without nonlinearity": (without_nonlinearity, None),
+}
+
+
+def derivatives(net: Net, x: Tensor) -> list[Tensor]:
+    """The gradient, and where torch has it that of a function of the gradient."""
+    x = x.clone().requires_grad_()
+    y = net(x)
+    gradient = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    once = net.function in (attention, attention_with_norms)
+    return [*gradient, *([] if once else torch.autograd.grad(gradient[0].square().sum(), x))]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_first_and_second_derivatives_are_bitwise_those_of_eager(name: str, autocast: bool) -> None:
+    function, kept = FUNCTIONS[name]
+    net, x = Net(function), Source(torch.float32).randn(2, TOKENS, D)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = derivatives(net, x)
+        with attack_mode(net):
+            got = derivatives(net, x)
+            leaf = x.clone().requires_grad_()
+            saved = saved_bytes(lambda: net(leaf), apart_from=net)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert autocast or kept is None or saved == X_BYTES + MEANS_BYTES + kept
+
+
+@pytest.mark.parametrize("changed", ["the norm's input", "a weight"])
+def test_a_changed_source_is_noticed(changed: str) -> None:
+    net, x = Net(lambda net, x: F.gelu(net.map(x))), torch.randn(2, TOKENS, D, requires_grad=True)
+    with attack_mode(net):
+        h = 2 * x
+        y = net.function(net, h)
+        with torch.no_grad():
+            (h if changed == "the norm's input" else net.linear.weight).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y.sum(), x)
+
+
+def test_the_second_derivative_of_an_intermediate_result() -> None:
+    net = Net(lambda net, x: net.map(x))
+
+    def second(x: Tensor) -> Tensor:
+        z = net(x)
+        (first,) = torch.autograd.grad(F.gelu(z).sum(), z, create_graph=True)
+        return torch.autograd.grad(first.sum(), z)[0]
+
+    x = torch.randn(2, TOKENS, D, requires_grad=True)
+    expected = second(x)
+    with attack_mode(net):
+        assert torch.equal(second(x), expected)
+
+
+def test_trainable_weights_inside_get_their_gradients() -> None:
+    net, x = Net(lambda net, x: F.gelu(net.map(x))), torch.randn(2, TOKENS, D, requires_grad=True)
+    net.requires_grad_(True)
+    expected = torch.autograd.grad(net(x).sum(), [x, *net.norm.parameters(), *net.linear.parameters()])
+    with attack_mode(nn.Identity()):
+        got = torch.autograd.grad(net(x).sum(), [x, *net.norm.parameters(), *net.linear.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_nothing_is_kept_that_the_forward_has_freed() -> None:
+    net, x = Net(lambda net, x: net.map(x)), torch.randn(2, TOKENS, D, requires_grad=True)
+    with attack_mode(net), torch.autograd.graph.save_on_cpu():
+        ys = [F.gelu(net(x)) for _ in range(3)]
+        ys[1] = ys[0]
+        first, second = (torch.autograd.grad(ys[0].sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
