@@ -39,7 +39,7 @@ Tensor combine(const Tensor& y, const Tensor& weights, const Tensor& position) {
             const T* row = src + p[slot] * width + c0;
             for (int64_t c = 0; c < n; ++c) sum[c] += w[slot] * static_cast<acc_t<T>>(row[c]);
           }
-          for (int64_t c = 0; c < n; ++c) store(dst[t * width + c0 + c], sum[c]);
+          for (int64_t c = 0; c < n; ++c) dst[t * width + c0 + c] = static_cast<T>(sum[c]);
         }
       }
     });
@@ -63,7 +63,7 @@ Tensor combine_input_grad(const Tensor& grad, const Tensor& weights, const Tenso
       for (int64_t slot = first; slot < last; ++slot) {
         const T* from = src + slot / k * width;
         T* to = dst + p[slot] * width;
-        for (int64_t c = 0; c < width; ++c) store(to[c], w[slot] * static_cast<acc_t<T>>(from[c]));
+        for (int64_t c = 0; c < width; ++c) to[c] = static_cast<T>(w[slot] * static_cast<acc_t<T>>(from[c]));
       }
     });
   });
