@@ -6,9 +6,6 @@
 namespace moe {
 namespace {
 
-using torch::stable::narrow;
-using torch::stable::select;
-
 constexpr int64_t kTerms = 64;  // sums side by side of an inner product: rounding errors grow with n / 64
 
 // Calls f with the activation that `name` names, and whether a second half of z multiplies it.
@@ -63,10 +60,9 @@ Tensor expert_mlp_output(const Tensor& z, const Tensor& weight, const OptionalTe
   Tensor y = new_tensor(z, {z.size(0), weight.size(1)});
   dispatch_activation(take_string(activation), [&](auto act, bool gated) {
     for_each_block(blocks, [&](const Block& b) {
-      Tensor target = y;
-      call_aten("aten::linear", "out", activated<decltype(act)>(pre, b, weight.size(2), gated),
-                select(weight, 0, b.expert), bias ? OptionalTensor(select(*bias, 0, b.expert)) : std::nullopt,
-                narrow(target, 0, b.begin, b.count));
+      const Tensor a = activated<decltype(act)>(pre, b, weight.size(2), gated);
+      call_aten("aten::linear", "out", a, item_of(weight, b.expert), item_of(bias, b.expert),
+                rows_of(y, b.begin, b.count));
     });
   });
   return weights ? call_aten("moe_kernels::combine", "", y, *weights, *position) : y;
