@@ -79,14 +79,21 @@ def test_2_the_attack_leaves_batch_norm_in_training_mode() -> None:
 
 
 def test_3_no_loop_over_images() -> None:
-    def forwards(size: int) -> int:
+    def forwards(size: int, act: Callable[[Step, Split], Any]) -> int:
         batch, calls = random_batch(size), []
         run = tiny(batch)
         run.model.moe.experts.conv1.register_forward_hook(lambda *_: calls.append(1))
-        update(run, sgd(run.model), batch)
+        act(run, batch)
         return len(calls)
 
-    assert forwards(2) == forwards(16) == 4  # three attack steps on both attacks at once, and all forwards of the loss
+    def ours(run: Step, batch: Split) -> None:
+        update(run, sgd(run.model), batch)
+
+    def naive(run: Step, batch: Split) -> None:  # one forward of one loss
+        torch.cat([run.model(image) for image in batch.x.split(1)])
+
+    assert forwards(2, ours) == forwards(16, ours) == 4  # three attack steps on both attacks at once, then the loss
+    assert (forwards(2, naive), forwards(16, naive)) == (2, 16)
 
 
 @pytest.mark.parametrize("gate", ["softmax", "straight_through", "hard"])
@@ -97,6 +104,10 @@ def test_4_the_router_has_a_gradient_path(gate: str) -> None:
     before = router.clone()
     loss = METHODS["rt-er"].passes[0].terms(run, batch.x, batch.y)()["adversarial"]
     (grad,) = torch.autograd.grad(loss, [router], allow_unused=True)
+    route = run.model.route(batch.x)
+    every = torch.stack([run.model(batch.x, routing=route.fixed(e)) for e in range(3)], 1)
+    naive = every[torch.arange(len(batch)), route.logits.argmax(1)]  # the chosen expert's logits as they are
+    assert torch.autograd.grad(naive.sum(), [router], allow_unused=True) == (None,)
     update(run, sgd(run.model), batch)
     if gate == "hard":  # the public code's: no gradient, and then no weight decay either
         assert grad is None and torch.equal(router, before)
@@ -176,6 +187,13 @@ def test_8_every_draw_follows_from_the_seed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(trained(0), trained(0), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(trained(0), trained(1), strict=True))
 
+    def naive() -> Tensor:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))  # drawn from the global random state, as is the start
+        start = 0.1 * (2 * torch.rand_like(batch.x) - 1)
+        return naive_pgd(model, batch.x, batch.y, 0.1, 1, start)[0]
+
+    assert not torch.equal(naive(), naive())
+
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("experts", "classes", "image"), [(2, 2, (1, 5, 4)), (5, 7, (3, 9, 9))])
@@ -186,6 +204,9 @@ def test_9_experts_classes_and_image_size_are_free(
     run = tiny(batch, classes, method=method, num_experts=9 if method == "nine-experts" else experts, attack_steps=1)
     assert update(run, sgd(run.model), batch)["loss"].isfinite()
     assert run.model(batch.x).shape == (6, classes)
+    naive = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))  # the public code's router
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        naive(batch.x)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -1,7 +1,11 @@
-"""Two processes compute what one does: the draws and the load are those of the joint batch, the sums are joined."""
+"""Two processes compute what one does, from the draws and the load of the joint batch, and go on after a kill."""
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,26 +17,90 @@ from rter.data import load_data
 from rter.distributed import Share
 from rter.methods.step import Step, make_attack
 from rter.models import build_model
+from runs import assert_same_run
 
-SETTINGS = ["--epochs", "1", "--batch-size", "301", "--width", "4", "--attack-steps", "3", "--held-out", "60",
-            "--eval-every", "1", "--ema", "0.9"]  # fmt: skip
+# the standard network, then RT-ER: two passes, each with AWP; ten steps, of which five explore, of 150 and 151 rows
+SETTINGS = ["--method", "dual", "--epochs", "2", "--batch-size", "301", "--width", "4", "--attack-steps", "3", "--ema",
+            "0.9", "--held-out", "60", "--eval-every", "1", "--awp-gamma", "0.005", "--awp-warmup", "0"]  # fmt: skip
 
 
-def test_torchrun_is_one_process_to_rounding(tmp_path: Path) -> None:
-    """RT-ER, five steps, of which three explore; 150 and 151 rows."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    subprocess.run([*launch, "rter", "train", "--out", str(two), *SETTINGS], check=True)
-    assert main(["train", "--out", str(one), *SETTINGS]) == 0
+def torchrun(run: Path, *options: str) -> subprocess.Popen[bytes]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen([*launch, "--max-restarts", "1", "-m", "rter", "train", "--out", run, *SETTINGS, *options])
+
+
+def workers(launcher: subprocess.Popen[bytes]) -> list[int]:
+    """The ids of the processes that torchrun has started, the first one's first."""
+    children = Path(f"/proc/{launcher.pid}/task").glob("*/children")
+    return sorted(int(pid) for listed in children for pid in listed.read_text().split())
+
+
+def wait_for_state(launcher: subprocess.Popen[bytes], run: Path, since: int = 0) -> None:
+    """Waits until a state is saved that is newer than `since`, in ns."""
+    state = run / "resume.safetensors"
+    while not (state.exists() and state.stat().st_mtime_ns > since):
+        assert launcher.poll() is None
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes."""
+    run = tmp_path_factory.mktemp("runs") / "joint"
+    assert torchrun(run).wait() == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, of which torchrun and both processes were killed between two steps."""
+    run = tmp_path_factory.mktemp("runs") / "killed"
+    launcher = torchrun(run, "--save-every", "0")
+    wait_for_state(launcher, run)
+    for pid in (*workers(launcher), launcher.pid):
+        os.kill(pid, signal.SIGKILL)
+    assert launcher.wait() == -signal.SIGKILL
+    return run
+
+
+def assert_equal_to_rounding(run: Path, expected: Path) -> None:
     for name in ("resume.safetensors", "last.safetensors"):
-        joined, whole = (load_tensors(run / name) for run in (two, one))
-        assert joined.keys() == whole.keys()
-        for key, tensor in whole.items():
-            assert (joined[key] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), key
-    ((metrics,), (expected,)) = (read_lines(run / "metrics.jsonl") for run in (two, one))
-    assert metrics.keys() == expected.keys()
-    assert all(metrics[name] == pytest.approx(expected[name], rel=1e-4) for name in ("loss", "kl", "balance"))
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+        tensors, others = (load_tensors(r / name) for r in (run, expected))
+        assert tensors.keys() == others.keys()
+        for key, tensor in others.items():
+            assert (tensors[key] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), key
+    for line, other in zip(*(read_lines(r / "metrics.jsonl") for r in (run, expected)), strict=True):
+        assert line.keys() == other.keys()
+        terms = line.keys() - {"seconds", "sa", "ra"}
+        assert len(terms) == 8 and all(line[name] == pytest.approx(other[name], rel=1e-4) for name in terms)
+    assert {path.name for path in run.iterdir()} == {path.name for path in expected.iterdir()}
+
+
+def test_two_processes_are_one_to_rounding(joint: Path, tmp_path: Path) -> None:
+    assert main(["train", "--out", str(tmp_path / "alone"), *SETTINGS]) == 0
+    assert_equal_to_rounding(joint, tmp_path / "alone")
+
+
+def test_goes_on_bit_for_bit(joint: Path, killed: Path, tmp_path: Path) -> None:
+    """After all were killed, and once more after the second process was, whose end torchrun brings upon the first."""
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    launcher = torchrun(run, "--save-every", "0", "--resume")
+    wait_for_state(launcher, run, since=(run / "resume.safetensors").stat().st_mtime_ns)
+    os.kill(workers(launcher)[1], signal.SIGKILL)
+    assert launcher.wait(timeout=120) == 0
+    assert_same_run(run, joint)
+
+
+def test_goes_on_with_another_number_of_processes(
+    joint: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    for note in (f"rter: 2 processes began the run in {run} and 1 go on, so its weights will not be", ""):
+        assert main(["train", "--out", str(run), "--resume"]) == 0
+        assert capsys.readouterr().err.startswith(note)
+    assert_equal_to_rounding(run, joint)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

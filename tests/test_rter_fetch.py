@@ -92,7 +92,7 @@ def test_gives_up_without_headway_and_keeps_what_it_has(server: Server, tmp_path
 def test_a_wrong_checksum_is_refused(server: Server, tmp_path: Path) -> None:
     archive = server.archive()
     server.content = CONTENT[:-1] + b"x"
-    with pytest.raises(UserError, match=rf"train.mat.part \(102400 bytes\) has md5 .*, expected {archive.md5}"):
+    with pytest.raises(UserError, match=rf"train.mat.part \(102400 bytes\) is damaged: .*, expected {archive.md5}"):
         fetch(archive, tmp_path)
     assert not (tmp_path / "train.mat").exists()
     (tmp_path / "train.mat").write_bytes(b"brought by hand")
@@ -106,13 +106,19 @@ def test_offline_says_what_to_put_where(
     digest = hashlib.md5(CONTENT).hexdigest()
     monkeypatch.setitem(ARCHIVES, "svhn", [Archive("http://127.0.0.1:9/train.mat", digest)])
     command = ["data", "fetch", "svhn", "--data-dir", str(tmp_path)]
-    assert main(command) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"bring the file, md5 {digest}, to {tmp_path / 'train.mat'}" in error
+    for begun in (False, True):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "cannot fetch http://127.0.0.1:9/train.mat ([Errno " in error
+        assert f"bring the file, md5 {digest}, to {tmp_path / 'train.mat'}" in error
+        assert begun == (tmp_path / "train.mat.part").exists()
+        (tmp_path / "train.mat.part").write_bytes(CONTENT[:100])
     (tmp_path / "train.mat").write_bytes(CONTENT)
     assert main(command) == 0
     assert f"ready: {tmp_path / 'train.mat'}" in capsys.readouterr().out
     assert main(["data", "fetch", "letters"]) == 2
+    assert main([*command[:-1], str(tmp_path / "train.mat")]) == 2
+    assert f"--data-dir: must be a folder, and {tmp_path / 'train.mat'} is a file" in capsys.readouterr().err
 
 
 def packed(kind: str, files: dict[str, bytes], link: str | None = None) -> bytes:

@@ -1,6 +1,7 @@
 """Every network and router as a model of the application, and weights that come from other code."""
 
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,12 @@ class PublicMoE(nn.Module):
 
     def __init__(self, num_experts: int = 2) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(ResNet18(5, 3, 4) for _ in range(num_experts))
+        self.experts = nn.ModuleList(nn.Sequential(OrderedDict(net=ResNet18(5, 3, 4))) for _ in range(num_experts))
         self.router = nn.Module()
-        self.router.gate = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_experts))
+        self.router.gate = nn.Linear(3 * 8 * 8, num_experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = self.router.gate(x).argmax(1).tolist()
+        chosen = self.router.gate(x.flatten(1)).argmax(1).tolist()
         return torch.cat([self.experts[e](row) for e, row in zip(chosen, x.split(1), strict=True)])
 
 
@@ -116,12 +117,25 @@ class PublicMoE(nn.Module):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_public_codes_mixture(tmp_path: Path, prefix: str, wrapped: bool) -> None:
     public = randomize_statistics(PublicMoE()).eval()
+    assert {"experts.1.net.layer4.1.bn2.running_var", "router.gate.weight"} < public.state_dict().keys()
     state = {prefix + key: value for key, value in public.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "moe.pt")
     data = images()
     classifier = tiny(data=data, gate="hard")
     load_initial(classifier, tmp_path / "moe.pt")
     torch.testing.assert_close(classifier(data.train.x), public(classifier.normalize(data.train.x)))
+
+
+def test_the_public_codes_dual_model(tmp_path: Path) -> None:
+    public = nn.ModuleDict({name: randomize_statistics(PublicMoE()).eval() for name in ("Smoe", "Rmoe")})
+    torch.save(public.state_dict(), tmp_path / "dual.pt")
+    data = images()
+    for method, alpha in (("dual", 0.3), ("rt-er", 1.0)):  # F_R alone where there is no F_S
+        classifier = tiny(data=data, gate="hard", method=method, dual_alpha=alpha)
+        load_initial(classifier, tmp_path / "dual.pt")
+        x = classifier.normalize(data.train.x)
+        expected = (1 - alpha) * public["Smoe"](x) + alpha * public["Rmoe"](x)
+        torch.testing.assert_close(classifier(data.train.x), expected)
 
 
 @pytest.mark.parametrize("classes", [5, 1000])
@@ -153,7 +167,7 @@ class Malicious:
 
 def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     state = PublicMoE().state_dict()
-    less = {k: v for k, v in state.items() if k != "experts.1.bn1.bias"}
+    less = {k: v for k, v in state.items() if k != "experts.1.net.bn1.bias"}
     contents = {
         "gone": "cannot read",
         "evil": "must be a file of tensors, which is all that is loaded",
@@ -167,7 +181,7 @@ def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     }
     saved = {
         "evil": {"w": Malicious(tmp_path / "ran")}, "list": [1], "three": PublicMoE(3).state_dict(), "less": less,
-        "router": state | {"router.gate.1.weight": torch.zeros(2, 7)}, "other": {"w": torch.zeros(1)},
+        "router": state | {"router.gate.weight": torch.zeros(2, 7)}, "other": {"w": torch.zeros(1)},
     }  # fmt: skip
     for name, value in saved.items():
         torch.save(value, tmp_path / name)

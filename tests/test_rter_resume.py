@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rter.__main__ import main
-from rter.checkpoint import load_tensors, open_run, read_lines
+from rter.checkpoint import open_run
 from rter.config import Config
 from rter.errors import UserError
 from rter.train import train
+from runs import assert_same_run
 
 TINY = {"num_experts": 2, "width": 2, "attack_steps": 1, "held_out": 60, "batch_size": 500, "epochs": 2}
 CONFIG = Config(method="standard", eval_every=1, **TINY)  # type: ignore[arg-type]
@@ -28,16 +29,6 @@ MOMENTS = 38  # see count_writes, of a run of CONFIG that saves its state after 
 def flags(config: Config) -> list[str]:
     names = [*TINY, "method", "eval_every", "ema"]
     return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
-
-
-def assert_same_run(run: Path, expected: Path) -> None:
-    for name in ("last.safetensors", "best.safetensors"):
-        tensors, others = load_tensors(run / name), load_tensors(expected / name)
-        assert tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in tensors)
-    lines, others = ([{**line, "seconds": 0} for line in read_lines(r / "metrics.jsonl")] for r in (run, expected))
-    assert lines == others
-    assert (run / "metrics.csv").read_text().count("\n") == len(lines) + 1
-    assert {path.name for path in run.iterdir()} == {path.name for path in expected.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +101,25 @@ def test_a_failure_at_any_moment_of_a_write(
         assert train(CONFIG, run, resume=True)
         assert_same_run(run, whole)
     assert (left_over > 5) == (failure is Killed)
+
+
+def test_a_file_that_the_system_lets_not_grow(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A write that fails halfway, as on a full disk, with nothing simulated."""
+    run, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    kill_at(6, CONFIG, run, monkeypatch)  # after the config and one state
+    state = run / "resume.safetensors"
+    before = state.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        assert main(["train", "--out", str(run), "--resume", "--save-every", "0"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().err == f"rter: error: [Errno {errno.EFBIG}] File too large: '{state}'\n"
+    assert state.read_bytes() == before and not any(path.name.startswith(".") for path in run.iterdir())
+    assert train(CONFIG, run, resume=True)
+    assert_same_run(run, whole)
 
 
 def test_the_moments_are_all_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,10 @@ def test_the_documented_settings_are_valid(path: Path) -> None:
         ({"dual_alpha": 2}, "dual_alpha must be between 0 and 1, got 2.0"),
         ({"awp_gamma": -1}, "awp_gamma must be at least 0, got -1.0"),
         ({"ema": 1}, "ema must be at least 0 and below 1, got 1.0"),
-        ({"schedule": "multi-step"}, "drops must be epochs between 1 and 49, such as 100,105, got 100,105"),
+        (
+            {"schedule": "multi-step"},
+            "drops must be numbers below epochs, 50, with commas between, got 100,105",
+        ),
     ],
 )
 def test_config_refuses(settings: dict[str, Any], message: str) -> None:

@@ -132,7 +132,8 @@ def test_a_loss_that_is_no_number(where: str, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=rf"the {where} became (nan|-?inf) at step 4: .*nan-batch\.safetensors"):
         train(config, run, save_every=0)
     batch = load_tensors(run / "nan-batch.safetensors")
-    assert batch.keys() == {"x", "y", "rows", "x_adv.0"} and len(batch["y"]) == 500
+    assert batch.keys() == {"x", "y", "rows", "x_adv.0", "term.adversarial", "term.poison"} and len(batch["y"]) == 500
+    assert batch["term.adversarial"] > 0 and batch["term.poison"].isfinite() == (where == "gradient")
     data = load_data("digits", 60, 0).train[batch["rows"]]
     assert torch.equal(data.x, batch["x"]) and torch.equal(data.y, batch["y"])
     assert 0 < (batch["x_adv.0"] - batch["x"]).abs().max() <= config.eps + 1e-6

@@ -12,6 +12,17 @@ from rter.data.command import add_command as add_data_command
 from rter.distributed import is_first
 from rter.errors import UserError
 from rter.methods import METHODS
+from rter.models.networks import NETWORKS
+
+TRAIN = """Trains a model into a new folder. A setting comes from its flag, or from the file given by --config, or it is
+the default. On several GPUs, or in several processes: torchrun --nproc-per-node N -m rter train ..."""
+
+OWN = {name: owner.defaults for owners in (METHODS, NETWORKS) for name, owner in owners.items()}
+NOTHING: dict[Any, str] = {bool: "no", str: "none", int: "0", float: "0"}
+
+SYMBOLS = """
+F is the model, f_e expert e alone, s the expert of --second, r the router; x1, x2 and x_e are x under attack.
+beta, gamma, lambda and alpha are --beta, --clean-weight, --balance-weight and --dual-alpha."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,9 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     methods = "\n".join(f"  {name:13} {method.summary}" for name, method in METHODS.items())
-    train = commands.add_parser("train", help="train a model into a new folder", epilog=f"methods:\n{methods}",
+    train = commands.add_parser("train", help="train a model into a new folder", description=TRAIN,
+                                epilog=f"methods:\n{methods}\n{SYMBOLS}",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder to make")
+    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder to make, for weights and metrics")
     train.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML or JSON file of settings, which the flags override"
     )
@@ -105,9 +117,8 @@ def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
     for field in dataclasses.fields(Config):
         if field.name not in without:
             choices = field.metadata["choices"]
-            own = (f"; {method.defaults[field.name]} for {name}" for name, method in METHODS.items()
-                   if field.name in method.defaults)  # fmt: skip
-            default = f"(default: {field.metadata['default']}{''.join(own)})"
+            own = (f"; {defaults[field.name]} for {name}" for name, defaults in OWN.items() if field.name in defaults)
+            default = f"(default: {field.metadata['default'] or NOTHING[field.type]}{''.join(own)})"
             text = f"{field.metadata['help']}{': ' + ', '.join(choices) if choices else ''} {default}"
             flag = "--" + field.name.replace("_", "-")
             kind: dict[str, Any] = (

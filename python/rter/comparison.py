@@ -17,7 +17,7 @@ def write_comparison(file: Path) -> Path:
     """Writes file.md and file.png from the file.json of a sweep; returns the path of the former."""
     figures = read_json(file.with_suffix(".json"))
     seeds, rows = figures["seeds"], figures["rows"]
-    means = table({name: {key: _mean(key, row[key]) for key in row} for name, row in rows.items()})
+    means = table({name: {key: _mean(row[key]) for key in row} for name, row in rows.items()})
     parts = [f"Mean and standard deviation over seeds {', '.join(map(str, seeds))}.", means]
     if figures["equal_time_epochs"]:
         epochs = ", ".join(f"{name} {count}" for name, count in figures["equal_time_epochs"].items())
@@ -31,19 +31,17 @@ def write_comparison(file: Path) -> Path:
         ]
     plots.draw_comparison(file.with_suffix(".png"), rows)
     parts.append(f"![Accuracy of each method]({file.name}.png)")
-    parts.append("\n".join(f"- **{column}**: {meaning}" for column, meaning in COLUMNS.items()))
+    parts.append("\n".join(f"- **{column}**: {meaning}" for column, meaning in COLUMNS.items() if column != "train s"))
     text = file.with_suffix(".md")
     write_atomic(text, "\n\n".join(parts) + "\n")
     return text
 
 
-def _mean(key: str, values: Values) -> str | None:
+def _mean(values: Values) -> str | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
     mean = statistics.mean(known)
-    if key == "train s":
-        return f"{mean:.0f}"
     return f"{mean:.3f}" + (f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else "")
 
 

@@ -46,26 +46,26 @@ class Config:
     epochs: int = _run(50, "passes over the training images")
     eval_every: int = _run(5, "epochs between two measurements on the held-out images")
 
-    data: str = _data("digits", "what to train on", tuple(DATASETS))
+    data: str = _data("digits", "what to train on, see `rter data --help`", tuple(DATASETS))
     data_dir: str = _data("data", "folder of the data set's files")
     held_out: int = _data(360, "training images kept to choose the best weights by, and to test on where the data "
                           "have no test split")  # fmt: skip
     image_size: int = _data(0, "pixels to which images in files of their own are scaled; 0: as they are")
-    augment: str = _data("auto", "changes of training images, such as flip,translate2,cutout8 or crop4; none; auto: "
-                         "none for digits, no flip for svhn, the former otherwise")  # fmt: skip
+    augment: str = _data("auto", "changes of training images: none, or some of flip,translateN,cropN,cutoutN; auto: "
+                         "none for digits, translate2,cutout8 for svhn, else flip,translate2,cutout8")  # fmt: skip
 
     num_experts: int = _model(4, "experts; 1 is a dense network")
     model: str = _model("small-conv", "network of an expert", tuple(NETWORKS))
-    width: int = _model(16, "channels of an expert's first layer or of a token; resnets 64, wrn 160, vit 384")
-    depth: int = _model(0, "layers of wrn (28) or blocks of vit (12)")
+    width: int = _model(16, "channels of an expert's first layer, or of a token of vit")
+    depth: int = _model(0, "layers of wrn or blocks of vit; the other networks have a depth of their own")
     patch: int = _model(4, "pixels of vit's patches")
     router: str = _model("linear", "network that chooses the expert", tuple(ROUTERS))
-    normalize: str = _model("data", "means/deviations of the channels, such as 0.49,0.48,0.45/0.25,0.24,0.26, for a "
-                            "network of other code; data: the training images'")  # fmt: skip
-    init: str = _model("", "file of weights to begin with: RT-ER's public code, or one network for all experts")
-    gate: str = _model("straight_through", "weight of the chosen expert; soft mixes all experts", GATES)
+    normalize: str = _model("data", "what the model normalises images by: data, for mean and deviation of the training "
+                            "images, or an --init network's own, such as 0.49,0.48,0.45/0.25,0.24,0.26")  # fmt: skip
+    init: str = _model("", "file of weights to begin with: a mixture of RT-ER's public code, or one network for all")
+    gate: str = _model("straight_through", "weight of the chosen expert's logits; soft mixes all experts", GATES)
     dual_alpha: float = _model(
-        0.98, "weight of the robust model in the dual one, (1 - alpha) F_S + alpha F_R; the paper's is 0.7"
+        0.98, "alpha, weight of the robust model in the dual one, (1 - alpha) F_S + alpha F_R; the paper's is 0.7"
     )
 
     norm: str = _attack("Linf", "norm of the perturbation", NORMS)
@@ -73,16 +73,18 @@ class Config:
     alpha_ratio: float = _attack(0.25, "step of the attack as a part of eps")
     attack_steps: int = _attack(10, "steps of the attack in training")
 
-    method: str = _method("rt-er", "what to train", tuple(METHODS))
-    faithful: bool = _method(False, "take the settings of RT-ER's public code: a hard gate, no clean or balance term")
-    beta: float = _method(2.0, "weight of the KL term")
-    second: str = _method("random", "expert that RT-ER trains beside the first: any other, or the second-ranked",
+    method: str = _method("rt-er", "how to train, by a formula below", tuple(METHODS))
+    faithful: bool = _method(False, "take the settings of RT-ER's public code: hard gate, beta 6, no part of ours")
+    beta: float = _method(2.0, "beta, weight of the KL term of a method that has one")
+    second: str = _method("random", "expert s that RT-ER trains beside the first: any other, or the second-ranked",
                           ("random", "ranked"))  # fmt: skip
-    clean_weight: float = _method(1.0, "weight of the clean cross-entropy of RT-ER's second expert")
-    balance_weight: float = _method(1.0, "weight of the router's balance loss on clean images")
+    clean_weight: float = _method(1.0, "gamma, weight of the clean cross-entropy of RT-ER's expert s")
+    balance_weight: float = _method(1.0, "lambda, weight of the router's balance loss on clean images")
     explore: float = _method(0.5, "part of the epochs in which an image goes at random to its first or second expert; "
                              "for nine-experts, in which the experts train independently")  # fmt: skip
-    awp_gamma: float = _method(0.0, "relative size of AWP's perturbation of the weights, such as 0.005; 0 for none")
+    awp_gamma: float = _method(
+        0.0, "size of adversarial weight perturbation, relative to the weights: 0 for none, or 0.005"
+    )
     awp_warmup: int = _method(10, "epochs before AWP begins")
     fgsm_reach: float = _method(1.0, "greatest radius of the nine experts' FGSM, in eps")
     pgd_scale: float = _method(0.2, "the nine experts' PGD takes 10 to 50 steps times this")
@@ -90,15 +92,15 @@ class Config:
     optimizer: str = _optimisation("adamw", "rule of the update", tuple(OPTIMIZERS))
     batch_size: int = _optimisation(119, "training images per step, over all processes together")
     lr: float = _optimisation(1.5e-2, "peak of the learning rate")
-    schedule: str = _optimisation("one-cycle", "learning rate over the steps", tuple(SCHEDULES))
+    schedule: str = _optimisation("one-cycle", "course of the learning rate over the steps", tuple(SCHEDULES))
     lr_low: float = _optimisation(0.5, "lowest learning rate of the cyclic schedule, as a part of lr")
     cycle_steps: int = _optimisation(500, "steps in which the cyclic schedule rises, and then falls")
     drops: str = _optimisation("100,105", "epochs after which the multi-step schedule divides the learning rate by 10")
     weight_decay: float = _optimisation(0.01, "weight decay")
     momentum: float = _optimisation(0.9, "momentum of sgd")
-    clip_norm: float = _optimisation(0.0, "greatest norm of the gradient; 0 does not clip")
+    clip_norm: float = _optimisation(0.0, "norm to which a longer gradient is cut; 0 for no clipping")
     ema: float = _optimisation(0.0, "decay of a running mean of the weights, then evaluated and saved; 0 for none")
-    amp: str = _optimisation("none", "arithmetic of training, attack included; evaluation is in fp32", ("none", "bf16"))
+    amp: str = _optimisation("none", "autocast in training, attack included; evaluation is in fp32", ("none", "bf16"))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -119,7 +121,7 @@ class Config:
         if self.schedule == "multi-step":
             epochs = self.drops.split(",")
             valid = all(epoch.strip().isdigit() and 0 < int(epoch) < self.epochs for epoch in epochs)
-            self._demand("drops", valid, f"epochs between 1 and {self.epochs - 1}, such as 100,105")
+            self._demand("drops", valid, f"numbers below epochs, {self.epochs}, with commas between")
         for name in ("fgsm_reach", "pgd_scale"):
             self._demand(name, getattr(self, name) > 0, "above 0")
         if METHODS[self.method].second_expert:

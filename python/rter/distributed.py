@@ -15,12 +15,19 @@ from rter.errors import UserError
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """Joins the processes that torchrun started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if num_processes() == 1:
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(timeout=timedelta(hours=12))  # the others wait while the first one evaluates
+    store, rank, size = next(distributed.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # its store keeps the addresses of killed processes
+    distributed.init_process_group(
+        store=distributed.PrefixStore(attempt, store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(hours=12),  # the others wait while the first one evaluates
+    )
     yield
     distributed.destroy_process_group()
 
@@ -28,6 +35,10 @@ def processes() -> Iterator[None]:
 def device() -> torch.device:
     """Where this process computes: on its GPU, if there is one."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:

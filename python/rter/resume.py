@@ -10,9 +10,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rter.checkpoint import save_tensors
+from rter.distributed import num_processes
 from rter.errors import UserError
 from rter.models import RobustClassifier
 from rter.optimisation import RunningMean
+
+SCALARS = ("step", "best", "seconds", "processes")
 
 
 @dataclass
@@ -25,6 +28,7 @@ class State:
         best: greatest held-out accuracy so far.
         seconds: time spent in training steps.
         records: the loss terms of the steps of the epoch that is not finished.
+        processes: number of processes that have computed it; those of another number round otherwise.
     """
 
     model: RobustClassifier
@@ -34,6 +38,7 @@ class State:
     best: float = -1.0
     seconds: float = 0.0
     records: list[dict[str, Tensor]] = field(default_factory=list)
+    processes: int = field(default_factory=num_processes)
 
     def save(self, path: Path) -> None:
         tensors = {f"{part}/{name}": t for part, module in self._modules() for name, t in module.state_dict().items()}
@@ -42,7 +47,7 @@ class State:
             tensors |= {f"optimizer/{i}/{name}": value for name, value in moments.items() if value is not None}
         if self.records:
             tensors |= {f"records/{name}": torch.stack([r[name] for r in self.records]) for name in self.records[0]}
-        scalars = {"step": self.step, "best": self.best, "seconds": self.seconds, "groups": optimizer["param_groups"]}
+        scalars = {name: getattr(self, name) for name in SCALARS} | {"groups": optimizer["param_groups"]}
         save_tensors(path, tensors, {"state": json.dumps(scalars)})
 
     def load(self, path: Path) -> None:
@@ -63,7 +68,8 @@ class State:
             self.optimizer.load_state_dict({"state": moments, "param_groups": scalars["groups"]})
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} is damaged or not of this run: {' '.join(str(error).split())}") from None
-        self.step, self.best, self.seconds = scalars["step"], scalars["best"], scalars["seconds"]
+        for name in SCALARS:
+            setattr(self, name, scalars[name])
         where = next(self.model.parameters()).device
         columns = [[(name, value) for value in values.to(where).unbind()] for name, values in parts["records"].items()]
         self.records = [dict(record) for record in zip(*columns, strict=True)]

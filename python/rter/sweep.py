@@ -124,9 +124,9 @@ def _equal_epochs(file: Path, settings: dict[str, Any], rows: Rows) -> dict[str,
 
 
 def _figures(reports: dict[str, list[dict[str, Any]]], seeds: list[int], epochs: dict[str, int]) -> dict[str, Any]:
-    """Every figure of every seed, which `write_comparison` reads."""
+    """What `write_comparison` reads: every figure of every seed, but for the times of runs that shared a machine."""
     rows = {}
     for name, runs in reports.items():
         summaries = [summary(report) for report in runs]
-        rows[name] = {key: [each[key] for each in summaries] for key in summaries[0]}
+        rows[name] = {key: [each[key] for each in summaries] for key in summaries[0] if key != "train s"}
     return {"seeds": seeds, "equal_time_epochs": epochs, "rows": rows}

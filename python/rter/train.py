@@ -16,7 +16,7 @@ from rter.checkpoint import append_line, keep_lines, open_run, read_lines, save_
 from rter.config import Config
 from rter.data import Data, Split, load_data
 from rter.data.augment import make_augment
-from rter.distributed import Share, device, is_first, processes, wait_for_all
+from rter.distributed import Share, device, is_first, num_processes, processes, wait_for_all
 from rter.errors import NonFiniteError, UserError
 from rter.evaluate import quick_accuracies
 from rter.methods import METHODS
@@ -89,6 +89,10 @@ class _Training:
             return False
         if is_first():
             keep_lines(out / "metrics.jsonl", state.step // self.steps)
+            if state.processes != num_processes():
+                print(f"rter: {state.processes} processes began the run in {out} and {num_processes()} go on, so its "
+                      "weights will not be bit for bit those of an uninterrupted run", file=sys.stderr)  # fmt: skip
+        state.processes = num_processes()
         progress = tqdm(
             desc=out.name,
             total=total,
@@ -128,7 +132,8 @@ class _Training:
         except NonFiniteError as error:
             path = self.out / "nan-batch.safetensors"
             found = {f"x_adv.{i}": x_adv for i, x_adv in enumerate(step.found)}
-            save_tensors(path, {"x": batch.x, "y": batch.y, "rows": rows[ours], **found})
+            values = {f"term.{name}": value for name, value in step.terms.items()}
+            save_tensors(path, {"x": batch.x, "y": batch.y, "rows": rows[ours], **found, **values})
             raise UserError(f"{error} at step {step.index}: a lower lr may help; the batch is in {path}") from None
         share.mean_(list(terms.values()))
         share.mean_(running_statistics(state.model))

@@ -86,8 +86,8 @@ def _download(archive: Archive, path: Path) -> None:
         try:
             if _receive(archive, path):
                 return
-        except urllib.error.HTTPError as error:
-            raise _unreachable(archive, path, error) from None
+        except urllib.error.URLError as error:  # no answer, or none that is the file
+            raise _unreachable(archive, path, error.reason) from None
         except (OSError, http.client.HTTPException) as error:
             if not path.exists():
                 raise _unreachable(archive, path, error) from None
@@ -122,11 +122,11 @@ def _receive(archive: Archive, path: Path) -> bool:
     return total is None or path.stat().st_size == total
 
 
-def _unreachable(archive: Archive, path: Path, error: Exception) -> UserError:
+def _unreachable(archive: Archive, path: Path, error: object) -> UserError:
     target = path.with_name(archive.file)
     return UserError(
-        f"cannot fetch {archive.url} ({error}): bring the file, md5 {archive.md5}, to {target} by other means "
-        "and run this again, which checks and unpacks it"
+        f"cannot fetch {archive.url} ({error}): run this again where there is a network, or bring the file, md5 "
+        f"{archive.md5}, to {target} by other means and run this again, which checks and unpacks it"
     )
 
 
@@ -137,7 +137,10 @@ def _check(archive: Archive, path: Path) -> None:
             digest.update(chunk)
     if digest.hexdigest() != archive.md5:
         size = path.stat().st_size
-        raise UserError(f"{path} ({size} bytes) has md5 {digest.hexdigest()}, expected {archive.md5}: remove it")
+        raise UserError(
+            f"{path} ({size} bytes) is damaged: it has md5 {digest.hexdigest()}, expected {archive.md5}; remove it and "
+            "run this again"
+        )
 
 
 def unpack(file: Path, folder: Path, name: str) -> None:

@@ -66,5 +66,7 @@ def _together(step: Step, x: Tensor, y: Tensor) -> Loss:
 
 
 METHOD = Method(
-    __doc__, (Pass(terms),), defaults={"num_experts": 9, "gate": "soft", "width": 8, "epochs": 28, "attack_steps": 6}
+    __doc__,
+    (Pass(terms),),
+    defaults={"num_experts": 9, "gate": "soft", "width": 8, "epochs": 36, "explore": 0.25, "attack_steps": 6},
 )

@@ -26,6 +26,7 @@ class Step:
     Args:
         share: the part of the joint batch that this process computes; None for all of it.
         found: what the attacks of this step have returned.
+        terms: the terms of the loss, as far as they have been computed, detached.
     """
 
     model: RobustClassifier
@@ -34,6 +35,7 @@ class Step:
     epoch: int = field(kw_only=True)
     share: Share | None = None
     found: list[Tensor] = field(default_factory=list)
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def exploring(self) -> bool:

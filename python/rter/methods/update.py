@@ -1,13 +1,13 @@
 """One update of the parameters: for each pass of a method its terms, their gradient, a step of the optimiser."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rter.data import Split
 from rter.errors import NonFiniteError
 from rter.methods import METHODS
 from rter.methods.awp import kept_buffers, perturbed_weights
-from rter.methods.method import Loss
+from rter.methods.method import Loss, Pass
 from rter.methods.step import Step
 from rter.optimisation import finish_gradients
 
@@ -19,35 +19,32 @@ def update(step: Step, optimizer: torch.optim.Optimizer, batch: Split) -> dict[s
 
     A parameter that no gradient reaches has .grad None and stands still: neither momentum nor weight decay moves it.
     """
-    record: dict[str, Tensor] = {}
     for run in METHODS[step.config.method].passes:
-        part = run.part(step.model)
         with step.arithmetic():
             terms = run.terms(step, batch.x, batch.y)
         if step.awp_gamma:
             with kept_buffers(step.model):
-                _gradient(terms, part, step)
-            with perturbed_weights(part, step.awp_gamma):
-                values = _gradient(terms, part, step)
+                _gradient(run, terms, step)
+            with perturbed_weights(run.part(step.model), step.awp_gamma):
+                _gradient(run, terms, step)
         else:
-            values = _gradient(terms, part, step)
+            _gradient(run, terms, step)
         optimizer.step()
         optimizer.zero_grad()
-        prefix = f"{run.name}_" if run.name else ""
-        record |= {prefix + name: value for name, value in values.items()}
-    return {"loss": torch.stack(list(record.values())).sum(), **record}
+    return {"loss": torch.stack(list(step.terms.values())).sum(), **step.terms}
 
 
-def _gradient(terms: Loss, part: nn.Module, step: Step) -> dict[str, Tensor]:
-    """Puts the gradient of the terms' sum into .grad of the part's parameters; returns the terms, detached."""
+def _gradient(run: Pass, terms: Loss, step: Step) -> None:
+    """Puts the gradient of the terms' sum into .grad of the pass's parameters, and the terms into step.terms."""
     with step.arithmetic():
         values = terms()
+    prefix = f"{run.name}_" if run.name else ""
+    step.terms.update({prefix + name: value.detach() for name, value in values.items()})
     loss = torch.stack(list(values.values())).sum()
     if not loss.isfinite():
         raise NonFiniteError("the loss", loss.item())
-    parameters = list(part.parameters())
+    parameters = list(run.part(step.model).parameters())
     for parameter in parameters:
         parameter.grad = None
     loss.backward(inputs=parameters)
     finish_gradients(parameters, step.share, step.config.clip_norm)
-    return {name: value.detach() for name, value in values.items()}

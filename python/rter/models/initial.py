@@ -1,8 +1,9 @@
 """Weights to begin with, from files of other code, read without running anything in them.
 
-Either a mixture as the public RT-ER code saves it, `experts.<i>.*` and `router.gate.*`, or one network, which every
-expert then begins with: a ResNet-18 of pytorch-cifar or torchvision, or a transformer of timm. DataParallel's prefix
-`module.` is dropped, and a head for another number of classes is left as it is in the model.
+Either a mixture as the public RT-ER code saves it, `experts.<i>.net.*` or `experts.<i>.vit.*` and `router.gate.*`, or
+two of these as in its dual model, below `Smoe.` and `Rmoe.`; or one network, which every expert then begins with: a
+ResNet-18 of pytorch-cifar or torchvision, or a transformer of timm. DataParallel's prefix `module.` is dropped,
+and a head for another number of classes is left as it is in the model.
 """
 
 import pickle
@@ -25,16 +26,18 @@ HEADS = ("head.", "linear.", "fc.")
 
 
 def load_initial(model: nn.Module, path: Path) -> None:
-    """Loads the file into every mixture of the model.
+    """Loads the file into every mixture of the model; of the two in a dual file, F_S into F_S and F_R into the other.
 
     Raises:
         UserError: if the file cannot be read, holds more than tensors, or does not fit.
     """
     state = read_state(path)
-    for moe in model.modules():
+    for name, moe in model.named_modules():
         if isinstance(moe, RobustMoE):
+            prefix = "Smoe." if name.startswith("standard.") else "Rmoe."
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             try:
-                _load(moe, state)
+                _load(moe, own or state)
             except ValueError as error:
                 raise UserError(f"{path} does not fit the model: {error}") from None
 
@@ -64,14 +67,14 @@ def _load(moe: RobustMoE, state: Mapping[str, Tensor]) -> None:
     assert isinstance(net, GroupedNetwork)
     experts: dict[int, dict[str, Tensor]] = {}
     for key, value in state.items():
-        if match := re.fullmatch(r"experts\.(\d+)\.(.*)", key):
-            experts.setdefault(int(match[1]), {})[match[2].removeprefix("module.")] = value
+        if match := re.fullmatch(r"experts\.(\d+)\.(?:(?:module|net|vit)\.)*(.*)", key):
+            experts.setdefault(int(match[1]), {})[match[2]] = value
     if not experts:
         net.load_state_dicts([_with_own_head(state, own) for own in net.state_dicts()])
         return
     if sorted(experts) != list(range(net.num_experts)):
         raise ValueError(f"it holds the experts {sorted(experts)}, the model has {net.num_experts}")
-    gate = {re.sub(r"^router\.(gate\.)?", "", k): v for k, v in state.items() if k.startswith("router.")}
+    gate = {re.sub(r"^router\.gate\.", "1.", k): v for k, v in state.items() if k.startswith("router.")}
     own = moe.router.state_dict()
     if {key: value.shape for key, value in gate.items()} != {key: value.shape for key, value in own.items()}:
         shapes = {key: list(value.shape) for key, value in gate.items()}
