@@ -29,6 +29,7 @@ format: $(READY)
 	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h)
 
 bench: $(READY)  ## speed and memory beside plain PyTorch, as ratios in one run
+	@mkdir -p $(dir $(BENCH))
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable --benchmark-json=$(BENCH) \
 	    --benchmark-columns=median --benchmark-max-time=0.5 --benchmark-warmup=on --benchmark-warmup-iterations=1
 	$(BIN)/python benchmarks/ratios.py $(BENCH)

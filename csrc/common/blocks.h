@@ -9,6 +9,32 @@ namespace moe {
 
 // Rows of a GEMM's block: a GEMM packs its weight anew for every call, so few blocks; threads share them, so several.
 constexpr int64_t kGemmRows = 256;
+constexpr int64_t kGemmBand = 512;  // rows of a weight gradient's block, whose sum is over the batch
+
+// Views made without the dispatcher, whose calls take as long as a small GEMM. They do not keep t alive.
+inline Tensor view_at(const Tensor& t, int64_t offset, const Shape& sizes, const Shape& strides) {
+  void* data = const_cast<void*>(t.const_data_ptr());
+  return torch::stable::from_blob(data, sizes, strides, t.device(), t.scalar_type(), offset);
+}
+inline Shape strides(const Tensor& t) { return {t.strides().begin(), t.strides().end()}; }
+
+// t[begin : begin + count]
+inline Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) {
+  Shape sizes = shape(t);
+  sizes[0] = count;
+  return view_at(t, begin * t.stride(0), sizes, strides(t));
+}
+// t[i]
+inline Tensor item_of(const Tensor& t, int64_t i) {
+  const Shape sizes = shape(t), steps = strides(t);
+  return view_at(t, i * steps[0], {sizes.begin() + 1, sizes.end()}, {steps.begin() + 1, steps.end()});
+}
+inline OptionalTensor item_of(const OptionalTensor& t, int64_t i) {
+  return t ? OptionalTensor(item_of(*t, i)) : std::nullopt;
+}
+inline Tensor transposed(const Tensor& matrix) {
+  return view_at(matrix, 0, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
+}
 
 struct Block {
   int64_t expert, begin, count;

@@ -87,6 +87,16 @@ template <class T>
 using acc_t = typename Accumulate<T>::type;
 inline ScalarType accumulate_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
 
+// to = value, rounded, in a loop to vectorise: the assignment of a 16-bit float, which is a struct, is not.
+template <class T>
+inline void store(T& to, acc_t<T> value) {
+  if constexpr (sizeof(T) == 2) {
+    to.x = T(value).x;
+  } else {
+    to = value;
+  }
+}
+
 // The fewest items of `work` element operations each that are worth a thread.
 inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); }
 

@@ -5,9 +5,6 @@
 namespace moe {
 namespace {
 
-using torch::stable::narrow;
-using torch::stable::select;
-
 // Images of a block. All but an expert's last block have one shape, which spares oneDNN new primitives for every batch.
 constexpr int64_t kImages = 32;
 const Shape kOnes{1, 1}, kZeros{0, 0};  // dilation and output padding
@@ -30,12 +27,10 @@ Tensor expert_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
   const auto extent = [&](int i) { return (x.size(2 + i) + 2 * padding[i] - weight.size(3 + i)) / stride[i] + 1; };
   Tensor out = new_tensor(x, {x.size(0), weight.size(1), extent(0), extent(1)}, is_channels_last(x));
   for_each_block(row_blocks(ranges, kImages), [&](const Block& block) {
-    Tensor source = x, target = out;
-    target = narrow(target, 0, block.begin, block.count);
-    const OptionalTensor b = bias ? OptionalTensor(select(*bias, 0, block.expert)) : std::nullopt;
+    Tensor target = rows_of(out, block.begin, block.count);
     torch::stable::copy_(
-        target, call_aten("aten::convolution", "", narrow(source, 0, block.begin, block.count),
-                          select(weight, 0, block.expert), b, stride, padding, kOnes, false, kZeros, int64_t{1}));
+        target, call_aten("aten::convolution", "", rows_of(x, block.begin, block.count), item_of(weight, block.expert),
+                          item_of(bias, block.expert), stride, padding, kOnes, false, kZeros, int64_t{1}));
   });
   return out;
 }
@@ -46,10 +41,9 @@ Tensor expert_conv2d_input_grad(const Tensor& grad, const Tensor& weight, const 
   const auto ranges = read_offsets(offsets, weight.size(0), grad.size(0));
   Tensor out = new_tensor(grad, {grad.size(0), weight.size(2), height, width}, is_channels_last(grad));
   for_each_block(row_blocks(ranges, kImages), [&](const Block& block) {
-    Tensor source = grad, target = out;
-    target = narrow(target, 0, block.begin, block.count);
-    torch::stable::copy_(target, convolution_backward(narrow(source, 0, block.begin, block.count), target,
-                                                      select(weight, 0, block.expert), stride, padding, true));
+    Tensor target = rows_of(out, block.begin, block.count);
+    torch::stable::copy_(target, convolution_backward(rows_of(grad, block.begin, block.count), target,
+                                                      item_of(weight, block.expert), stride, padding, true));
   });
   return out;
 }
@@ -60,15 +54,14 @@ Tensor expert_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Tens
                                  int64_t kernel_width, const Shape& stride, const Shape& padding) {
   const int64_t num_experts = offsets.size(0) - 1;
   const auto ranges = read_offsets(offsets, num_experts, grad.size(0));
-  Tensor g = grad, in = x;
   Tensor out = new_tensor(grad, {num_experts, grad.size(1), x.size(1), kernel_height, kernel_width});
   for (int64_t e = 0; e < num_experts; ++e) {
-    Tensor out_e = select(out, 0, e);
+    Tensor out_e = item_of(out, e);
     const int64_t begin = ranges[e], count = ranges[e + 1] - begin;
     if (count == 0) {
       torch::stable::zero_(out_e);
     } else {
-      torch::stable::copy_(out_e, convolution_backward(narrow(g, 0, begin, count), narrow(in, 0, begin, count), out_e,
+      torch::stable::copy_(out_e, convolution_backward(rows_of(grad, begin, count), rows_of(x, begin, count), out_e,
                                                        stride, padding, false));
     }
   }

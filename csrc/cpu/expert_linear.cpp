@@ -4,16 +4,10 @@
 namespace moe {
 namespace {
 
-using torch::stable::narrow;
-using torch::stable::select;
-using torch::stable::transpose;
-
 // The rows of x that the sorted slots [begin, begin + count) read: a view, or a gathered copy.
 Tensor slot_rows(const Tensor& x, const OptionalTensor& rows, int64_t begin, int64_t count) {
-  Tensor source = x;
-  if (!rows) return narrow(source, 0, begin, count);
-  Tensor index = *rows;
-  return call_aten("aten::index_select", "", x, int64_t{0}, narrow(index, 0, begin, count));
+  if (!rows) return rows_of(x, begin, count);
+  return call_aten("aten::index_select", "", x, int64_t{0}, rows_of(*rows, begin, count));
 }
 
 // x [T, in], weight [E, out, in], bias [E, out], offsets [E + 1], rows [N] -> [N, out]
@@ -24,13 +18,12 @@ Tensor expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
   const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), num_rows), kGemmRows);
   Tensor out = new_tensor(x, {num_rows, weight.size(1)});
   for_each_block(blocks, [&](const Block& b) {
-    Tensor target = out, matrix = select(weight, 0, b.expert);
-    const Tensor source = slot_rows(x, rows, b.begin, b.count);
-    target = narrow(target, 0, b.begin, b.count);
+    const Tensor source = slot_rows(x, rows, b.begin, b.count), matrix = item_of(weight, b.expert);
+    const Tensor target = rows_of(out, b.begin, b.count);
     if (bias) {
-      call_aten("aten::linear", "out", source, matrix, OptionalTensor(select(*bias, 0, b.expert)), target);
+      call_aten("aten::linear", "out", source, matrix, item_of(bias, b.expert), target);
     } else {
-      call_aten("aten::mm", "out", source, transpose(matrix, 0, 1), target);
+      call_aten("aten::mm", "out", source, transposed(matrix), target);
     }
   });
   return out;
@@ -43,23 +36,20 @@ Tensor expert_linear_weight_grad(const Tensor& grad, const Tensor& x, const Tens
   const auto ranges = read_offsets(offsets, num_experts, grad.size(0));
   std::vector<Block> blocks;
   for (int64_t e = 0; e < num_experts; ++e) {
-    for (int64_t i = 0; i < width; i += kGemmRows) blocks.push_back({e, i, std::min(kGemmRows, width - i)});
+    for (int64_t i = 0; i < width; i += kGemmBand) blocks.push_back({e, i, std::min(kGemmBand, width - i)});
   }
   if (rows) check_rows(*rows, grad.size(0), x.size(0));
   const Tensor gathered = rows ? slot_rows(x, rows, 0, grad.size(0)) : x;
   Tensor out = new_tensor(grad, {num_experts, width, x.size(1)});
   for_each_block(blocks, [&](const Block& b) {
-    Tensor target = select(out, 0, b.expert);
-    target = narrow(target, 0, b.begin, b.count);
+    Tensor target = rows_of(item_of(out, b.expert), b.begin, b.count);
     const int64_t first = ranges[b.expert], count = ranges[b.expert + 1] - first;
     if (count == 0) {
       torch::stable::zero_(target);
       return;
     }
-    Tensor g = grad;
-    g = narrow(g, 0, first, count);
-    call_aten("aten::mm", "out", transpose(narrow(g, 1, b.begin, b.count), 0, 1),
-              slot_rows(gathered, std::nullopt, first, count), target);
+    const Tensor band = rows_of(transposed(rows_of(grad, first, count)), b.begin, b.count);
+    call_aten("aten::mm", "out", band, rows_of(gathered, first, count), target);
   });
   return out;
 }

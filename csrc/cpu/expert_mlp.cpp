@@ -1,146 +1,139 @@
 // The second half of an expert MLP and the backward through its activation, which is never stored: it is computed from
 // the pre-activation a few rows at a time.
+#include "common/activation.h"
 #include "common/blocks.h"
 
 namespace moe {
 namespace {
 
-using torch::stable::narrow;
-using torch::stable::select;
+constexpr int64_t kTerms = 64;  // sums side by side of an inner product: rounding errors grow with n / 64
 
-constexpr int64_t kElements = 1 << 14;  // activations of a block: its temporaries stay in L2
-constexpr int64_t kTerms = 64;          // products summed before they join the total: rounding errors grow with n / 64
-
-// An activation and its gradient: the vectorised functions of ATen, where they are more than a comparison.
-class Activation {
- public:
-  explicit Activation(const std::string& name) : name_(name), gated_(name == "swiglu" || name == "geglu") {
-    if (gated_) name_ = name == "swiglu" ? "silu" : "gelu";
-    MOE_CHECK(name_ == "relu" || name_ == "relu2" || name_ == "gelu" || name_ == "silu",
-              "activation must be relu, gelu, silu, relu2, swiglu or geglu, got ", name);
+// Calls f with the activation that `name` names, and whether a second half of z multiplies it.
+template <class F>
+void dispatch_activation(const std::string& name, F&& f) {
+  const bool gated = name == "swiglu" || name == "geglu";
+  if (name == "relu") {
+    f(Relu{}, gated);
+  } else if (name == "relu2") {
+    f(SquaredRelu{}, gated);
+  } else if (name == "gelu" || name == "geglu") {
+    f(Gelu{}, gated);
+  } else if (name == "silu" || name == "swiglu") {
+    f(Silu{}, gated);
+  } else {
+    fail("activation must be relu, gelu, silu, relu2, swiglu or geglu, got ", name);
   }
+}
 
-  bool gated() const { return gated_; }
-
-  // z [N, n], or [N, 2 n] if gated -> [N, n]
-  Tensor operator()(const Tensor& z) const {
-    if (!gated_) return forward(z);
-    Tensor both = z;
-    const int64_t n = z.size(1) / 2;
-    return call_aten("aten::mul", "Tensor", forward(as_contiguous(narrow(both, 1, 0, n))), narrow(both, 1, n, n));
-  }
-
-  Tensor forward(const Tensor& z) const {
-    if (name_ == "gelu") return call_aten("aten::gelu", "", z, std::string("none"));
-    if (name_ == "silu") return call_aten("aten::silu", "", z);
-    const Tensor positive = call_aten("aten::relu", "", z);
-    return name_ == "relu" ? positive : call_aten("aten::square", "", positive);
-  }
-
-  Tensor backward(const Tensor& grad, const Tensor& z) const {
-    if (name_ == "gelu") return call_aten("aten::gelu_backward", "", grad, z, std::string("none"));
-    if (name_ == "silu") return call_aten("aten::silu_backward", "", grad, z);
-    const Tensor dense = as_contiguous(z);
-    Tensor out = new_tensor(grad, shape(grad));
-    dispatch_float(z.scalar_type(), "z", [&](auto zero) {
-      using T = decltype(zero);
-      using A = acc_t<T>;
-      const T *g = data<T>(grad), *src = data<T>(dense);
-      T* dst = mutable_data<T>(out);
-      const A linear = name_ == "relu" ? 1 : 0, square = 1 - linear;
-      for (int64_t i = 0; i < z.numel(); ++i) {
-        const A v = static_cast<A>(src[i]), slope = linear + 2 * square * v;
-        dst[i] = static_cast<T>(v <= 0 ? A(0) : slope * static_cast<A>(g[i]));
+// The activations [b.count, n] of a block of z's rows, [N, n], or [N, 2 n] if gated.
+template <class Activation>
+Tensor activated(const Tensor& z, const Block& b, int64_t n, bool gated) {
+  Tensor out = new_tensor(z, {b.count, n});
+  dispatch_float(z.scalar_type(), "z", [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const int64_t width = z.size(1);
+    for (int64_t i = 0; i < b.count; ++i) {
+      const T *first = data<T>(z) + (b.begin + i) * width, *second = first + n;
+      T* to = mutable_data<T>(out) + i * n;
+      if (gated) {
+#pragma omp simd
+        for (int64_t c = 0; c < n; ++c) {
+          store(to[c], Activation::at(static_cast<A>(first[c])).value * static_cast<A>(second[c]));
+        }
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < n; ++c) store(to[c], Activation::at(static_cast<A>(first[c])).value);
       }
-    });
-    return out;
-  }
-
- private:
-  std::string name_;
-  bool gated_;
-};
-
-// Inner product of n terms, in the order of the columns.
-template <class T>
-acc_t<T> dot(const T* a, const T* b, int64_t n) {
-  acc_t<T> total = 0;
-  for (int64_t c0 = 0; c0 < n; c0 += kTerms) {
-    acc_t<T> part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t c = c0; c < std::min(c0 + kTerms, n); ++c) {
-      part += static_cast<acc_t<T>>(a[c]) * static_cast<acc_t<T>>(b[c]);
     }
-    total += part;
-  }
-  return total;
+  });
+  return out;
 }
 
 // z [N, n] or [N, 2 n], weight [E, d, n], bias [E, d], offsets [E + 1] -> [N, d]; with weights and position [T, k]
 // their combination [T, d]
 Tensor expert_mlp_output(const Tensor& z, const Tensor& weight, const OptionalTensor& bias, const Tensor& offsets,
-                         StringHandle activation_name, const OptionalTensor& weights, const OptionalTensor& position,
+                         StringHandle activation, const OptionalTensor& weights, const OptionalTensor& position,
                          const OptionalTensor&) {
-  const Activation activation(take_string(activation_name));
   const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), z.size(0)), kGemmRows);
   const Tensor pre = as_contiguous(z);
   Tensor y = new_tensor(z, {z.size(0), weight.size(1)});
-  for_each_block(blocks, [&](const Block& b) {
-    Tensor source = pre, target = y;
-    call_aten("aten::linear", "out", activation(narrow(source, 0, b.begin, b.count)), select(weight, 0, b.expert),
-              bias ? OptionalTensor(select(*bias, 0, b.expert)) : std::nullopt, narrow(target, 0, b.begin, b.count));
+  dispatch_activation(take_string(activation), [&](auto act, bool gated) {
+    for_each_block(blocks, [&](const Block& b) {
+      const Tensor a = activated<decltype(act)>(pre, b, weight.size(2), gated);
+      call_aten("aten::linear", "out", a, item_of(weight, b.expert), item_of(bias, b.expert),
+                rows_of(y, b.begin, b.count));
+    });
   });
   return weights ? call_aten("moe_kernels::combine", "", y, *weights, *position) : y;
+}
+
+// One row of the hidden gradient: da, z, in the gated case the second half of z, and where the results go.
+template <class T>
+struct Row {
+  const T *da, *z, *second;
+  T *dz, *dsecond, *weighted;
+};
+
+// Writes a row of dz and of s * act(z); returns <da, act(z)>: kTerms sums side by side, then their tree.
+template <class Activation, bool gated, class T>
+acc_t<T> hidden_grad_row(const Row<T> row, int64_t n, acc_t<T> s) {
+  using A = acc_t<T>;
+  A sum[kTerms] = {};
+  for (int64_t c0 = 0; c0 < n; c0 += kTerms) {
+    const int64_t terms = std::min(kTerms, n - c0);
+#pragma omp simd
+    for (int64_t i = 0; i < terms; ++i) {
+      const int64_t c = c0 + i;
+      const Point<A> at = Activation::at(static_cast<A>(row.z[c]));
+      const A g = static_cast<A>(row.da[c]), gate = gated ? static_cast<A>(row.second[c]) : A(1);
+      sum[i] += g * at.value * gate;
+      store(row.dz[c], s * g * at.slope * gate);
+      if (gated) store(row.dsecond[c], s * g * at.value);
+      store(row.weighted[c], s * at.value * gate);
+    }
+  }
+  for (int64_t half = kTerms / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) sum[i] += sum[i + half];
+  }
+  return sum[0];
 }
 
 // da [N, n], z [N, n] or [N, 2 n] of a gated activation, weights [N] -> dz like z, weights * act(z) [N, n], <da,
 // act(z)> [N]; empty where not needed.
 std::tuple<Tensor, Tensor, Tensor> expert_mlp_hidden_grad(const Tensor& da, const Tensor& z, const Tensor& weights,
-                                                          StringHandle activation_name, bool z_needs, bool weight_needs,
+                                                          StringHandle activation, bool z_needs, bool weight_needs,
                                                           bool weights_needs) {
-  const Activation activation(take_string(activation_name));
-  const int64_t count = da.size(0), n = da.size(1), width = activation.gated() ? 2 * n : n;
-  MOE_CHECK(z.dim() == 2 && z.size(0) == count && z.size(1) == width, "z must be [", count, ", ", width, "]");
+  const int64_t count = da.size(0), n = da.size(1);
   MOE_CHECK(weights.numel() == count && weights.scalar_type() == accumulate_type(da.scalar_type()), "weights must be ",
             count, " numbers in the precision of the sums");
   const Tensor grad = as_contiguous(da), pre = as_contiguous(z), scale = as_contiguous(weights);
   const Shape none{0};
-  Tensor dz = new_tensor(z, z_needs ? Shape{count, width} : none);
   Tensor weighted = new_tensor(da, weight_needs ? Shape{count, n} : none);
-  Tensor dweights = new_tensor(weights, weights_needs ? Shape{count} : none);
-  const int64_t rows = std::max<int64_t>(1, kElements / std::max<int64_t>(1, n));
-  for_each_block(row_blocks({0, count}, rows), [&](const Block& b) {
-    Tensor source = pre;
-    source = narrow(source, 0, b.begin, b.count);
-    const Tensor first = as_contiguous(narrow(source, 1, 0, n));
-    const Tensor a = activation.forward(first), scaled = new_tensor(da, {b.count, n});
+  Tensor dweights = new_tensor(weights, weights_needs ? Shape{count} : none), dz;
+  dispatch_activation(take_string(activation), [&](auto act, bool gated) {
+    const int64_t width = gated ? 2 * n : n;
+    MOE_CHECK(z.dim() == 2 && z.size(0) == count && z.size(1) == width, "z must be [", count, ", ", width, "]");
+    dz = new_tensor(z, z_needs ? Shape{count, width} : none);
     dispatch_float(da.scalar_type(), "da", [&](auto zero) {
       using T = decltype(zero);
       using A = acc_t<T>;
-      const A* s = data<A>(scale) + b.begin;
-      const T* g = data<T>(grad) + b.begin * n;
-      const T* second = activation.gated() ? data<T>(pre) + b.begin * width + n : nullptr;
-      T *act = mutable_data<T>(a), *sg = mutable_data<T>(scaled);
-      T* dz_rows = z_needs ? mutable_data<T>(dz) + b.begin * width : nullptr;
-      for (int64_t i = 0; i < b.count; ++i) {
-        for (int64_t c = 0; c < n && z_needs; ++c) {
-          const A v = s[i] * static_cast<A>(g[i * n + c]);
-          sg[i * n + c] = static_cast<T>(second ? v * static_cast<A>(second[i * width + c]) : v);
-          if (second) dz_rows[i * width + n + c] = static_cast<T>(v * static_cast<A>(act[i * n + c]));
+      const T *g = data<T>(grad), *src = data<T>(pre);
+      const A* s = data<A>(scale);
+      T *to_dz = mutable_data<T>(dz), *to_weighted = mutable_data<T>(weighted);
+      A* to_dweights = mutable_data<A>(dweights);
+      torch::stable::parallel_for(0, count, grain(16 * n), [&](int64_t first, int64_t last) {
+        std::vector<T> unwanted(width);  // where a result goes that nobody needs
+        for (int64_t i = first; i < last; ++i) {
+          T* dz_row = z_needs ? to_dz + i * width : unwanted.data();
+          T* weighted_row = weight_needs ? to_weighted + i * n : unwanted.data();
+          const Row<T> row{g + i * n, src + i * width, src + i * width + n, dz_row, dz_row + n, weighted_row};
+          const A dot = gated ? hidden_grad_row<decltype(act), true>(row, n, s[i])
+                              : hidden_grad_row<decltype(act), false>(row, n, s[i]);
+          if (weights_needs) to_dweights[i] = dot;
         }
-        for (int64_t c = 0; c < n && second; ++c) {
-          act[i * n + c] = static_cast<T>(static_cast<A>(act[i * n + c]) * static_cast<A>(second[i * width + c]));
-        }
-        if (weights_needs) mutable_data<A>(dweights)[b.begin + i] = dot(g + i * n, act + i * n, n);
-        T* out = weight_needs ? mutable_data<T>(weighted) + (b.begin + i) * n : nullptr;
-        for (int64_t c = 0; c < n && weight_needs; ++c) out[c] = static_cast<T>(s[i] * static_cast<A>(act[i * n + c]));
-      }
+      });
     });
-    if (!z_needs) return;
-    Tensor target = dz;
-    target = narrow(target, 0, b.begin, b.count);
-    target = narrow(target, 1, 0, n);
-    torch::stable::copy_(target, activation.backward(scaled, first));
   });
   return {dz, weighted, dweights};
 }

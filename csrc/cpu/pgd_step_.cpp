@@ -45,14 +45,7 @@ void normalize(const ModelInput<T, G>& m, const T* x_adv, int64_t first, int64_t
     const int64_t stop = std::min(end, last);
     G* to = m.to;
 #pragma omp simd
-    for (int64_t j = i; j < stop; ++j) {
-      const G value = static_cast<acc_t<G>>((x_adv[j] - mean) / std);
-      if constexpr (sizeof(G) == 2) {
-        to[j].x = value.x;  // the assignment of a struct is not vectorised
-      } else {
-        to[j] = value;
-      }
-    }
+    for (int64_t j = i; j < stop; ++j) store(to[j], static_cast<acc_t<G>>((x_adv[j] - mean) / std));
     i = stop;
   }
 }
