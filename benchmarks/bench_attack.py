@@ -1,4 +1,4 @@
-"""PGD steps on a dense ResNet-18, beside eager torch and the attack libraries that are installed."""
+"""PGD on a dense ResNet-18, beside eager torch and the attack libraries that are installed."""
 
 from collections.abc import Callable
 from functools import partial
@@ -65,9 +65,9 @@ def test_fp32(contest: Contest, name: str) -> None:
     attacks |= {library: partial(attack_of_library, library, *inputs) for library in LIBRARIES}
     different = (attacks[name](steps=1) != eager_attack(*inputs, steps=1)).float().mean()
     assert different < 0.001, f"one step differs in {different:.1%} of the pixels"  # later ones amplify rounding
-    contenders = {other: partial(attack, steps=4) for other, attack in attacks.items()}
+    contenders = {other: partial(attack, steps=10) for other, attack in attacks.items()}
     targets = {"eager, parameters trainable": ">= 1.7", "torchattacks": ">= 1.6", "foolbox": ">= 1.6"}
-    contest("4 PGD steps on a ResNet-18, 8 images, fp32", contenders, name, targets=targets)
+    contest("PGD-10 on a ResNet-18, 8 images, fp32", contenders, name, targets=targets)
 
 
 @pytest.mark.parametrize("name", ["moe_kernels", "eager in bf16", "eager in fp32"])
