@@ -4,8 +4,8 @@ x1 = PGD(F_R, x, y), and x_e = PGD(f_e, x, y) attacks expert e of F_R alone; e r
 mean over the batch. F_D = (1 - alpha) F_S + alpha F_R on clean images; F_R stands still while F_S is trained. The paper
 has no balance loss (--balance-weight 0).
 
-On the digits F_D is not robust at the alpha it was trained with: nothing bounds F_S, whose logits grow until they undo
-1 - alpha. See docs/methods.md.
+On the digits F_D is not robust at the alpha it was trained with: nothing bounds F_S, whose logits seem to grow until
+they undo 1 - alpha. See docs/methods.md.
 
 All attacks run as one batch of (1 + E) B rows and all forwards of F_R as one of (1 + 2E) B.
 
