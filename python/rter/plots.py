@@ -82,7 +82,7 @@ def comparison(rows: dict[str, dict[str, list[float | None]]]) -> Figure:
         at = np.arange(len(names)) + 0.12 * (1.5 - i)
         seeds = np.array([values[name][key] for name in names])  # [rows, seeds]
         axes.plot(seeds, at, "o", color=colour, markersize=2.5, alpha=0.5, zorder=2)
-        axes.plot(seeds.mean(1), at, "D", color=colour, markersize=5, label=key, zorder=3)
+        axes.plot(seeds.mean(1), at, "D", color=colour, markersize=5, label=key, clip_on=False, zorder=3)
     axes.set(xlim=(0, 1), ylim=(-0.6, len(names) - 0.4))
     axes.set_yticks(range(len(names)), names)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
