@@ -53,7 +53,7 @@ def train(
         return training.run(save_every)
 
 
-def seconds_per_step(configs: Sequence[Config], rounds: int = 5) -> list[float]:
+def seconds_per_step(configs: Sequence[Config], rounds: int = 15) -> list[float]:
     """Seconds of a training step of each: medians of steps taken in turns, averaged over the first and last epoch."""
     trainings = []
     for config in configs:
