@@ -26,7 +26,7 @@ def test_repeats(case: testing.Case, dtype: torch.dtype) -> None:
     testing.check_repeats(case, dtype)
 
 
-@pytest.mark.parametrize("case", [c for c in SMALL if c.has_gradient], ids=str)
+@pytest.mark.parametrize("case", [c for c in SMALL if c.has_gradient and torch.float64 in c.dtypes], ids=str)
 def test_gradcheck(case: testing.Case) -> None:
     testing.check_gradcheck(case)
 

@@ -16,12 +16,19 @@ typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(
 
 inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
 inline void store(float* to, Lanes value) { *reinterpret_cast<Lanes*>(to) = value; }
-inline Lanes broadcast(float value) { return Lanes{} + value; }
+inline Lanes broadcast(float v) { return Lanes{v, v, v, v, v, v, v, v}; }
 
-// c [kRows, kPanel] = a [kRows, depth] b [depth, kPanel]; the rows of a are lda apart, those of c ldc.
+// c [kRows, kPanel] = a [kRows, depth] b [depth, kPanel], on top of c where `add`; rows of a are lda apart, of c ldc.
 template <int kRows>
-void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, bool add) {
   Lanes sum[kRows][2] = {};
+  if (add) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      sum[i][0] = load(c + i * ldc);
+      sum[i][1] = load(c + i * ldc + kLanes);
+    }
+  }
   for (int64_t k = 0; k < depth; ++k, b += kPanel) {
     const Lanes left = load(b), right = load(b + kLanes);
 #pragma GCC unroll 6
@@ -38,23 +45,24 @@ void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, f
   }
 }
 
-// c [rows, kPanel] = a [rows, depth] b [depth, kPanel]
+// c [rows, kPanel] = a [rows, depth] b [depth, kPanel], on top of c where `add`
 inline void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, float* c,
-                           int64_t ldc) {
+                           int64_t ldc, bool add = false) {
   int64_t i = 0;
-  for (; i + kGemmTile <= rows; i += kGemmTile) multiply_tile<kGemmTile>(depth, a + i * lda, lda, b, c + i * ldc, ldc);
+  for (; i + kGemmTile <= rows; i += kGemmTile)
+    multiply_tile<kGemmTile>(depth, a + i * lda, lda, b, c + i * ldc, ldc, add);
   a += i * lda, c += i * ldc;
   switch (rows - i) {
     case 5:
-      return multiply_tile<5>(depth, a, lda, b, c, ldc);
+      return multiply_tile<5>(depth, a, lda, b, c, ldc, add);
     case 4:
-      return multiply_tile<4>(depth, a, lda, b, c, ldc);
+      return multiply_tile<4>(depth, a, lda, b, c, ldc, add);
     case 3:
-      return multiply_tile<3>(depth, a, lda, b, c, ldc);
+      return multiply_tile<3>(depth, a, lda, b, c, ldc, add);
     case 2:
-      return multiply_tile<2>(depth, a, lda, b, c, ldc);
+      return multiply_tile<2>(depth, a, lda, b, c, ldc, add);
     case 1:
-      return multiply_tile<1>(depth, a, lda, b, c, ldc);
+      return multiply_tile<1>(depth, a, lda, b, c, ldc, add);
   }
 }
 

@@ -1,6 +1,7 @@
 // Grouped convolutions of a batch sorted by expert, each block of images one convolution of ATen's (oneDNN).
 #include "common/blocks.h"
 #include "common/layout.h"
+#include "common/narrow.h"
 
 namespace moe {
 namespace {
@@ -29,8 +30,9 @@ Tensor expert_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
   for_each_block(row_blocks(ranges, kImages), [&](const Block& block) {
     Tensor target = rows_of(out, block.begin, block.count);
     torch::stable::copy_(
-        target, call_aten("aten::convolution", "", rows_of(x, block.begin, block.count), item_of(weight, block.expert),
-                          item_of(bias, block.expert), stride, padding, kOnes, false, kZeros, int64_t{1}));
+        target, call_aten("aten::convolution", "", computable(rows_of(x, block.begin, block.count)),
+                          computable(item_of(weight, block.expert)), computable(item_of(bias, block.expert)), stride,
+                          padding, kOnes, false, kZeros, int64_t{1}));
   });
   return out;
 }
@@ -42,8 +44,10 @@ Tensor expert_conv2d_input_grad(const Tensor& grad, const Tensor& weight, const 
   Tensor out = new_tensor(grad, {grad.size(0), weight.size(2), height, width}, is_channels_last(grad));
   for_each_block(row_blocks(ranges, kImages), [&](const Block& block) {
     Tensor target = rows_of(out, block.begin, block.count);
-    torch::stable::copy_(target, convolution_backward(rows_of(grad, block.begin, block.count), target,
-                                                      item_of(weight, block.expert), stride, padding, true));
+    const Tensor values = computable(rows_of(grad, block.begin, block.count));
+    const Tensor like_x = new_tensor(values, shape(target), is_channels_last(grad));
+    torch::stable::copy_(
+        target, convolution_backward(values, like_x, computable(item_of(weight, block.expert)), stride, padding, true));
   });
   return out;
 }
@@ -61,8 +65,9 @@ Tensor expert_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Tens
     if (count == 0) {
       torch::stable::zero_(out_e);
     } else {
-      torch::stable::copy_(out_e, convolution_backward(rows_of(grad, begin, count), rows_of(x, begin, count), out_e,
-                                                       stride, padding, false));
+      const Tensor values = computable(rows_of(grad, begin, count));
+      torch::stable::copy_(out_e, convolution_backward(values, computable(rows_of(x, begin, count)),
+                                                       new_tensor(values, shape(out_e)), stride, padding, false));
     }
   }
   return out;

@@ -12,6 +12,7 @@ from moe_kernels.ops.kl_divergence import kl_divergence
 from moe_kernels.ops.mask_relu import mask_relu
 from moe_kernels.ops.pgd_step_ import pgd_step_, pgd_step_normalized_
 from moe_kernels.ops.topk_route import topk_route, topk_route_backward
+from moe_kernels.ops.winograd_conv2d import winograd_conv2d
 
 load()
 
@@ -33,4 +34,5 @@ __all__ = [
     "pgd_step_normalized_",
     "topk_route",
     "topk_route_backward",
+    "winograd_conv2d",
 ]

@@ -158,6 +158,40 @@ def _expert_conv2d_cases() -> list[Case]:
     return cases
 
 
+def _winograd_conv2d_cases() -> list[Case]:
+    def case(
+        name: str,
+        counts: tuple[int, ...],
+        c: int = 2,
+        o: int = 3,
+        *,
+        size: tuple[int, int] = (4, 5),
+        padding: tuple[int, int] = (1, 1),
+        bias: bool = True,
+        layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x,
+    ) -> Case:
+        def make(s: Source) -> tuple[Any, ...]:
+            x = layout(s, s.randn(sum(counts), c, *size))
+            weight = s.randn(len(counts), o, c, 3, 3).div((9 * c) ** 0.5)
+            return x, weight, s.randn(len(counts), o) if bias else None, s.offsets(counts), padding
+
+        return Case("winograd_conv2d", name, make, dtypes=(torch.float32, torch.bfloat16))
+
+    groups = GROUPS | {"one_expert_takes_all": (0, 3, 0), "an_expert_gets_none": (1, 0, 2), "single_expert": (2,)}
+    groups["odd_sizes"] = (9, 5, 7)
+    return [
+        *(case(name, counts, *((7, 9) if name == "odd_sizes" else (2, 3))) for name, counts in groups.items()),
+        case("one_pixel", (1, 2), size=(1, 1)),
+        case("no_padding", (1, 2), size=(3, 6), padding=(0, 0), bias=False),
+        case("not_square", (1, 0, 2), 17, 37, size=(9, 7), padding=(0, 2)),
+        case("channels_last", (3, 0, 2), 17, 37, size=(8, 12), layout=Source.channels_last),
+        case("one_channel_channels_last", (2, 1), 1, 2, layout=Source.channels_last),
+        case("strided", (1, 0, 2), layout=Source.strided),
+        case("a_row_beyond_a_block", (1, 1), 5, 9, size=(4, 800)),
+        case("many_channels", (50, 9), 40, 300, size=(7, 8)),
+    ]
+
+
 def _expert_batch_norm_cases() -> list[Case]:
     def case(
         name: str,
@@ -398,6 +432,7 @@ CASES: list[Case] = [
     *_combine_cases(),
     *_expert_batch_norm_cases(),
     *_expert_conv2d_cases(),
+    *_winograd_conv2d_cases(),
     *_expert_linear_cases(),
     *_expert_mlp_cases(),
     *_expert_sum_cases(),

@@ -1,0 +1,107 @@
+"""Grouped 3 x 3 convolution of step 1 by Winograd's algorithm: a quarter of the products, twice the rounding error."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moe_kernels import _checks as check
+from moe_kernels import backends
+from moe_kernels._library import define
+from moe_kernels.ops.expert_conv2d import _empty, _weight_grad
+from moe_kernels.ops.expert_sum import expert_sum
+
+TILE = 4  # results per side
+
+
+def winograd_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    padding: int | Sequence[int] = 0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`expert_conv2d` with 3 x 3 kernels and stride 1 by F(4 x 4, 3 x 3) of Lavin and Gray, "Fast Algorithms for
+    Convolutional Neural Networks", CVPR 2016, with the points 0, +-2/3, +-3/2 and infinity.
+
+    16-bit input is computed in fp32. A pixel that is no number makes none of the results in the tiles of 4 x 4 that it
+    has a part in. Gradients of x are computed in the same way, those of weight as in `expert_conv2d`.
+
+    Args:
+        x: [N, C, H, W], images sorted by expert; float32, bfloat16 or float16; contiguous or channels-last, which the
+            output keeps.
+        weight: [E, O, C, 3, 3].
+        bias: [E, O] or None.
+        offsets: int32 [E + 1]; images offsets[e] to offsets[e + 1] belong to expert e.
+        padding: zeros added on each side, 0, 1 or 2 pixels, one number or (vertical, horizontal).
+        backend: None for the fastest on x's device, or "reference".
+
+    Returns:
+        [N, O, H + 2 padding - 2, W + 2 padding - 2].
+
+    Raises:
+        ValueError: if a shape, dtype, device or padding does not match.
+    """
+    check.ndim("x", x, 4)
+    check.shape("weight", weight, (None, None, x.shape[1], 3, 3), "[E, O, C, 3, 3] with C = x.shape[1]")
+    check.same_kind("weight", weight, "x", x)
+    if bias is not None:
+        check.shape("bias", bias, tuple(weight.shape[:2]), "[E, O]")
+        check.same_kind("bias", bias, "x", x)
+    check.offsets(offsets, weight.shape[0], x)
+    paddings = check.pair("padding", padding, 0)
+    if max(paddings) > 2 or min(size + 2 * pad for size, pad in zip(x.shape[2:], paddings, strict=True)) < 3:
+        raise ValueError(
+            f"padding must be at most 2 and make x {list(x.shape)} at least 3 pixels high and wide, got {paddings}"
+        )
+    x, weight, bias = check.autocast(x, weight, bias)
+    return backends.choose("winograd_conv2d", backend, x)(x, weight, bias, offsets, paddings, False)
+
+
+def saves_work(size: Sequence[int], weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether a convolution of images of this size needs less than 0.6 of the usual products by this algorithm: 36 for
+    each tile, of which some results may lie beyond the edge, in place of 9 for each result."""
+    height, width = (n + 2 * p - 2 for n, p in zip(size, padding, strict=True))
+    tiles = -(-height // TILE) * -(-width // TILE)
+    return (
+        (*weight.shape[-2:], *stride) == (3, 3, 1, 1)
+        and max(padding) <= 2
+        and min(weight.shape[-4:-2]) >= 16
+        and 36 * tiles < 0.6 * 9 * height * width
+    )
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, padding: list[int], turned: bool) -> Tensor:
+    height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
+    return _empty(x, x.shape[0], weight.shape[2 if turned else 1], height, width)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, offsets, ctx.padding, ctx.turned = inputs
+    x_needs, weight_needs = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if weight_needs else None, weight if x_needs else None, offsets)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, offsets = ctx.saved_tensors
+    x_needs, weight_needs, bias_needs = ctx.needs_input_grad[:3]
+    opposite = [2 - p for p in ctx.padding]
+    dx = dweight = dbias = None
+    if x_needs:
+        dx = _winograd_conv2d(grad, weight, None, offsets, opposite, not ctx.turned)
+    if weight_needs:
+        pair, padding = ((x, grad), opposite) if ctx.turned else ((grad, x), ctx.padding)
+        dweight = _weight_grad(*pair, offsets, 3, 3, [1, 1], padding)
+    if bias_needs:
+        dbias = expert_sum(grad.sum((2, 3)), offsets)
+    return dx, dweight, dbias, None, None, None
+
+
+_winograd_conv2d = define(
+    "winograd_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, int[2] padding, bool turned) -> Tensor",
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
