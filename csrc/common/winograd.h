@@ -194,19 +194,16 @@ class Winograd {
   // The rows of tiles that make a block.
   int64_t rows_per_block() const { return std::max<int64_t>(1, kTiles / columns_); }
 
-  class Scratch {
-   public:
-    explicit Scratch(const Winograd& w)
-        : strip(make(kInputs * w.strip_width() * w.depth_)),
-          points(make(kPoints * point_step(w.block_tiles() * w.depth_))),
-          weights(make(kPoints * point_step(w.x_.channels * kFilters))),
-          products(make(kPoints * point_step(w.block_tiles() * kFilters))),
-          results(make(kOutputs * kOutputs * w.columns_ * kFilters)) {}
+  // What `rows` rows of tiles need.
+  struct Scratch {
+    Scratch(const Winograd& w, int64_t rows)
+        : strip(new float[kInputs * w.strip_width() * w.depth_]()),  // zero where no image is
+          points(new float[kPoints * point_step(rows * w.columns_ * w.depth_)]),
+          weights(new float[kPoints * point_step(w.x_.channels * kFilters)]),
+          products(new float[kPoints * point_step(rows * w.columns_ * kFilters)]),
+          results(new float[kOutputs * kOutputs * w.columns_ * kFilters]) {}
 
     std::unique_ptr<float[]> strip, points, weights, products, results;
-
-   private:
-    static std::unique_ptr<float[]> make(int64_t size) { return std::unique_ptr<float[]>(new float[size]()); }
   };
 
   // Rows [first, first + count) of tiles, output channels [begin, end).
@@ -236,7 +233,6 @@ class Winograd {
 
  private:
   int64_t strip_width() const { return columns_ * kOutputs + 2; }
-  int64_t block_tiles() const { return rows_per_block() * columns_; }
 
   // The six rows of pixels under a row of tiles, [6, strip_width, depth], zero outside the image.
   void read_strip(int64_t row, float* strip) const {

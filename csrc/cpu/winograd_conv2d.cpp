@@ -17,8 +17,10 @@ void convolve(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   auto rows = read_offsets(offsets, weight.size(0), x.size(0));
   for (int64_t& row : rows) row *= convolution.rows_per_image();
   const auto blocks = row_blocks(rows, convolution.rows_per_block());
+  int64_t most = 0;
+  for (const Block& block : blocks) most = std::max(most, block.count);
   torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()) * bands, 1, [&](int64_t first, int64_t last) {
-    typename Winograd<T>::Scratch scratch(convolution);
+    typename Winograd<T>::Scratch scratch(convolution, most);
     for (int64_t i = first; i < last; ++i) {
       const Block& block = blocks[i / bands];
       const Kernels<T> own{kernels + block.expert * 9 * depth * width, 9 * (turned ? 1 : depth),

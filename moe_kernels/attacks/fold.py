@@ -3,8 +3,9 @@
     bn(conv(x, W) + b) = conv(x, s W) + s (b - mean) + beta,   s = gamma / sqrt(var + eps)
 
 Which convolution feeds a batch norm and nothing else shows when the model first runs. From then on the convolution has
-the folded weight and the batch norm does nothing. Should anything else touch such a convolution's result after all, it
-gets what it would have been, and the convolution is not folded again.
+the folded weight and the batch norm does nothing; on a CPU it is computed by Winograd's algorithm where that saves
+work. Should anything else touch such a convolution's result after all, it gets what it would have been, and the
+convolution is not folded again. Grouped ones, with a leading dimension of experts, are folded as plain ones are.
 """
 
 import weakref
@@ -18,9 +19,15 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_kernels import _checks as check
-from moe_kernels.attacks.rules import alias
+from moe_kernels.attacks.rules import alias, each
+from moe_kernels.backends import is_implemented
+from moe_kernels.ops.winograd_conv2d import saves_work, winograd_conv2d
 
-FOLDABLE = {F.batch_norm, F.conv1d, F.conv2d, F.conv3d}
+GROUPED_CONVOLUTION = torch.ops.moe_kernels.expert_conv2d.default
+GROUPED_BATCH_NORM = torch.ops.moe_kernels.expert_batch_norm_forward.default
+BATCH_NORMS = {F.batch_norm, GROUPED_BATCH_NORM}
+CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, GROUPED_CONVOLUTION}
+WINOGRAD, LAST = "winograd_conv2d", torch.channels_last
 ATTRIBUTES = ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape")
 HARMLESS = {  # what tells nothing of a tensor's values
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_contiguous),
@@ -29,16 +36,22 @@ HARMLESS = {  # what tells nothing of a tensor's values
 
 
 class Norm(NamedTuple):
-    """The arguments of a batch norm in eval mode."""
+    """The arguments of a batch norm: those of plain [C], or grouped [E, C] with the offsets of the experts' rows."""
 
-    mean: Tensor
-    var: Tensor
+    mean: Tensor | None
+    var: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    training: bool
     eps: float
+    offsets: Tensor | None = None
 
     @classmethod
-    def of(
+    def of(cls, func: Any, *args: Any, **kwargs: Any) -> "Norm":
+        return (cls._grouped if func is GROUPED_BATCH_NORM else cls._plain)(*args, **kwargs)
+
+    @classmethod
+    def _plain(
         cls,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -47,59 +60,95 @@ class Norm(NamedTuple):
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
-    ) -> "Norm | None":
-        if training or running_mean is None or running_var is None:
-            return None
-        return cls(running_mean, running_var, weight, bias, eps)
+    ) -> "Norm":
+        return cls(running_mean, running_var, weight, bias, training, eps)
 
-    def is_same(self, other: "Norm | None") -> bool:
-        return (
-            other is not None
-            and all(a is b for a, b in zip(self[:4], other[:4], strict=True))
-            and self.eps == other.eps
-        )
+    @classmethod
+    def _grouped(
+        cls,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        offsets: Tensor,
+        training: bool,
+        eps: float,
+    ) -> "Norm":
+        return cls(running_mean, running_var, weight, bias, training, eps, offsets)
+
+    def folds_into(self, result: "_Result") -> bool:
+        known = not self.training and self.mean is not None and self.offsets is result.offsets
+        return known and all(t.dtype == result.convolution.weight.dtype for t in self.tensors())
+
+    def is_same(self, other: "Norm") -> bool:
+        return all(a is b for a, b in zip(self[:4], other[:4], strict=True)) and self.eps == other.eps
 
     def tensors(self) -> list[Tensor]:
         return [t for t in self[:4] if t is not None]
 
 
-class _Fold:
-    """A convolution's weight and bias, and the batch norm to be folded into them."""
+def _by_winograd(func: Any, x: Tensor, weight: Tensor, *settings: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """func(x, weight, bias, *settings) as a function of weight and bias, where Winograd's algorithm saves work."""
+    if x.ndim != 4 or not x.dtype == weight.dtype == torch.float32 or not is_implemented(WINOGRAD, x.device.type):
+        return None
+    if func is GROUPED_CONVOLUTION:
+        offsets, stride, padding = settings
+        fits = saves_work(x.shape[2:], weight, stride, padding)
+        return (lambda weight, bias: winograd_conv2d(x, weight, bias, offsets, padding)) if fits else None
+    defaults: tuple[Any, ...] = (1, 0, 1, 1)
+    stride, padding, dilation, groups = settings + defaults[len(settings) :]
+    if func is not F.conv2d or isinstance(padding, str) or groups != 1:
+        return None
+    stride, padding, dilation = (each(size, 2) for size in (stride, padding, dilation))
+    if dilation != [1, 1] or not saves_work(x.shape[2:], weight, stride, padding):
+        return None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, norm: Norm, first: Tensor) -> None:
-        self.weight, self.bias, self.norm, self.first = weight, bias, norm, weakref.ref(first)
+    def convolve(weight: Tensor, bias: Tensor) -> Tensor:
+        offsets = torch.tensor([0, len(x)], dtype=torch.int32)
+        return winograd_conv2d(x.contiguous(memory_format=LAST), weight[None], bias[None], offsets, padding)
+
+    return convolve
+
+
+class _Convolution:
+    """What is known of a convolution, by its weight and bias; `last` says whether it is fast in channels-last alone."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, last: bool) -> None:
+        self.weight, self.bias, self.last = weight, bias, last
+        self.fold: _Fold | None = None
+        self.foldable = True
+
+
+class _Fold:
+    """A convolution, and the batch norm to be folded into it."""
+
+    def __init__(self, convolution: _Convolution, norm: Norm, first: Tensor) -> None:
+        self.convolution, self.norm, self.first = convolution, norm, weakref.ref(first)
+        weight, bias = convolution.weight, convolution.bias
         self.sources = [weight, *norm.tensors(), *([] if bias is None else [bias])]
         self.versions = [t._version for t in self.sources]
 
     @cached_property
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias; channels-last on a CPU, where folding alone saves no time."""
-        norm, weight = self.norm, self.weight
+        """Weight and bias."""
+        norm, weight, bias = self.norm, self.convolution.weight, self.convolution.bias
+        assert norm.mean is not None and norm.var is not None
         scale = (norm.var + norm.eps).rsqrt()
         scale = scale if norm.weight is None else scale * norm.weight
-        shift = -norm.mean if self.bias is None else self.bias - norm.mean
-        bias = shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
-        last = weight.ndim == 4 and weight.device.type == "cpu"
-        weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        return weight * scale.view(-1, *[1] * (weight.ndim - 1)), bias
+        shift = -norm.mean if bias is None else bias - norm.mean
+        shift = shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
+        weight = weight.contiguous(memory_format=LAST if self.convolution.last else torch.contiguous_format)
+        return weight * scale.view(*scale.shape, *[1] * (weight.ndim - scale.ndim)), shift
 
     def holds(self) -> bool:
         return self.versions == [t._version for t in self.sources] and self.first() is None
-
-
-class _Convolution:
-    """What is known of a convolution, by its weight and bias."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-        self.fold: _Fold | None = None
-        self.foldable = True
 
 
 class _Result(NamedTuple):
     """What a living result came from; `instead` computes what it would be where a batch norm has been folded in."""
 
     convolution: _Convolution
+    offsets: Tensor | None
     instead: Callable[[], Tensor] | None
 
 
@@ -113,34 +162,39 @@ class Folds:
     def __bool__(self) -> bool:
         return bool(self._convolutions)
 
-    def convolution(self, run: Callable[[tuple[Any, ...]], Tensor], args: tuple[Any, ...]) -> Tensor:
-        """run(args), a convolution with args = (input, weight, bias, ...), or the folded one if it is known."""
+    def convolution(self, func: Any, run: Callable[[tuple[Any, ...]], Tensor], args: tuple[Any, ...]) -> Tensor:
+        """run(args), which is func(*args) with args = (input, weight, bias, ...), or the folded one if it is known."""
         x, weight, bias, *settings = args
         if not isinstance(weight, torch.nn.Parameter) or check.autocast_is_on(x.device.type):
             return run(args)
-        this = self._convolutions.setdefault((id(weight), id(bias)), _Convolution(weight, bias))
+        winograd = _by_winograd(func, x, weight, *settings)
+        last = winograd is None and weight.ndim == 4 and x.device.type == "cpu"
+        this = self._convolutions.setdefault((id(weight), id(bias)), _Convolution(weight, bias, last))
         if not this.foldable:
             return run(args)
         if this.fold is None or not this.fold.holds():
             out, instead = run(args), None
+        elif winograd is not None:
+            out, instead = winograd(*this.fold.folded), partial(run, args)
         else:
             out, instead = run((x, *this.fold.folded, *settings)), partial(run, args)
-        self._results[out] = _Result(this, instead)
+        self._results[out] = _Result(this, settings[0] if func is GROUPED_CONVOLUTION else None, instead)
         return out
 
-    def batch_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        """F.batch_norm's result, if it has been folded into its input."""
+    def batch_norm(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """func's result, if it has been folded into its input."""
         result = self._results.get(input)
         if result is None:
             return None
-        norm = Norm.of(*args, **kwargs)
-        this = result.convolution
-        if result.instead is not None and this.fold is not None and this.fold.norm.is_same(norm):
-            return alias(input)
-        if norm is None or this.fold is not None or any(t.dtype != this.weight.dtype for t in norm.tensors()):
+        norm, this = Norm.of(func, *args, **kwargs), result.convolution
+        if not norm.folds_into(result):
+            self._never(input, result)
+        elif this.fold is not None:
+            if result.instead is not None and this.fold.norm.is_same(norm):
+                return alias(input) if norm.offsets is None else (alias(input), norm.mean, norm.var)
             self._never(input, result)
         else:
-            this.fold = _Fold(this.weight, this.bias, norm, input)
+            this.fold = _Fold(this, norm, input)
             if input.is_cuda:
                 _ = this.fold.folded  # now rather than in a step that is recorded
         return None

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from moe_kernels import _checks as check
 from moe_kernels._library import memory_format
 from moe_kernels._recipes import Recipes
-from moe_kernels.attacks.fold import FOLDABLE, HARMLESS, Folds
+from moe_kernels.attacks.fold import BATCH_NORMS, CONVOLUTIONS, HARMLESS, Folds
 from moe_kernels.attacks.rules import RULES, SIGNATURES
 
 # Norms keep their input, so that their result need not be kept, nor what is computed from it by the functions below it.
@@ -73,13 +73,14 @@ class LeanMode(TorchFunctionMode):
 
     def _with_folds(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result where folding concerns it, else None."""
-        simple = func in FOLDABLE and _applies() and _only_input_needs_grad(_tensors(args, kwargs))
-        if simple and func is F.batch_norm:
-            return self.folds.batch_norm(*args, **kwargs)
+        simple = func in BATCH_NORMS or func in CONVOLUTIONS
+        simple = simple and _applies() and _only_input_needs_grad(_tensors(args, kwargs))
+        if simple and func in BATCH_NORMS:
+            return self.folds.batch_norm(func, *args, **kwargs)
         if func not in HARMLESS:
             self.folds.used((*args, *kwargs.values()))
         if simple and len(args) > 2 and not kwargs:
-            return self.folds.convolution(partial(self._keeping_little, func, kwargs={}), args)
+            return self.folds.convolution(func, partial(self._keeping_little, func, kwargs={}), args)
         if func in VIEWS and self.folds and memory_format(args[0]) == torch.channels_last:
             return func(args[0].contiguous(), *args[1:], **kwargs)
         return None

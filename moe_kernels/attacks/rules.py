@@ -93,7 +93,7 @@ def _lean_convolution(
 ) -> Tensor:
     blank, (stride, padding, dilation, output_padding) = (
         _blank(x),
-        (_each(size, x.ndim - 2) for size in (stride, padding, dilation, output_padding)),
+        (each(size, x.ndim - 2) for size in (stride, padding, dilation, output_padding)),
     )
     settings = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
 
@@ -202,7 +202,7 @@ def _max_pool(
     if return_indices or input.ndim != n + 2:
         return NotImplemented
     sizes = (kernel_size, stride if stride is not None else kernel_size, padding, dilation)
-    settings = (*(_each(size, n) for size in sizes), ceil_mode)
+    settings = (*(each(size, n) for size in sizes), ceil_mode)
     index = torch.int16 if math.prod(input.shape[2:]) < 2**15 else torch.int32
     blank = _blank(input)
 
@@ -230,7 +230,7 @@ def _avg_pool(
     if input.ndim != n + 2:
         return NotImplemented
     sizes = (kernel_size, stride if stride is not None else kernel_size, padding)
-    settings = (*(_each(size, n) for size in sizes), ceil_mode, count_include_pad, divisor_override)
+    settings = (*(each(size, n) for size in sizes), ceil_mode, count_include_pad, divisor_override)
     blank = _blank(input)
     return _Lean.apply(
         input, lambda x: (func(x, *settings), ()), lambda grad: pool_backward(grad, blank(grad), *settings)
@@ -239,13 +239,13 @@ def _avg_pool(
 
 def _adaptive_avg_pool(func: Any, input: Tensor, output_size: Size | Sequence[int | None]) -> Tensor:
     n, pool_backward = _ADAPTIVE_AVG_POOLS[func]
-    if input.ndim != n + 2 or _each(output_size, n) == [1] * n:  # which torch computes as a mean
+    if input.ndim != n + 2 or each(output_size, n) == [1] * n:  # which torch computes as a mean
         return NotImplemented
     blank = _blank(input)
     return _Lean.apply(input, lambda x: (func(x, output_size), ()), lambda grad: pool_backward(grad, blank(grad)))
 
 
-def _each(size: Any, n: int) -> list[Any]:
+def each(size: Any, n: int) -> list[Any]:
     """One number or n, as n."""
     sizes = [size] if isinstance(size, int) else list(size)
     return sizes * n if len(sizes) == 1 else sizes
