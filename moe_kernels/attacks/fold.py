@@ -20,14 +20,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_kernels import _checks as check
 from moe_kernels.attacks.rules import alias, each
-from moe_kernels.backends import is_implemented
 from moe_kernels.ops.winograd_conv2d import saves_work, winograd_conv2d
 
-GROUPED_CONVOLUTION = torch.ops.moe_kernels.expert_conv2d.default
+GROUPED_CONVOLUTIONS = {torch.ops.moe_kernels.expert_conv2d.default, torch.ops.moe_kernels.winograd_conv2d.default}
 GROUPED_BATCH_NORM = torch.ops.moe_kernels.expert_batch_norm_forward.default
 BATCH_NORMS = {F.batch_norm, GROUPED_BATCH_NORM}
-CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, GROUPED_CONVOLUTION}
-WINOGRAD, LAST = "winograd_conv2d", torch.channels_last
+CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, *GROUPED_CONVOLUTIONS}
+LAST = torch.channels_last
 ATTRIBUTES = ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape")
 HARMLESS = {  # what tells nothing of a tensor's values
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_contiguous),
@@ -89,18 +88,14 @@ class Norm(NamedTuple):
 
 def _by_winograd(func: Any, x: Tensor, weight: Tensor, *settings: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
     """func(x, weight, bias, *settings) as a function of weight and bias, where Winograd's algorithm saves work."""
-    if x.ndim != 4 or not x.dtype == weight.dtype == torch.float32 or not is_implemented(WINOGRAD, x.device.type):
-        return None
-    if func is GROUPED_CONVOLUTION:
-        offsets, stride, padding = settings
-        fits = saves_work(x.shape[2:], weight, stride, padding)
-        return (lambda weight, bias: winograd_conv2d(x, weight, bias, offsets, padding)) if fits else None
     defaults: tuple[Any, ...] = (1, 0, 1, 1)
-    stride, padding, dilation, groups = settings + defaults[len(settings) :]
-    if func is not F.conv2d or isinstance(padding, str) or groups != 1:
+    if func is not F.conv2d:
         return None
-    stride, padding, dilation = (each(size, 2) for size in (stride, padding, dilation))
-    if dilation != [1, 1] or not saves_work(x.shape[2:], weight, stride, padding):
+    stride, padding, dilation, groups = settings + defaults[len(settings) :]
+    if isinstance(padding, str) or each(dilation, 2) != [1, 1] or groups != 1:
+        return None
+    stride, padding = each(stride, 2), each(padding, 2)
+    if not saves_work(x, weight, stride, padding):
         return None
 
     def convolve(weight: Tensor, bias: Tensor) -> Tensor:
@@ -178,7 +173,7 @@ class Folds:
             out, instead = winograd(*this.fold.folded), partial(run, args)
         else:
             out, instead = run((x, *this.fold.folded, *settings)), partial(run, args)
-        self._results[out] = _Result(this, settings[0] if func is GROUPED_CONVOLUTION else None, instead)
+        self._results[out] = _Result(this, settings[0] if func in GROUPED_CONVOLUTIONS else None, instead)
         return out
 
     def batch_norm(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -12,11 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from moe_kernels.nn.experts import ExpertLinear, reset_like_torch
 from moe_kernels.nn.grouped import GroupedNetwork
 from moe_kernels.nn.recompute import Again, check_recompute
-from moe_kernels.ops import expert_batch_norm, expert_conv2d, mask_relu
+from moe_kernels.ops import expert_batch_norm, expert_conv2d, mask_relu, winograd_conv2d
+from moe_kernels.ops.winograd_conv2d import saves_work
 
 
 class ExpertConv2d(nn.Module):
     """A 2D convolution per expert: `weight` [E, O, C, kh, kw], `bias` [E, O] or None.
+
+    Where Winograd's algorithm saves work, on a CPU and not in float64, it is `winograd_conv2d`, else `expert_conv2d`.
 
     Args:
         num_experts: number of experts E.
@@ -51,6 +54,8 @@ class ExpertConv2d(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> [N, O, H', W']."""
+        if saves_work(x, self.weight, self.stride, self.padding):
+            return winograd_conv2d(x, self.weight, self.bias, offsets, self.padding)
         return expert_conv2d(x, self.weight, self.bias, offsets, self.stride, self.padding)
 
     def extra_repr(self) -> str:
@@ -220,7 +225,8 @@ class ExpertResNet18(GroupedNetwork):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
-        with Again(_StandingStill(self), self.recompute == "activations") as again:
+        trained = any(p.requires_grad for p in self.parameters())  # else nothing below keeps an activation
+        with Again(_StandingStill(self), trained and self.recompute == "activations") as again:
             h = again(self._stem, again(self.conv1, x, offsets), offsets)
             for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
                 if self.recompute == "all" and torch.is_grad_enabled():

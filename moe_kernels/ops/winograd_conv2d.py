@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_kernels import _checks as check
@@ -11,6 +12,7 @@ from moe_kernels._library import define
 from moe_kernels.ops.expert_conv2d import _empty, _weight_grad
 from moe_kernels.ops.expert_sum import expert_sum
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4  # results per side
 
 
@@ -60,14 +62,17 @@ def winograd_conv2d(
     return backends.choose("winograd_conv2d", backend, x)(x, weight, bias, offsets, paddings, False)
 
 
-def saves_work(size: Sequence[int], weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
-    """Whether a convolution of images of this size needs less than 0.6 of the usual products by this algorithm: 36 for
-    each tile, of which some results may lie beyond the edge, in place of 9 for each result."""
-    height, width = (n + 2 * p - 2 for n, p in zip(size, padding, strict=True))
+def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int]) -> bool:
+    """Whether `winograd_conv2d` can convolve x with this weight [..., O, C, kh, kw] on x's device, from less than 0.6
+    of the usual products: 36 for each tile, of which some results may lie beyond the edge, not 9 for each result."""
+    if x.ndim != 4 or x.dtype not in DTYPES or not backends.is_implemented("winograd_conv2d", x.device.type):
+        return False
+    strides, paddings = check.pair("stride", stride, 1), check.pair("padding", padding, 0)
+    height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], paddings, strict=True))
     tiles = -(-height // TILE) * -(-width // TILE)
     return (
-        (*weight.shape[-2:], *stride) == (3, 3, 1, 1)
-        and max(padding) <= 2
+        (*weight.shape[-2:], *strides) == (3, 3, 1, 1)
+        and max(paddings) <= 2
         and min(weight.shape[-4:-2]) >= 16
         and 36 * tiles < 0.6 * 9 * height * width
     )
