@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_kernels.attacks import attack_mode
+from moe_kernels.nn import ExpertBatchNorm2d, ExpertResNet18
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import ResNet18, randomize_statistics
 
@@ -125,6 +126,39 @@ def test_a_folded_resnet_has_the_signs_of_eager() -> None:
     torch.testing.assert_close(second, expected, rtol=1e-9, atol=1e-12)
     assert torch.equal(second.sign(), expected.sign())
     assert all(torch.equal(t, state[name]) for name, t in net.state_dict().items())
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    return (x - exact).abs().mean().div(exact.abs().mean()).item()
+
+
+def test_by_winograds_algorithm_the_gradient_has_the_error_of_eager() -> None:
+    net = randomize_statistics(ResNet18(width=16)).eval().requires_grad_(False)
+    x = Source(torch.float32).rand(3, 3, 32, 32)
+    *_, eager = input_gradients(net, x, 2)
+    with attack_mode(net):
+        *_, folded = input_gradients(net, x, 2)
+    *_, exact = input_gradients(net.double(), x.double(), 2)
+    assert not torch.equal(folded, eager)
+    assert error(folded, exact) < 10 * error(eager, exact) < 1e-3
+
+
+def test_grouped_networks_are_folded() -> None:
+    s = Source(torch.float64)
+    x, offsets = s.rand(5, 3, 32, 32), s.offsets((2, 0, 3))
+    experts = ExpertResNet18(3, width=4).eval()
+    for norm in experts.modules():
+        if isinstance(norm, ExpertBatchNorm2d):
+            for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                assert t is not None
+                t.data.uniform_(0.5, 1.5)
+    net = Net(lambda net, x: experts.double()(x, offsets))
+    net.experts = experts
+    *_, expected = input_gradients(net, x, 2)
+    with attack_mode(net):
+        _, first, _, second = input_gradients(net, x, 2)
+    assert torch.equal(first, expected) and not torch.equal(second, expected)
+    torch.testing.assert_close(second, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_nothing_is_folded_under_autocast() -> None:
