@@ -1,69 +1,65 @@
-// A matrix product's innermost block on a CPU: eight lanes of float, which the compiler maps to the machine's
-// registers.
+// A matrix product's innermost block on a CPU.
 #pragma once
 
-#include <cstdint>
-
-#include "common/inline.h"
+#include "common/lanes.h"
 
 namespace moe {
 
-constexpr int64_t kLanes = 8;
 constexpr int64_t kPanel = 2 * kLanes;  // columns of a block
 constexpr int64_t kGemmTile = 6;        // rows of a block: 12 sums, 2 loads and a factor fill 15 of 16 registers
 
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
-
-inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
-inline void store(float* to, Lanes value) { *reinterpret_cast<Lanes*>(to) = value; }
-inline Lanes broadcast(float v) { return Lanes{v, v, v, v, v, v, v, v}; }
-
-// c [kRows, kPanel] = a [kRows, depth] b [depth, kPanel], on top of c where `add`; rows of a are lda apart, of c ldc.
-template <int kRows>
-void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, bool add) {
+// a [kRows, depth] b [depth, kPanel], whose row i goes to to(i, left, right). Element (i, k) of a is a[i * row + k *
+// column]; b is contiguous.
+template <int kRows, class To>
+MOE_INLINE void multiply_tile(int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
+                              const To& to) {
   Lanes sum[kRows][2] = {};
-  if (add) {
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      sum[i][0] = load(c + i * ldc);
-      sum[i][1] = load(c + i * ldc + kLanes);
-    }
-  }
-  for (int64_t k = 0; k < depth; ++k, b += kPanel) {
+  for (int64_t k = 0; k < depth; ++k, a += column, b += kPanel) {
     const Lanes left = load(b), right = load(b + kLanes);
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
-      const Lanes factor = broadcast(a[i * lda + k]);
+      const Lanes factor = broadcast(a[i * row]);
       sum[i][0] += factor * left;
       sum[i][1] += factor * right;
     }
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) {
-    store(c + i * ldc, sum[i][0]);
-    store(c + i * ldc + kLanes, sum[i][1]);
+  for (int i = 0; i < kRows; ++i) to(i, sum[i][0], sum[i][1]);
+}
+
+// The same of any number of rows: tile t of a begins at a + t * tile. A function of its own, whose few values all fit
+// into registers; `to` is a copy, so that what it stores cannot change it.
+template <class To>
+__attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t depth, const float* a, int64_t tile, int64_t row,
+                                              int64_t column, const float* b, const To to) {
+  int64_t first = 0;
+  const auto shifted = [&](int i, Lanes left, Lanes right) { to(first + i, left, right); };
+  for (; first + kGemmTile <= rows; first += kGemmTile, a += tile) {
+    multiply_tile<kGemmTile>(depth, a, row, column, b, shifted);
+  }
+  switch (rows - first) {
+    case 5:
+      return multiply_tile<5>(depth, a, row, column, b, shifted);
+    case 4:
+      return multiply_tile<4>(depth, a, row, column, b, shifted);
+    case 3:
+      return multiply_tile<3>(depth, a, row, column, b, shifted);
+    case 2:
+      return multiply_tile<2>(depth, a, row, column, b, shifted);
+    case 1:
+      return multiply_tile<1>(depth, a, row, column, b, shifted);
   }
 }
 
-// c [rows, kPanel] = a [rows, depth] b [depth, kPanel], on top of c where `add`
+// c [rows, kPanel] = a [rows, depth] b [depth, kPanel], which joins what c was where `add`; rows of a are lda apart, of
+// c ldc.
 inline void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, float* c,
                            int64_t ldc, bool add = false) {
-  int64_t i = 0;
-  for (; i + kGemmTile <= rows; i += kGemmTile)
-    multiply_tile<kGemmTile>(depth, a + i * lda, lda, b, c + i * ldc, ldc, add);
-  a += i * lda, c += i * ldc;
-  switch (rows - i) {
-    case 5:
-      return multiply_tile<5>(depth, a, lda, b, c, ldc, add);
-    case 4:
-      return multiply_tile<4>(depth, a, lda, b, c, ldc, add);
-    case 3:
-      return multiply_tile<3>(depth, a, lda, b, c, ldc, add);
-    case 2:
-      return multiply_tile<2>(depth, a, lda, b, c, ldc, add);
-    case 1:
-      return multiply_tile<1>(depth, a, lda, b, c, ldc, add);
-  }
+  multiply_tiles(rows, depth, a, kGemmTile * lda, lda, 1, b, [c, ldc, add](int64_t i, Lanes left, Lanes right) {
+    float* const to = c + i * ldc;
+    store(to, add ? load(to) + left : left);
+    store(to + kLanes, add ? load(to + kLanes) + right : right);
+  });
 }
 
 }  // namespace moe

@@ -6,6 +6,156 @@
 namespace moe {
 namespace {
 
+constexpr int64_t kFilters = 32;      // output channels that are in work at once
+constexpr int64_t kFilterBand = 256;  // output channels of a block
+
+// Kernels of one expert, w(output channel, input channel, 3, 3): as they lie, or with channels exchanged and turned
+// round.
+template <class T>
+struct Kernels {
+  const T* data;
+  int64_t output_step, input_step;
+  bool turned;
+
+  // The nine numbers of eight output channels' kernels, of which `count` exist.
+  void read(int64_t output, int64_t input, int64_t count, Lanes taps[9]) const {
+    const T* from = data + output * output_step + input * input_step;
+    Lanes rows[kLanes] = {}, last = {};
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = read_lanes(from + i * output_step);
+      last[i] = static_cast<float>(from[i * output_step + 8]);
+    }
+    transpose(rows);
+    for (int i = 0; i < 8; ++i) taps[turned ? 8 - i : i] = rows[i];
+    taps[turned ? 0 : 8] = last;
+  }
+};
+
+template <class T>
+class Winograd {
+ public:
+  Winograd(Images<const T> x, Images<T> y, int64_t pad_y, int64_t pad_x)
+      : x_(x),
+        y_(y),
+        pad_y_(pad_y),
+        pad_x_(pad_x),
+        depth_(round_up(x.channels, kLanes)),
+        columns_((y.width + kOutputs - 1) / kOutputs),
+        rows_((y.height + kOutputs - 1) / kOutputs) {}
+
+  // The rows of tiles that make an image.
+  int64_t rows_per_image() const { return rows_; }
+  // The rows of tiles that make a block.
+  int64_t rows_per_block() const { return std::max<int64_t>(1, kTiles / columns_); }
+
+  // What `rows` rows of tiles need.
+  struct Scratch {
+    Scratch(const Winograd& w, int64_t rows)
+        : strip(kInputs, w.columns_ * kOutputs + 2, w.x_.channels),
+          points(new float[kPoints * point_step(rows * w.columns_ * w.depth_)]),
+          weights(new float[kPoints * point_step(w.x_.channels * kFilters)]),
+          products(new float[kPoints * point_step(rows * w.columns_ * kFilters)]),
+          results(new float[kOutputs * kOutputs * w.columns_ * kFilters]) {}
+
+    Strip strip;
+    std::unique_ptr<float[]> points, weights, products, results;
+  };
+
+  // Rows [first, first + count) of tiles, output channels [begin, end).
+  void run(int64_t first, int64_t count, const Kernels<T>& kernels, const T* bias, int64_t begin, int64_t end,
+           Scratch& scratch) const {
+    const int64_t tiles = count * columns_;
+    const int64_t step = point_step(tiles * depth_);
+    Strip& strip = scratch.strip;
+    for (int64_t i = 0; i < count; ++i) {
+      float* const to = scratch.points.get() + i * columns_ * depth_;  // of [36, tiles, depth]
+      strip.read(x_, (first + i) / rows_, (first + i) % rows_ * kOutputs - pad_y_, pad_x_);
+      strip.evaluate<kInputs, input_to_points>(columns_, [&](int64_t point, int64_t t, int64_t c, Lanes v) {
+        store(to + point * step + t * depth_ + c, v);
+      });
+    }
+    for (int64_t o = begin; o < end; o += kFilters) {
+      const int64_t filters = std::min(kFilters, end - o);
+      for (int64_t p = 0; p < filters; p += kPanel) kernels_to_points(kernels, o + p, filters - p, p, scratch);
+      for (int64_t point = 0; point < kPoints; ++point) {
+        for (int64_t p = 0; p < filters; p += kPanel) {
+          const float* weights = scratch.weights.get() + point * point_step(kFilters * x_.channels) + p * x_.channels;
+          for (int64_t c = 0; c < x_.channels; c += kSummands) {
+            multiply_panel(tiles, std::min(kSummands, x_.channels - c), scratch.points.get() + point * step + c, depth_,
+                           weights + c * kPanel, scratch.products.get() + point * point_step(tiles * kFilters) + p,
+                           kFilters, c > 0);
+          }
+        }
+      }
+      for (int64_t i = 0; i < count; ++i) write_results(first + i, i * columns_, tiles, o, filters, bias, scratch);
+    }
+  }
+
+ private:
+  // A panel of 16 output channels, of which `count` exist -> weights [36, 32 / 16, C, 16], of which it is panel p / 16.
+  void kernels_to_points(const Kernels<T>& kernels, int64_t output, int64_t count, int64_t p, Scratch& scratch) const {
+    for (int64_t c = 0; c < x_.channels; ++c) {
+      for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+        Lanes taps[9], half[kInputs][3];
+        kernels.read(output + lane, c, std::clamp<int64_t>(count - lane, 0, kLanes), taps);
+        for (int j = 0; j < 3; ++j) {
+          const Lanes column[] = {taps[j], taps[3 + j], taps[6 + j]};
+          Lanes to[kInputs];
+          weight_to_points(column, to);
+          for (int64_t i = 0; i < kInputs; ++i) half[i][j] = to[i];
+        }
+        for (int64_t i = 0; i < kInputs; ++i) {
+          Lanes to[kInputs];
+          weight_to_points(half[i], to);
+          for (int64_t j = 0; j < kInputs; ++j) {
+            const int64_t point = i * kInputs + j;
+            store(scratch.weights.get() + point * point_step(kFilters * x_.channels) + p * x_.channels + c * kPanel +
+                      lane,
+                  to[j]);
+          }
+        }
+      }
+    }
+  }
+
+  // products [36, tiles, 32] -> the images' rows, by way of results [4, 4 columns, 32]
+  void write_results(int64_t row, int64_t tile, int64_t tiles, int64_t output, int64_t filters, const T* bias,
+                     Scratch& scratch) const {
+    float shift[kFilters] = {};
+    for (int64_t o = 0; bias != nullptr && o < filters; ++o) shift[o] = static_cast<float>(bias[output + o]);
+    const int64_t width = columns_ * kOutputs;
+    for (int64_t t = 0; t < columns_; ++t) {
+      for (int64_t o = 0; o < filters; o += kLanes) {
+        Lanes half[kOutputs][kInputs];
+        for (int64_t j = 0; j < kInputs; ++j) {
+          Lanes column[kInputs], to[kOutputs];
+          for (int64_t i = 0; i < kInputs; ++i) {
+            column[i] = load(scratch.products.get() + (i * kInputs + j) * point_step(tiles * kFilters) +
+                             (tile + t) * kFilters + o);
+          }
+          points_to_output(column, to);
+          for (int64_t i = 0; i < kOutputs; ++i) half[i][j] = to[i];
+        }
+        for (int64_t i = 0; i < kOutputs; ++i) {
+          Lanes to[kOutputs];
+          points_to_output(half[i], to);
+          for (int64_t j = 0; j < kOutputs; ++j) {
+            store(scratch.results.get() + (i * width + t * kOutputs + j) * kFilters + o, to[j] + load(shift + o));
+          }
+        }
+      }
+    }
+    const int64_t top = row % rows_ * kOutputs;
+    for (int64_t i = 0; i < std::min(kOutputs, y_.height - top); ++i) {
+      y_.write_row(row / rows_, top + i, output, filters, scratch.results.get() + i * width * kFilters, kFilters);
+    }
+  }
+
+  Images<const T> x_;
+  Images<T> y_;
+  int64_t pad_y_, pad_x_, depth_, columns_, rows_;
+};
+
 template <class T>
 void convolve(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& offsets,
               const Shape& padding, bool turned, Tensor& out) {
@@ -41,19 +191,8 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const OptionalTens
   Tensor out = new_tensor(
       x, {x.size(0), weight.size(turned ? 2 : 1), x.size(2) + 2 * padding[0] - 2, x.size(3) + 2 * padding[1] - 2},
       is_channels_last(x));
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      convolve<float>(source, kernels, shifts, offsets, padding, turned, out);
-      break;
-    case ScalarType::BFloat16:
-      convolve<torch::headeronly::BFloat16>(source, kernels, shifts, offsets, padding, turned, out);
-      break;
-    case ScalarType::Half:
-      convolve<torch::headeronly::Half>(source, kernels, shifts, offsets, padding, turned, out);
-      break;
-    default:
-      fail("x must be float32, bfloat16 or float16, got ", torch::headeronly::toString(x.scalar_type()));
-  }
+  dispatch_narrow(x.scalar_type(), "x",
+                  [&](auto zero) { convolve<decltype(zero)>(source, kernels, shifts, offsets, padding, turned, out); });
   return out;
 }
 

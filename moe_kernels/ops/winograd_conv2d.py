@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_kernels import _checks as check
 from moe_kernels import backends
 from moe_kernels._library import define
-from moe_kernels.ops.expert_conv2d import _empty, _weight_grad
+from moe_kernels.ops.expert_conv2d import _empty
 from moe_kernels.ops.expert_sum import expert_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +29,7 @@ def winograd_conv2d(
     Convolutional Neural Networks", CVPR 2016, with the points 0, +-2/3, +-3/2 and infinity.
 
     16-bit input is computed in fp32. A pixel that is no number makes none of the results in the tiles of 4 x 4 that it
-    has a part in. Gradients of x are computed in the same way, those of weight as in `expert_conv2d`.
+    has a part in. Gradients are computed in the same way.
 
     Args:
         x: [N, C, H, W], images sorted by expert; float32, bfloat16 or float16; contiguous or channels-last, which the
@@ -98,7 +98,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx = _winograd_conv2d(grad, weight, None, offsets, opposite, not ctx.turned)
     if weight_needs:
         pair, padding = ((x, grad), opposite) if ctx.turned else ((grad, x), ctx.padding)
-        dweight = _weight_grad(*pair, offsets, 3, 3, [1, 1], padding)
+        dweight = _weight_grad(*pair, offsets, padding)
     if bias_needs:
         dbias = expert_sum(grad.sum((2, 3)), offsets)
     return dx, dweight, dbias, None, None, None
@@ -109,4 +109,32 @@ _winograd_conv2d = define(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+
+
+def _weight_grad_fake(grad: Tensor, x: Tensor, offsets: Tensor, padding: list[int]) -> Tensor:
+    return grad.new_empty(offsets.shape[0] - 1, grad.shape[1], x.shape[1], 3, 3)
+
+
+def _weight_grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, offsets, ctx.padding = inputs
+    grad_needs, x_needs = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(grad if x_needs else None, x if grad_needs else None, offsets)
+
+
+def _weight_grad_backward(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x, offsets = ctx.saved_tensors
+    dgrad = dx = None
+    if ctx.needs_input_grad[0]:
+        dgrad = _winograd_conv2d(x, ddweight, None, offsets, ctx.padding, False)
+    if ctx.needs_input_grad[1]:
+        dx = _winograd_conv2d(grad, ddweight, None, offsets, [2 - p for p in ctx.padding], True)
+    return dgrad, dx, None, None
+
+
+_weight_grad = define(
+    "winograd_conv2d_weight_grad(Tensor grad, Tensor x, Tensor offsets, int[2] padding) -> Tensor",
+    _weight_grad_fake,
+    setup_context=_weight_grad_setup_context,
+    backward=_weight_grad_backward,
 )

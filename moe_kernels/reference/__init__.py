@@ -16,7 +16,7 @@ from moe_kernels.reference.kl_divergence import kl_divergence, kl_divergence_bac
 from moe_kernels.reference.mask_relu import mask_relu, mask_relu_backward, mask_relu_forward
 from moe_kernels.reference.pgd_step_ import pgd_step_, pgd_step_normalized_
 from moe_kernels.reference.topk_route import topk_route, topk_route_backward
-from moe_kernels.reference.winograd_conv2d import winograd_conv2d
+from moe_kernels.reference.winograd_conv2d import winograd_conv2d, winograd_conv2d_weight_grad
 
 __all__ = [
     "combine",
@@ -46,4 +46,5 @@ __all__ = [
     "topk_route",
     "topk_route_backward",
     "winograd_conv2d",
+    "winograd_conv2d_weight_grad",
 ]

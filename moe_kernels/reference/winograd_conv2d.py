@@ -1,4 +1,5 @@
-"""Winograd's F(4 x 4, 3 x 3), for the tiles X of every image: Y = A^T [sum over channels (G w G^T) * (B^T X B)] A."""
+"""Winograd's F(4 x 4, 3 x 3), for the tiles X of every image: Y = A^T [sum over channels (G w G^T) * (B^T X B)] A,
+and dw = G^T [sum over tiles (A dY A^T) * (B^T X B)] G."""
 
 from itertools import pairwise
 
@@ -16,13 +17,32 @@ A_T = [[float(i == 0), *(p**i for p, _ in POINTS), float(i == 3)] for i in range
 def winograd_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, padding: list[int], turned: bool = False
 ) -> Tensor:
-    b, g, a = (torch.tensor(m, dtype=x.dtype, device=x.device) for m in (B_T, G, A_T))
+    _, g, a = _matrices(x)
     weight = weight.flip(3, 4).transpose(1, 2) if turned else weight
     height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
-    x = F.pad(x, (padding[1], padding[1] + -width % 4, padding[0], padding[0] + -height % 4))
-    points = b @ x.unfold(2, 6, 4).unfold(3, 6, 4) @ b.mT  # [N, C, rows, columns, 6, 6]
     kernels = g @ weight @ g.mT  # [E, O, C, 6, 6]
     parts = zip(pairwise(offsets.tolist()), kernels, strict=True)
+    points = _input_points(x, padding)
     products = torch.cat([torch.einsum("nchwij,ocij->nohwij", points[i:j], k) for (i, j), k in parts])
     y = (a @ products @ a.mT).transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
     return y if bias is None else y + bias.repeat_interleave(offsets.diff(), 0)[:, :, None, None]
+
+
+def winograd_conv2d_weight_grad(grad: Tensor, x: Tensor, offsets: Tensor, padding: list[int]) -> Tensor:
+    _, g, a = _matrices(x)
+    grad = F.pad(grad, (0, -grad.shape[3] % 4, 0, -grad.shape[2] % 4))
+    left = a.mT @ grad.unfold(2, 4, 4).unfold(3, 4, 4) @ a  # [N, O, rows, columns, 6, 6]
+    right, parts = _input_points(x, padding), pairwise(offsets.tolist())
+    return g.mT @ torch.stack([torch.einsum("nohwij,nchwij->ocij", left[i:j], right[i:j]) for i, j in parts]) @ g
+
+
+def _matrices(x: Tensor) -> list[Tensor]:
+    return [torch.tensor(m, dtype=x.dtype, device=x.device) for m in (B_T, G, A_T)]
+
+
+def _input_points(x: Tensor, padding: list[int]) -> Tensor:
+    """[N, C, rows, columns, 6, 6]"""
+    b, _, _ = _matrices(x)
+    right, bottom = (padding[i] + -(x.shape[2 + i] + 2 * padding[i] - 2) % 4 for i in (1, 0))
+    x = F.pad(x, (padding[1], right, padding[0], bottom))
+    return b @ x.unfold(2, 6, 4).unfold(3, 6, 4) @ b.mT
