@@ -24,7 +24,7 @@ constexpr float kNearScale = 1 / (2 * kNear2 * (kNear2 - kFar2)), kFarScale = 1 
 
 // The step between the points of an array: a line more than its size, since 36 stores to one set of a cache evict one
 // another.
-inline int64_t point_step(int64_t size) { return size + 16; }
+constexpr int64_t point_step(int64_t size) { return size + 16; }
 inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
 // B^T x

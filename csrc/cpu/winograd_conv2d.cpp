@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kFilters = 32;      // output channels that are in work at once
 constexpr int64_t kFilterBand = 256;  // output channels of a block
+constexpr int64_t kWeightStep = point_step(kFilters * kSummands);
 
 // Kernels of one expert, w(output channel, input channel, 3, 3): as they lie, or with channels exchanged and turned
 // round.
@@ -22,6 +23,7 @@ struct Kernels {
     const T* from = data + output * output_step + input * input_step;
     Lanes rows[kLanes] = {}, last = {};
     for (int64_t i = 0; i < count; ++i) {
+      __builtin_prefetch(from + i * output_step + 8 * input_step);  // more streams than the machine follows by itself
       rows[i] = read_lanes(from + i * output_step);
       last[i] = static_cast<float>(from[i * output_step + 8]);
     }
@@ -53,7 +55,7 @@ class Winograd {
     Scratch(const Winograd& w, int64_t rows)
         : strip(kInputs, w.columns_ * kOutputs + 2, w.x_.channels),
           points(new float[kPoints * point_step(rows * w.columns_ * w.depth_)]),
-          weights(new float[kPoints * point_step(w.x_.channels * kFilters)]),
+          weights(new float[kPoints * kWeightStep]),
           products(new float[kPoints * point_step(rows * w.columns_ * kFilters)]),
           results(new float[kOutputs * kOutputs * w.columns_ * kFilters]) {}
 
@@ -76,14 +78,16 @@ class Winograd {
     }
     for (int64_t o = begin; o < end; o += kFilters) {
       const int64_t filters = std::min(kFilters, end - o);
-      for (int64_t p = 0; p < filters; p += kPanel) kernels_to_points(kernels, o + p, filters - p, p, scratch);
-      for (int64_t point = 0; point < kPoints; ++point) {
+      for (int64_t c = 0; c < x_.channels; c += kSummands) {
+        const int64_t terms = std::min(kSummands, x_.channels - c);
         for (int64_t p = 0; p < filters; p += kPanel) {
-          const float* weights = scratch.weights.get() + point * point_step(kFilters * x_.channels) + p * x_.channels;
-          for (int64_t c = 0; c < x_.channels; c += kSummands) {
-            multiply_panel(tiles, std::min(kSummands, x_.channels - c), scratch.points.get() + point * step + c, depth_,
-                           weights + c * kPanel, scratch.products.get() + point * point_step(tiles * kFilters) + p,
-                           kFilters, c > 0);
+          kernels_to_points(kernels, o + p, filters - p, c, terms, scratch.weights.get() + p * kSummands);
+        }
+        for (int64_t point = 0; point < kPoints; ++point) {
+          for (int64_t p = 0; p < filters; p += kPanel) {
+            multiply_panel(tiles, terms, scratch.points.get() + point * step + c, depth_,
+                           scratch.weights.get() + point * kWeightStep + p * kSummands,
+                           scratch.products.get() + point * point_step(tiles * kFilters) + p, kFilters, c > 0);
           }
         }
       }
@@ -92,12 +96,13 @@ class Winograd {
   }
 
  private:
-  // A panel of 16 output channels, of which `count` exist -> weights [36, 32 / 16, C, 16], of which it is panel p / 16.
-  void kernels_to_points(const Kernels<T>& kernels, int64_t output, int64_t count, int64_t p, Scratch& scratch) const {
-    for (int64_t c = 0; c < x_.channels; ++c) {
+  // Input channels [c0, c0 + terms) of 16 output channels, of which `count` exist -> weights [36, terms, 16].
+  static void kernels_to_points(const Kernels<T>& kernels, int64_t output, int64_t count, int64_t c0, int64_t terms,
+                                float* weights) {
+    for (int64_t c = 0; c < terms; ++c) {
       for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
         Lanes taps[9], half[kInputs][3];
-        kernels.read(output + lane, c, std::clamp<int64_t>(count - lane, 0, kLanes), taps);
+        kernels.read(output + lane, c0 + c, std::clamp<int64_t>(count - lane, 0, kLanes), taps);
         for (int j = 0; j < 3; ++j) {
           const Lanes column[] = {taps[j], taps[3 + j], taps[6 + j]};
           Lanes to[kInputs];
@@ -108,10 +113,7 @@ class Winograd {
           Lanes to[kInputs];
           weight_to_points(half[i], to);
           for (int64_t j = 0; j < kInputs; ++j) {
-            const int64_t point = i * kInputs + j;
-            store(scratch.weights.get() + point * point_step(kFilters * x_.channels) + p * x_.channels + c * kPanel +
-                      lane,
-                  to[j]);
+            store(weights + (i * kInputs + j) * kWeightStep + c * kPanel + lane, to[j]);
           }
         }
       }
