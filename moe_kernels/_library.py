@@ -57,11 +57,10 @@ def run_triton(file: str, name: str, x: Tensor, *args: Any) -> Any:
 def vjp(
     reference: Callable[..., Any], inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Vector-Jacobian product of a plain-torch function, differentiable in grad mode: the double backward of ops.
+    """Differentiable vector-Jacobian product of a plain-torch function: the double backward of ops that need it.
 
     `needed[i]` says whether inputs[i] wants a gradient; the result has one entry per input.
     """
-    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = [x.view_as(x) if want else x for x, want in zip(inputs, needed, strict=True)]
         outputs = reference(*leaves)
@@ -70,7 +69,7 @@ def vjp(
         wanted = [x for x, want in zip(leaves, needed, strict=True) if want]
         result = iter(
             torch.autograd.grad(
-                [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=differentiable, allow_unused=True
+                [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
             )
         )
     return tuple(next(result) if want else None for want in needed)

@@ -109,11 +109,13 @@ class _ExpertByExpert(torch.autograd.Function):
         grads = [torch.zeros_like(t) if want else None for t, want in zip(inputs, needed, strict=True)]
         for rows, own in ctx.parts:
             places = [rows, *(own for _ in parameters)]
-            mine = tuple(t[place] for t, place in zip(inputs, places, strict=True))
-            found = vjp(partial(logits, _offsets_of_one(mine[0]), own), mine, (grad[rows],), needed)
-            for total, place, part in zip(grads, places, found, strict=True):
-                if total is not None and part is not None:
-                    total[place] = part
+            leaves = [t[place].detach() for t, place in zip(inputs, places, strict=True)]
+            for leaf, total, place in zip(leaves, grads, places, strict=True):
+                if total is not None:
+                    leaf.requires_grad_().grad = total[place]  # in which the gradient is accumulated
+            with torch.enable_grad():
+                y = logits(_offsets_of_one(leaves[0]), own, *leaves)
+            torch.autograd.backward(y, grad[rows], inputs=[leaf for leaf in leaves if leaf.requires_grad])
         return None, None, *grads
 
 
