@@ -19,10 +19,10 @@ EPS, ALPHA = 8 / 255, 2 / 255
 LIBRARIES = [name for name in ("torchattacks", "foolbox") if find_spec(name)]  # which `make` installs
 
 
-def model_and_images() -> tuple[nn.Module, Tensor, Tensor]:
+def model_and_images(batch: int) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     s = Source(torch.float32)
-    return ResNet18().eval(), s.rand(8, 3, 32, 32), s.randint(10, 8).long()
+    return ResNet18().eval(), s.rand(batch, 3, 32, 32), s.randint(10, batch).long()
 
 
 def attack_of_library(name: str, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
@@ -60,24 +60,24 @@ def autocast(function: Callable[[], Tensor]) -> Tensor:
 @pytest.mark.parametrize("name", ["moe_kernels", "eager, parameters trainable", *LIBRARIES])
 def test_fp32(contest: Contest, name: str) -> None:
     """Several steps, since batch norms are folded from the second on."""
-    inputs = model_and_images()
+    inputs = model_and_images(32)
     attacks = {"moe_kernels": partial(attack, *inputs), "eager, parameters trainable": partial(eager_attack, *inputs)}
     attacks |= {library: partial(attack_of_library, library, *inputs) for library in LIBRARIES}
     different = (attacks[name](steps=1) != eager_attack(*inputs, steps=1)).float().mean()
     assert different < 0.001, f"one step differs in {different:.1%} of the pixels"  # later ones amplify rounding
     contenders = {other: partial(attack, steps=10) for other, attack in attacks.items()}
     targets = {"eager, parameters trainable": ">= 1.7", "torchattacks": ">= 1.6", "foolbox": ">= 1.6"}
-    contest("PGD-10 on a ResNet-18, 8 images, fp32", contenders, name, targets=targets)
+    contest("PGD-10 on a ResNet-18, 32 images, fp32", contenders, name, targets=targets)
 
 
 @pytest.mark.parametrize("name", ["moe_kernels", "eager in bf16", "eager in fp32"])
 def test_bf16(contest: Contest, name: str) -> None:
-    inputs = model_and_images()
-    eager = partial(eager_attack, *inputs, steps=1)
+    inputs, steps = model_and_images(4), 5
+    eager = partial(eager_attack, *inputs, steps=steps)
     contenders = {
-        "moe_kernels": partial(autocast, partial(attack, *inputs, steps=1)),
+        "moe_kernels": partial(autocast, partial(attack, *inputs, steps=steps)),
         "eager in bf16": partial(autocast, eager),
         "eager in fp32": eager,
     }
     targets = {"eager in bf16": ">= 1.7", "eager in fp32": ">= 3.4"}
-    contest("PGD step on a ResNet-18, 8 images, bf16", contenders, name, targets=targets, once=not BF16)
+    contest("PGD-5 on a ResNet-18, 4 images, bf16", contenders, name, targets=targets, once=not BF16)

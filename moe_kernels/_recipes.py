@@ -21,20 +21,14 @@ class Recipe:
         self.function, self.inputs = function, inputs
         self.shape, self.stride, self.dtype, self.device = y.shape, y.stride(), y.dtype, y.device
         self.steps: int = 1 + sum(i.recipe.steps for i in inputs if isinstance(i, Part))
-        self.autocast = _autocast(y.device.type)
+        self.autocast = autocast_as_now(y.device.type)
         self.result: StorageWeakRef | None = None
 
     def compute(self, leaves: Iterator[Tensor]) -> Tensor:
         inputs = [i.compute(leaves) if isinstance(i, Part) else next(leaves) if i is LEAF else i for i in self.inputs]
-        with self._autocast_as_then():
+        with self.autocast():
             y = self.function(*inputs)
         return y if y.stride() == self.stride else y.new_empty_strided(self.shape, self.stride).copy_(y)
-
-    def _autocast_as_then(self) -> AbstractContextManager[Any]:
-        if _autocast(self.device.type) == self.autocast:
-            return nullcontext()
-        enabled, dtype = self.autocast
-        return torch.autocast(self.device.type, dtype, enabled, cache_enabled=False)
 
     def result_of(self, leaves: Callable[[], Iterator[Tensor]]) -> Tensor:
         """The result, computed once for all that hold it at the same time."""
@@ -137,6 +131,17 @@ class Recipes:
                 return kept.part.of(kept.part.recipe.result_of(lambda: map(outer_unpack, kept.leaves)))
 
         return saved_tensors_hooks(pack, unpack)
+
+
+def autocast_as_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts in which autocast is what it is now."""
+    enabled, dtype = now = _autocast(device)
+
+    def context() -> AbstractContextManager[Any]:
+        same = _autocast(device) == now
+        return nullcontext() if same else torch.autocast(device, dtype, enabled, cache_enabled=False)
+
+    return context
 
 
 def _hold(x: Tensor) -> tuple[Tensor, int]:

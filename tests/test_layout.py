@@ -19,7 +19,13 @@ MAY_IMPORT = {
         "moe_kernels.ops",
         "moe_kernels.reference",
     ),
-    "moe_kernels/nn": ("moe_kernels._checks", "moe_kernels._recipes", "moe_kernels.nn", "moe_kernels.ops"),
+    "moe_kernels/nn": (
+        "moe_kernels._checks",
+        "moe_kernels._library",
+        "moe_kernels._recipes",
+        "moe_kernels.nn",
+        "moe_kernels.ops",
+    ),
     "moe_kernels/attacks": (
         "moe_kernels._checks",
         "moe_kernels._library",

@@ -1,18 +1,49 @@
 """What all grouped networks share: their state is that of one plain network per expert."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain, pairwise
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from moe_kernels import _checks as check
+from moe_kernels._library import vjp
+from moe_kernels._recipes import autocast_as_now
 
 
 class GroupedNetwork(nn.Module):
     """A network per expert, called with rows sorted by expert and their offsets.
 
     Every tensor of its state is the plain network's with a leading expert dimension [E].
+
+    Attributes:
+        recompute: "all" if a training step keeps the rows alone and its backward computes and differentiates one expert
+            after the other again, so that one expert at a time has activations. The offsets then go to the host.
     """
 
     num_experts: int
+    recompute = "none"
+
+    @abstractmethod
+    def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """What `forward` says, for all experts at once."""
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
+        again = self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not again or len(x) == 0 or not any(p.requires_grad for p in self.parameters()):
+            return self.logits(x, offsets)
+        check.offsets(offsets, self.num_experts, x)
+        return _ExpertByExpert.apply(self, offsets, x, *self.parameters())
+
+    def with_tensors(self, other: Callable[[Tensor], Tensor]) -> "GroupedNetwork":
+        """This network, in its present mode, with `other` of each of its parameters and buffers in their places."""
+        return copy.deepcopy(self, {id(t): other(t) for t in chain(self.parameters(), self.buffers())})
 
     @staticmethod
     def plain_name(key: str) -> str:
@@ -49,3 +80,49 @@ class GroupedNetwork(nn.Module):
         message = "; ".join(f"{kind}: {', '.join(sorted(keys))}" for kind, keys in faults.items() if keys)
         if message:
             raise ValueError(f"{name} must be a state dict for one expert of {type(self).__name__}; {message}")
+
+
+class _ExpertByExpert(torch.autograd.Function):
+    """The network's logits, computed for one expert after the other, in the backward again."""
+
+    @staticmethod
+    def forward(ctx: Any, network: GroupedNetwork, offsets: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.network, ctx.offsets, ctx.autocast = network.with_tensors(_same), offsets, autocast_as_now(x.device.type)
+        ctx.save_for_backward(x, *parameters)
+        bounds = pairwise(offsets.tolist())
+        ctx.parts = [(slice(a, b), slice(e, e + 1)) for e, (a, b) in enumerate(bounds) if a < b]
+        experts = ((x[rows], network.with_tensors(itemgetter(own))) for rows, own in ctx.parts)
+        return torch.cat([expert.logits(rows, _offsets_of_one(rows)) for rows, expert in experts])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        parameters = list(ctx.network.parameters())
+
+        def logits(offsets: Tensor, own: slice, x: Tensor, *values: Tensor) -> Tensor:
+            given = dict(zip(parameters, values, strict=True))
+            with ctx.autocast():  # on copies of running statistics, which have moved already
+                return ctx.network.with_tensors(lambda t: given[t] if t in given else t[own].clone()).logits(x, offsets)
+
+        if torch.is_grad_enabled():
+            return None, None, *vjp(partial(logits, ctx.offsets, slice(None)), inputs, (grad,), needed)
+        grads = [torch.zeros_like(t) if want else None for t, want in zip(inputs, needed, strict=True)]
+        for rows, own in ctx.parts:
+            places = [rows, *(own for _ in parameters)]
+            leaves = [t[place].detach() for t, place in zip(inputs, places, strict=True)]
+            for leaf, total, place in zip(leaves, grads, places, strict=True):
+                if total is not None:
+                    leaf.requires_grad_().grad = total[place]  # in which the gradient is accumulated
+            with torch.enable_grad():
+                y = logits(_offsets_of_one(leaves[0]), own, *leaves)
+            torch.autograd.backward(y, grad[rows], inputs=[leaf for leaf in leaves if leaf.requires_grad])
+        return None, None, *grads
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
+def _offsets_of_one(x: Tensor) -> Tensor:
+    """Offsets that give the rows x to the only expert."""
+    return torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)

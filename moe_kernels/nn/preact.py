@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_kernels.nn.experts import ExpertLinear
 from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.recompute import check_recompute
 from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, stage
 from moe_kernels.ops import mask_relu
 
@@ -52,6 +53,10 @@ class ExpertPreActResNet(GroupedNetwork):
         in_channels: channels of the images.
         stages: (channels, blocks) of each stage; all but the first halve the image.
         stem: channels of the stem.
+        recompute: "none", or "all" to compute one expert after the other again in the backward (`GroupedNetwork`).
+
+    Raises:
+        ValueError: if recompute is unknown.
     """
 
     def __init__(
@@ -63,10 +68,13 @@ class ExpertPreActResNet(GroupedNetwork):
         stem: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
+        check_recompute(recompute, ("none", "all"))
         to: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_experts = num_experts
+        self.num_experts, self.recompute = num_experts, recompute
         self.conv1 = ExpertConv2d(num_experts, in_channels, stem, 3, 1, 1, bias=False, **to)
         widths = [stem, *(width for width, _ in stages)]
         self.blocks = nn.ModuleList(
@@ -80,11 +88,11 @@ class ExpertPreActResNet(GroupedNetwork):
 
     @classmethod
     def resnet18(
-        cls, num_experts: int, num_classes: int = 10, in_channels: int = 3, width: int = 64, **to: Any
+        cls, num_experts: int, num_classes: int = 10, in_channels: int = 3, width: int = 64, **options: Any
     ) -> "ExpertPreActResNet":
         """PreAct ResNet-18 (He et al., 2016), its first stage with `width` channels."""
         stages = [(width, 2), (2 * width, 2), (4 * width, 2), (8 * width, 2)]
-        return cls(num_experts, num_classes, in_channels, stages, width, **to)
+        return cls(num_experts, num_classes, in_channels, stages, width, **options)
 
     @classmethod
     def wide(
@@ -94,7 +102,7 @@ class ExpertPreActResNet(GroupedNetwork):
         in_channels: int = 3,
         depth: int = 28,
         width: int = 160,
-        **to: Any,
+        **options: Any,
     ) -> "ExpertPreActResNet":
         """Wide ResNet (Zagoruyko and Komodakis, 2016): WRN-28-10 has depth 28 and width 160.
 
@@ -105,10 +113,9 @@ class ExpertPreActResNet(GroupedNetwork):
         if rest or blocks < 1:
             raise ValueError(f"depth must be 10, 16, 22, 28 or another 6 n + 4, got {depth}")
         stages = [(width, blocks), (2 * width, blocks), (4 * width, blocks)]
-        return cls(num_experts, num_classes, in_channels, stages, 16, **to)
+        return cls(num_experts, num_classes, in_channels, stages, 16, **options)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
+    def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
         h = self.conv1(x, offsets)
         for block in self.blocks:
             h = block(h, offsets)

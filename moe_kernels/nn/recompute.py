@@ -1,6 +1,6 @@
 """Activations that a backward computes again instead of keeping them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,9 +13,9 @@ from moe_kernels._recipes import Recipes
 RECOMPUTE = ("none", "activations", "all")
 
 
-def check_recompute(recompute: str) -> None:
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+def check_recompute(recompute: str, known: Sequence[str] = RECOMPUTE) -> None:
+    if recompute not in known:
+        raise ValueError(f"recompute must be one of {', '.join(known)}, got {recompute!r}")
 
 
 class Again:

@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe_kernels.nn.experts import ExpertLinear, reset_like_torch
 from moe_kernels.nn.grouped import GroupedNetwork
@@ -193,8 +192,8 @@ class ExpertResNet18(GroupedNetwork):
         in_channels: channels of the images.
         width: channels of the first stage; the others have 2, 4 and 8 times as many.
         recompute: what the backward computes again instead of keeping it: "none"; "activations", which keeps the
-            results of the convolutions but the first's, and one bit for each ReLU; "all", which keeps what goes into
-            each of the four stages.
+            results of the convolutions but the first's, and one bit for each ReLU; "all", which keeps the images, and
+            computes and differentiates one expert after the other, so that only one has activations at a time.
 
     Raises:
         ValueError: if recompute is unknown.
@@ -223,30 +222,16 @@ class ExpertResNet18(GroupedNetwork):
         self.layer4 = stage(ExpertBasicBlock, 2, num_experts, 4 * width, 8 * width, 2, **to)
         self.linear = ExpertLinear(num_experts, 8 * width, num_classes, **to)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
+    def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
         trained = any(p.requires_grad for p in self.parameters())  # else nothing below keeps an activation
-        with Again(_StandingStill(self), trained and self.recompute == "activations") as again:
+        with Again(_StandingStill(self), trained and self.recompute != "none") as again:
             h = again(self._stem, again(self.conv1, x, offsets), offsets)
-            for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
-                if self.recompute == "all" and torch.is_grad_enabled():
-                    h = checkpoint(
-                        *(self._run, blocks, h, offsets, again),
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                        context_fn=lambda: (nullcontext(), _StandingStill(self)),
-                    )
-                else:
-                    h = self._run(blocks, h, offsets, again)
+            for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
+                h = block(h, offsets, again)
             return self.linear(h.mean((2, 3)), offsets)
 
     def _stem(self, h: Tensor, offsets: Tensor) -> Tensor:
         return mask_relu(self.bn1(h, offsets))
-
-    def _run(self, blocks: nn.ModuleList, h: Tensor, offsets: Tensor, again: Again) -> Tensor:
-        for block in blocks:
-            h = block(h, offsets, again)
-        return h
 
     @classmethod
     def from_state_dicts(cls, experts: Sequence[Mapping[str, Tensor]]) -> "ExpertResNet18":

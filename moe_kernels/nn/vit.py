@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from moe_kernels.nn.experts import ExpertLinear
 from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.recompute import check_recompute
 from moe_kernels.nn.resnet import ExpertConv2d
 
 
@@ -106,9 +107,10 @@ class ExpertViT(GroupedNetwork):
         width: size of a token, a multiple of heads.
         depth: number of blocks.
         heads: attention heads.
+        recompute: "none", or "all" to compute one expert after the other again in the backward (`GroupedNetwork`).
 
     Raises:
-        ValueError: if image_size is no multiple of patch, or width none of heads.
+        ValueError: if image_size is no multiple of patch, or width none of heads, or recompute is unknown.
     """
 
     def __init__(
@@ -123,15 +125,18 @@ class ExpertViT(GroupedNetwork):
         heads: int = 6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
+        check_recompute(recompute, ("none", "all"))
         if image_size % patch or width % heads:
             raise ValueError(
                 "image_size must be a multiple of patch, and width of heads, "
                 f"got {image_size} by {patch} and {width} by {heads}"
             )
         to: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_experts, self.image_size = num_experts, image_size
+        self.num_experts, self.recompute, self.image_size = num_experts, recompute, image_size
         tokens = (image_size // patch) ** 2 + 1
         self.patch_embed = nn.ModuleDict({"proj": ExpertConv2d(num_experts, in_channels, width, patch, patch, **to)})
         self.cls_token = nn.Parameter(torch.zeros(num_experts, 1, 1, width, **to))
@@ -150,7 +155,7 @@ class ExpertViT(GroupedNetwork):
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, image_size, image_size] sorted by expert -> logits [N, num_classes].
 
         Raises:

@@ -31,7 +31,7 @@ class ExpertConvNet(GroupedNetwork):
         self.hidden = ExpertLinear(num_experts, features, 4 * width)
         self.head = ExpertLinear(num_experts, 4 * width, num_classes)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
         x = mask_relu(self.conv1(x, offsets))
         x = mask_relu(self.conv2(x, offsets))
         x = mask_relu(self.hidden(x.flatten(1), offsets))
