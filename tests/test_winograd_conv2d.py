@@ -129,8 +129,8 @@ def test_bitwise_equal_for_any_number_of_threads() -> None:
     grad = s.randn(90, 6, 9, 8)
 
     def results() -> tuple[Tensor, ...]:
-        leaf = x.clone().requires_grad_()
-        y = winograd_conv2d(leaf, weight, None, offsets, padding=1)
-        return y, *torch.autograd.grad(y, [leaf], grad)
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        y = winograd_conv2d(*leaves, None, offsets, padding=1)
+        return y, *torch.autograd.grad(y, leaves, grad)
 
     check_threads(results)
