@@ -58,6 +58,9 @@ Tensor expert_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Tens
                                  int64_t kernel_width, const Shape& stride, const Shape& padding) {
   const int64_t num_experts = offsets.size(0) - 1;
   const auto ranges = read_offsets(offsets, num_experts, grad.size(0));
+  // oneDNN writes beyond its buffer for 1 x 1 kernels, channels-last images and channels that are no multiple of 8.
+  const bool one = kernel_height * kernel_width == 1;
+  const Tensor grads = one ? as_layout(grad, false) : grad, images = one ? as_layout(x, false) : x;
   Tensor out = new_tensor(grad, {num_experts, grad.size(1), x.size(1), kernel_height, kernel_width});
   for (int64_t e = 0; e < num_experts; ++e) {
     Tensor out_e = item_of(out, e);
@@ -65,8 +68,8 @@ Tensor expert_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Tens
     if (count == 0) {
       torch::stable::zero_(out_e);
     } else {
-      const Tensor values = computable(rows_of(grad, begin, count));
-      torch::stable::copy_(out_e, convolution_backward(values, computable(rows_of(x, begin, count)),
+      const Tensor values = computable(rows_of(grads, begin, count));
+      torch::stable::copy_(out_e, convolution_backward(values, computable(rows_of(images, begin, count)),
                                                        new_tensor(values, shape(out_e)), stride, padding, false));
     }
   }

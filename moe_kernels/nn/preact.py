@@ -116,7 +116,7 @@ class ExpertPreActResNet(GroupedNetwork):
         return cls(num_experts, num_classes, in_channels, stages, 16, **options)
 
     def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
-        h = self.conv1(x, offsets)
+        h = self.conv1(x.contiguous(memory_format=torch.channels_last), offsets)  # in which convolutions are fastest
         for block in self.blocks:
             h = block(h, offsets)
         return self.linear(mask_relu(self.bn(h, offsets)).mean((2, 3)), offsets)

@@ -223,6 +223,7 @@ class ExpertResNet18(GroupedNetwork):
         self.linear = ExpertLinear(num_experts, 8 * width, num_classes, **to)
 
     def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
         trained = any(p.requires_grad for p in self.parameters())  # else nothing below keeps an activation
         with Again(_StandingStill(self), trained and self.recompute != "none") as again:
             h = again(self._stem, again(self.conv1, x, offsets), offsets)

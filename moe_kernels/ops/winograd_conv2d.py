@@ -1,6 +1,5 @@
 """Grouped 3 x 3 convolution of step 1 by Winograd's algorithm: a quarter of the products, twice the rounding error."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ from moe_kernels._library import define
 from moe_kernels.ops.expert_conv2d import _empty
 from moe_kernels.ops.expert_sum import expert_sum
 
+WIDE = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = WIDE[:1] if torch.cpu._is_avx512_bf16_supported() else WIDE  # in which float32 is the fastest to multiply in
 TILE = 4  # results per side
 
 
@@ -67,7 +68,7 @@ def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: 
     of the usual products: 36 for each tile, of which some results may lie beyond the edge, not 9 for each result."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if check.autocast_is_on(device) else x.dtype
-    if x.ndim != 4 or dtype not in _dtypes() or not backends.is_implemented("winograd_conv2d", device):
+    if x.ndim != 4 or dtype not in DTYPES or not backends.is_implemented("winograd_conv2d", device):
         return False
     strides, paddings = check.pair("stride", stride, 1), check.pair("padding", padding, 0)
     height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], paddings, strict=True))
@@ -78,13 +79,6 @@ def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: 
         and min(weight.shape[-4:-2]) >= 16
         and 36 * tiles < 0.6 * 9 * height * width
     )
-
-
-@functools.cache
-def _dtypes() -> tuple[torch.dtype, ...]:
-    """Those in which the CPU has no faster instructions than in float32."""
-    fast = torch.cpu._is_avx512_bf16_supported()
-    return (torch.float32,) if fast else (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, padding: list[int], turned: bool) -> Tensor:
