@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_kernels import reference
 from moe_kernels.ops import expert_linear
 from moe_kernels.testing import Source, check_threads
 
@@ -30,6 +31,18 @@ def test_bitwise_equal_for_any_number_of_threads() -> None:
         return y, *torch.autograd.grad(y, leaves, grad)
 
     check_threads(results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_reaches_its_own_results_alone(dtype: torch.dtype) -> None:
+    x, weight, bias, offsets = (t.to(dtype) if t.is_floating_point() else t for t in arguments((9, 0, 7), 530, 21))
+    x[2, 529], x[8, 3], weight[2, 20, 8] = float("nan"), float("inf"), float("-inf")
+    y = expert_linear(x, weight, bias, offsets)
+    expected = reference.expert_linear(x, weight, bias, offsets)
+    finite = expected.isfinite()
+    assert finite.sum() == (16 - 2) * 21 - 7
+    assert torch.equal(y.isfinite(), finite)
+    torch.testing.assert_close(y[~finite], expected[~finite], equal_nan=True)
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])

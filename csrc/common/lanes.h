@@ -26,6 +26,7 @@ template <class T>
 MOE_INLINE void write_lanes(T* to, Lanes lanes) {
   float values[kLanes];
   store(values, lanes);
+#pragma omp simd
   for (int i = 0; i < kLanes; ++i) store(to[i], values[i]);
 }
 MOE_INLINE void write_lanes(float* to, Lanes lanes) { store(to, lanes); }

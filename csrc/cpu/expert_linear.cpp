@@ -1,5 +1,6 @@
-// Grouped matrix products of a batch sorted by expert, each block one single-threaded vendor GEMM.
-#include "common/blocks.h"
+// Grouped matrix products of a batch sorted by expert, each block one single-threaded product: common/product.h's, or
+// the vendor's.
+#include "common/product.h"
 
 namespace moe {
 namespace {
@@ -17,6 +18,12 @@ Tensor expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
   if (rows) check_rows(*rows, num_rows, x.size(0));
   const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), num_rows), kGemmRows);
   Tensor out = new_tensor(x, {num_rows, weight.size(1)});
+  const bool done = dispatch_multiply(x.scalar_type(), blocks, [&](auto zero) {
+    const LinearMaps<decltype(zero)> maps(weight, bias);
+    const SortedRows<decltype(zero)> source(x, rows);
+    for_each_block(blocks, [&](const Block& b) { maps.apply(b, source.from(b.begin), out); });
+  });
+  if (done) return out;
   for_each_block(blocks, [&](const Block& b) {
     const Tensor source = slot_rows(x, rows, b.begin, b.count), matrix = item_of(weight, b.expert);
     const Tensor target = rows_of(out, b.begin, b.count);
@@ -39,8 +46,18 @@ Tensor expert_linear_weight_grad(const Tensor& grad, const Tensor& x, const Tens
     for (int64_t i = 0; i < width; i += kGemmBand) blocks.push_back({e, i, std::min(kGemmBand, width - i)});
   }
   if (rows) check_rows(*rows, grad.size(0), x.size(0));
-  const Tensor gathered = rows ? slot_rows(x, rows, 0, grad.size(0)) : x;
   Tensor out = new_tensor(grad, {num_experts, width, x.size(1)});
+  const bool done = dispatch_multiply(grad.scalar_type(), blocks, [&](auto zero) {
+    using T = decltype(zero);
+    const SortedRows<T> left(grad, std::nullopt), right(x, rows);
+    for_each_block(blocks, [&](const Block& b) {
+      const int64_t first = ranges[b.expert], count = ranges[b.expert + 1] - first, place = b.expert * width + b.begin;
+      multiply<T>(b.count, x.size(1), count, left.from(first).transposed(b.begin), right.from(first), nullptr,
+                  mutable_data<T>(out) + place * x.size(1), x.size(1));
+    });
+  });
+  if (done) return out;
+  const Tensor gathered = rows ? slot_rows(x, rows, 0, grad.size(0)) : x;
   for_each_block(blocks, [&](const Block& b) {
     Tensor target = rows_of(item_of(out, b.expert), b.begin, b.count);
     const int64_t first = ranges[b.expert], count = ranges[b.expert + 1] - first;

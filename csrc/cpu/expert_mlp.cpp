@@ -1,7 +1,7 @@
 // The second half of an expert MLP and the backward through its activation, which is never stored: it is computed from
 // the pre-activation a few rows at a time.
 #include "common/activation.h"
-#include "common/blocks.h"
+#include "common/product.h"
 
 namespace moe {
 namespace {
@@ -59,6 +59,15 @@ Tensor expert_mlp_output(const Tensor& z, const Tensor& weight, const OptionalTe
   const Tensor pre = as_contiguous(z);
   Tensor y = new_tensor(z, {z.size(0), weight.size(1)});
   dispatch_activation(take_string(activation), [&](auto act, bool gated) {
+    const bool done = dispatch_multiply(z.scalar_type(), blocks, [&](auto zero) {
+      using T = decltype(zero);
+      const LinearMaps<T> maps(weight, bias);
+      for_each_block(blocks, [&](const Block& b) {
+        const Tensor a = activated<decltype(act)>(pre, b, weight.size(2), gated);
+        maps.apply(b, Matrix<T>{data<T>(a), weight.size(2), 1}, y);
+      });
+    });
+    if (done) return;
     for_each_block(blocks, [&](const Block& b) {
       const Tensor a = activated<decltype(act)>(pre, b, weight.size(2), gated);
       call_aten("aten::linear", "out", a, item_of(weight, b.expert), item_of(bias, b.expert),

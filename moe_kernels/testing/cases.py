@@ -22,21 +22,38 @@ GROUPS: dict[str, tuple[int, ...]] = {
 
 
 def _expert_linear_cases() -> list[Case]:
-    def make(s: Source, counts: tuple[int, ...], k: int, n: int, bias: bool, gather: bool, strided: bool) -> tuple:
+    def make(
+        s: Source,
+        counts: tuple[int, ...],
+        k: int,
+        n: int,
+        bias: bool = True,
+        gather: bool = False,
+        strided: bool = False,
+        transposed: bool = False,
+    ) -> tuple[Any, ...]:
         rows, experts = sum(counts), len(counts)
         tokens = max(rows // 2, 1)
-        x = s.randn(tokens if gather else rows, k)
+        x, weight = s.randn(tokens if gather else rows, k), s.randn(experts, n, k).div(max(k, 1) ** 0.5)
+        if transposed:
+            x, weight = (t.mT.contiguous().mT for t in (x, weight))
         return (
             s.strided(x) if strided else x,
-            s.randn(experts, n, k).div(k**0.5),
+            s.strided(weight) if strided else weight,
             s.randn(experts, n) if bias else None,
             s.offsets(counts),
             s.randint(tokens, rows) if gather else None,
         )
 
-    def case(name: str, counts: tuple[int, ...], k: int, n: int, **options: bool) -> Case:
-        settings = {"bias": True, "gather": False, "strided": False} | options
-        return Case("expert_linear", name, lambda s: make(s, counts, k, n, **settings))
+    def case(
+        name: str,
+        counts: tuple[int, ...],
+        k: int,
+        n: int,
+        dtypes: tuple[torch.dtype, ...] = DTYPES,
+        **options: bool,
+    ) -> Case:
+        return Case("expert_linear", name, lambda s: make(s, counts, k, n, **options), dtypes)
 
     cases = [case(name, counts, 63 if name == "odd_sizes" else 5, 4) for name, counts in GROUPS.items()]
     cases += [case(f"gather_{name}", counts, 6, 129 if name == "odd_sizes" else 3, gather=True)
@@ -45,6 +62,15 @@ def _expert_linear_cases() -> list[Case]:
         case("no_bias", (4, 0, 5), 7, 3, bias=False),
         case("strided", (4, 0, 5), 7, 3, strided=True),
         case("strided_gather", (4, 0, 5), 7, 3, strided=True, gather=True),
+        case("transposed", (4, 0, 5), 7, 3, transposed=True),
+        case("no_columns", (4, 0, 5), 0, 3),
+    ]
+    # Sums longer than a CPU core takes at a time: over columns, and in the gradients over results and rows.
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    cases += [
+        case("long_sums", (5, 0, 7), 530, 17, dtypes, gather=True),
+        case("long_sums_of_results", (5, 0, 7), 17, 530, dtypes, transposed=True),
+        case("long_sums_of_rows", (5, 0, 530), 19, 37, dtypes, bias=False),
     ]
     return cases
 
@@ -69,7 +95,7 @@ def _expert_mlp_cases() -> list[Case]:
             )
 
         # In fp64 <da, act(z)> and <dout, y> differ by more than two ulps over many terms that cancel.
-        return Case("expert_mlp_output", name, make, DTYPES[1:] if name == "odd_sizes" else DTYPES)
+        return Case("expert_mlp_output", name, make, DTYPES[1:] if name in ("odd_sizes", "long_sums") else DTYPES)
 
     def hidden_grad(activation: str, needed: tuple[bool, ...]) -> Case:
         def make(s: Source) -> tuple[Any, ...]:
@@ -91,6 +117,7 @@ def _expert_mlp_cases() -> list[Case]:
         *(output(name, *size, 4, 3, "gelu") for name, size in sizes.items()),
         *(output(activation, 5, 3, 2, 4, 3, activation) for activation in activations),
         output("odd_sizes", 63, 9, 3, 17, 33, "swiglu"),
+        output("long_sums", 63, 3, 2, 600, 17, "gelu"),
         output("one_expert_takes_all", 6, 4, 1, 3, 2, "silu", unused=4),
         output("no_bias", 5, 3, 2, 4, 3, "geglu", bias=False),
         output("sorted", 5, 3, 2, 4, 3, "swiglu", combined=False),
