@@ -112,6 +112,8 @@ def test_a_sweep_at_equal_time_in_two_processes(tmp_path: Path, capsys: pytest.C
     assert f"Epochs: rt-er 2, standard {kept['standard']['epochs']}." in (tmp_path / "methods.md").read_text()
     assert main([*command, "standard"]) == 2
     assert "--methods must include rt-er with --equal-time" in capsys.readouterr().err
+    assert main([*command, "rt-er", "--epochs", "0"]) == 2
+    assert "epochs must be above 0 with --equal-time, got 0" in capsys.readouterr().err
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from rter.optimisation import OPTIMIZERS, SCHEDULES
 
 GATES = ("hard", "sigmoid", "softmax", "soft", "straight_through")
 NORMS = ("Linf", "L2", "L1")
+MIXES = ("logits", "probabilities")
 GROUPS = ("run", "model", "data", "attack", "method", "optimisation")
 
 
@@ -43,7 +44,7 @@ class Config:
     """Settings of a run; None stands for the method's default. Raises UserError on a value that is out of range."""
 
     seed: int = _run(0, "split, initialisation, shuffling and attack starts all follow from it")
-    epochs: int = _run(50, "passes over the training images")
+    epochs: int = _run(50, "passes over the training images; 0 keeps the weights of --init as they came")
     eval_every: int = _run(5, "epochs between two measurements on the held-out images")
 
     data: str = _data("digits", "what to train on, see `rter data --help`", tuple(DATASETS))
@@ -67,6 +68,7 @@ class Config:
     dual_alpha: float = _model(
         0.98, "alpha, weight of the robust model in the dual one, (1 - alpha) F_S + alpha F_R; the paper's is 0.7"
     )
+    dual_mix: str = _model("logits", "what the dual model mixes, of which only the latter are bounded", MIXES)
 
     norm: str = _attack("Linf", "norm of the perturbation", NORMS)
     eps: float = _attack(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
@@ -108,9 +110,9 @@ class Config:
             object.__setattr__(self, field.name, _convert(field, self._default(field) if value is None else value))
         for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("epochs", "batch_size", "lr", "eval_every", "cycle_steps", "patch"):
+        for name in ("batch_size", "lr", "eval_every", "cycle_steps", "patch"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "image_size", "depth", "weight_decay", "clip_norm", "beta", "clean_weight",
+        for name in ("seed", "epochs", "image_size", "depth", "weight_decay", "clip_norm", "beta", "clean_weight",
                      "balance_weight", "awp_gamma", "awp_warmup"):  # fmt: skip
             self._demand(name, getattr(self, name) >= 0, "at least 0")
         self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
@@ -118,7 +120,7 @@ class Config:
             self._demand(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("momentum", "ema"):
             self._demand(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        if self.schedule == "multi-step":
+        if self.schedule == "multi-step" and self.epochs:
             epochs = self.drops.split(",")
             valid = all(epoch.strip().isdigit() and 0 < int(epoch) < self.epochs for epoch in epochs)
             self._demand("drops", valid, f"numbers below epochs, {self.epochs}, with commas between")

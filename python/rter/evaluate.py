@@ -43,6 +43,7 @@ def evaluate(
     model = build_model(config, data).to(device())
     load_weights(run / f"{weights}.safetensors", model)
     model.eval()
+    history = read_lines(run / "metrics.jsonl")
     results, adversarial = measure(model, config, data.test, steps, restarts, suite, queries)
     report = {
         "method": config.method,
@@ -52,7 +53,7 @@ def evaluate(
         "eps": config.eps,
         "num_experts": model.num_experts,
         "epochs": config.epochs,
-        "train_seconds": read_lines(run / "metrics.jsonl")[-1]["seconds"],
+        "train_seconds": history[-1]["seconds"] if history else 0.0,
         "weights": weights,
         "split": "held-out" if data.official_test is None else "test",
         "held_out": len(data.test),

@@ -49,13 +49,14 @@ STYLE: dict[Any, Any] = {
 def draw(
     folder: Path, name: str, report: dict[str, Any], history: list[dict[str, Any]], examples: dict[str, Tensor]
 ) -> None:
-    """Writes accuracy.png, learning.png, experts.png (if there are several) and images.png."""
+    """Writes accuracy.png, images.png, learning.png (if there was an epoch) and experts.png (if there are several)."""
     folder.mkdir(exist_ok=True)
     figures = {
         "accuracy": lambda: accuracy({name: report, **report["baselines"]}, report),
-        "learning": lambda: learning(history),
         "images": lambda: images(report, examples),
     }
+    if history:
+        figures["learning"] = lambda: learning(history)
     if report["num_experts"] > 1:
         figures["experts"] = lambda: experts(report)
     with plt.rc_context(STYLE):

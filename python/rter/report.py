@@ -103,7 +103,7 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
         figures,
         "\n".join(f"- **{column}**: {meaning}" for column, meaning in COLUMNS.items()),
         "![Accuracy against eps](plots/accuracy.png)",
-        "![Learning curves](plots/learning.png)",
+        *(["![Learning curves](plots/learning.png)"] if report["epochs"] else []),
         *_evaluation(report),
     ]
     if report["num_experts"] > 1:

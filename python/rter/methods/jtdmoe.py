@@ -61,7 +61,7 @@ METHOD = Method(
         Pass(_robust, part=attrgetter("robust"), name="robust"),
         Pass(_standard, part=attrgetter("standard"), name="standard"),
     ),
-    defaults={"dual_alpha": 0.7, "beta": 1.0, "epochs": 30, "attack_steps": 5},
+    defaults={"dual_alpha": 0.7, "dual_mix": "probabilities", "beta": 1.0, "epochs": 30, "attack_steps": 5},
     second_expert=True,
     dual=True,
 )
