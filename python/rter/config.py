@@ -63,19 +63,26 @@ class Config:
     router: str = _model("linear", "network that chooses the expert", tuple(ROUTERS))
     normalize: str = _model("data", "what the model normalises images by: data, for mean and deviation of the training "
                             "images, or an --init network's own, such as 0.49,0.48,0.45/0.25,0.24,0.26")  # fmt: skip
-    init: str = _model("", "file of weights to begin with: a mixture of RT-ER's public code, or one network for all")
-    gate: str = _model("straight_through", "weight of the chosen expert's logits; soft mixes all experts", GATES)
+    init: str = _model(
+        "", "file of weights to begin with: a mixture of RT-ER's public code, or one network for every expert"
+    )
+    gate: str = _model(
+        "straight_through",
+        "weight of the chosen expert's logits: its softmax (as in RT-ER's paper), 1 with the softmax's gradient "
+        "(straight_through), 1 without any (hard); soft mixes all experts",
+        GATES,
+    )
     dual_alpha: float = _model(
         0.98, "alpha, weight of the robust model in the dual one, (1 - alpha) F_S + alpha F_R; the paper's is 0.7"
     )
-    dual_mix: str = _model("logits", "what the dual model mixes, of which only the latter are bounded", MIXES)
+    dual_mix: str = _model("logits", "what the dual model mixes: logits, which nothing bounds, or probabilities", MIXES)
 
     norm: str = _attack("Linf", "norm of the perturbation", NORMS)
     eps: float = _attack(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
     alpha_ratio: float = _attack(0.25, "step of the attack as a part of eps")
-    attack_steps: int = _attack(10, "steps of the attack in training")
+    attack_steps: int = _attack(10, "steps of PGD in training")
 
-    method: str = _method("rt-er", "how to train, by a formula below", tuple(METHODS))
+    method: str = _method("rt-er", "how to train: the formulas stand below", tuple(METHODS))
     faithful: bool = _method(False, "take the settings of RT-ER's public code: hard gate, beta 6, no part of ours")
     beta: float = _method(2.0, "beta, weight of the KL term of a method that has one")
     second: str = _method("random", "expert s that RT-ER trains beside the first: any other, or the second-ranked",
@@ -84,9 +91,8 @@ class Config:
     balance_weight: float = _method(1.0, "lambda, weight of the router's balance loss on clean images")
     explore: float = _method(0.5, "part of the epochs in which an image goes at random to its first or second expert; "
                              "for nine-experts, in which the experts train independently")  # fmt: skip
-    awp_gamma: float = _method(
-        0.0, "size of adversarial weight perturbation, relative to the weights: 0 for none, or 0.005"
-    )
+    awp_gamma: float = _method(0.0, "AWP, adversarial weight perturbation, on top of any method: its size relative to "
+                               "the weights, such as 0.005; 0: none")  # fmt: skip
     awp_warmup: int = _method(10, "epochs before AWP begins")
     fgsm_reach: float = _method(1.0, "greatest radius of the nine experts' FGSM, in eps")
     pgd_scale: float = _method(0.2, "the nine experts' PGD takes 10 to 50 steps times this")
@@ -100,9 +106,10 @@ class Config:
     drops: str = _optimisation("100,105", "epochs after which the multi-step schedule divides the learning rate by 10")
     weight_decay: float = _optimisation(0.01, "weight decay")
     momentum: float = _optimisation(0.9, "momentum of sgd")
-    clip_norm: float = _optimisation(0.0, "norm to which a longer gradient is cut; 0 for no clipping")
-    ema: float = _optimisation(0.0, "decay of a running mean of the weights, then evaluated and saved; 0 for none")
-    amp: str = _optimisation("none", "autocast in training, attack included; evaluation is in fp32", ("none", "bf16"))
+    clip_norm: float = _optimisation(0.0, "norm to which a longer gradient is cut; 0: it is not")
+    ema: float = _optimisation(0.0, "EMA, a running mean of the weights, which is then evaluated and saved: its decay, "
+                               "such as 0.999; 0: none")  # fmt: skip
+    amp: str = _optimisation("none", "autocast in training and its attack; evaluation stays in fp32", ("none", "bf16"))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
