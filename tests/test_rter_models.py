@@ -224,6 +224,8 @@ def test_resnets_on_cifar10s_format(tmp_path: Path) -> None:
     assert main(["evaluate", str(run), *WEAK]) == 0
     report = (run / "report.json").read_text()
     assert '"split": "test"' in report and '"held_out": 4' in report
+    assert main(["evaluate", str(run), *WEAK, "--images", "3"]) == 0
+    assert '"held_out": 3' in (run / "report.json").read_text()
     assert main(["train", "--out", str(tmp_path / "other"), *settings, "--init", str(tmp_path / "moe.pt")]) == 2
     assert not (tmp_path / "other").exists()
 

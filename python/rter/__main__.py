@@ -83,6 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
                           "the held-out images has chosen")  # fmt: skip
     _add_strength(evaluate, suite="full")
     evaluate.add_argument("--queries", type=_positive, default=5000, help="of AutoAttack's Square (default: 5000)")
+    evaluate.add_argument("--images", type=_positive, metavar="N", help="measure on the first N test images alone "
+                          "(default: all)")  # fmt: skip
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run or of a sweep")
@@ -172,7 +174,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from rter.evaluate import evaluate
     from rter.report import summary, table, verdict
 
-    report = evaluate(args.run_folder, args.weights, *_strength(args), args.queries)
+    report = evaluate(args.run_folder, args.weights, *_strength(args), args.queries, args.images)
     print(table({args.run_folder.resolve().name: summary(report)}))
     print(verdict(report))
     print(f"written: {args.run_folder / 'report.json'}; next: rter report {args.run_folder}")

@@ -12,7 +12,7 @@ from rter.autoattack import QUERIES, auto_attack
 from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.checkpoint import load_weights, read_lines, run_config, save_tensors, write_json
 from rter.config import Config
-from rter.data import Data, Split, load_data
+from rter.data import Split, load_data
 from rter.distributed import device
 from rter.models import DualClassifier, RobustClassifier, View, build_model
 from rter.suite import BATCH, Attacked, Tally, apgd_attacks, attack, found_by, is_deterministic, mean, predict
@@ -35,16 +35,26 @@ def quick_accuracies(model: RobustClassifier, config: Config, images: Split) -> 
 
 
 def evaluate(
-    run: Path, weights: str, steps: int, restarts: int, suite: str = "full", queries: int = QUERIES
+    run: Path,
+    weights: str,
+    steps: int,
+    restarts: int,
+    suite: str = "full",
+    queries: int = QUERIES,
+    first: int | None = None,
 ) -> dict[str, Any]:
-    """Attacks the run's `last` or `best` weights with a suite; writes report.json and examples.safetensors."""
+    """Attacks the run's `last` or `best` weights with a suite; writes report.json and examples.safetensors.
+
+    With `first` on so many test images alone.
+    """
     config = run_config(run)
     data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size).to(device())
+    test = data.test[:first]
     model = build_model(config, data).to(device())
     load_weights(run / f"{weights}.safetensors", model)
     model.eval()
     history = read_lines(run / "metrics.jsonl")
-    results, adversarial = measure(model, config, data.test, steps, restarts, suite, queries)
+    results, adversarial = measure(model, config, test, steps, restarts, suite, queries)
     report = {
         "method": config.method,
         "data": config.data,
@@ -56,7 +66,7 @@ def evaluate(
         "train_seconds": history[-1]["seconds"] if history else 0.0,
         "weights": weights,
         "split": "held-out" if data.official_test is None else "test",
-        "held_out": len(data.test),
+        "held_out": len(test),
         "attack": {"name": "PGD", "steps": steps, "alpha_ratio": config.alpha_ratio, "restarts": restarts},
         "suite": suite,
         "torch": torch.__version__,
@@ -64,7 +74,7 @@ def evaluate(
         "baselines": {},
     }
     write_json(run / "report.json", report)
-    save_tensors(run / "examples.safetensors", examples(model, data, adversarial))
+    save_tensors(run / "examples.safetensors", examples(model, test, data.num_classes, adversarial))
     return report
 
 
@@ -233,10 +243,9 @@ def _mean_of_experts(model: RobustClassifier, x: Tensor) -> Tensor:
     return torch.stack([model(x, routing=route.fixed(e)) for e in range(model.num_experts)]).mean(0)
 
 
-def examples(model: RobustClassifier, data: Data, adversarial: Tensor) -> dict[str, Tensor]:
+def examples(model: RobustClassifier, test: Split, num_classes: int, adversarial: Tensor) -> dict[str, Tensor]:
     """The first test image of each class, its adversarial twin, and what the model says to both."""
-    test = data.test
-    rows = torch.cat([(test.y == label).nonzero()[:1, 0] for label in range(data.num_classes)])
+    rows = torch.cat([(test.y == label).nonzero()[:1, 0] for label in range(num_classes)])
     x, x_adv = test[rows].x, adversarial[rows]
     return {
         "x": x,
