@@ -10,6 +10,7 @@ from rter.checkpoint import load_tensors, write_json
 from rter.comparison import write_comparison
 from rter.config import Config
 from rter.evaluate import evaluate
+from rter.plots import learning
 
 TINY = ["--epochs", "2", "--batch-size", "400", "--num-experts", "2", "--width", "2", "--attack-steps", "1",
         "--held-out", "60", "--eval-every", "1"]  # fmt: skip
@@ -38,6 +39,15 @@ def test_a_run_holds_its_files(demo: Path) -> None:
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in epochs] == [1, 2]
     assert {"loss", "adversarial", "kl", "clean_second", "balance", "seconds", "sa", "ra"} <= epochs[1].keys()
+
+
+def test_learning_curves_of_methods_with_phases() -> None:
+    """The terms of the nine experts' loss are others in each phase, and all are drawn where they are."""
+    apart = {"epoch": 1, "loss": 3.0, "benign": 1.0, "fgsm": 1.0, "pgd": 1.0}
+    joint = {"loss": 2.0, "clean": 1.0, "adversarial": 1.0, "sa": 1.0, "ra": 0.5}
+    figure = learning([apart, {"epoch": 2, **joint}, {"epoch": 3, **joint}])
+    drawn = {line.get_label(): list(line.get_xdata()) for line in figure.axes[1].get_lines()}
+    assert drawn == {"loss": [1, 2, 3], "benign": [1], "fgsm": [1], "pgd": [1], "clean": [2, 3], "adversarial": [2, 3]}
 
 
 def test_the_report_has_its_keys(demo: Path) -> None:
@@ -112,6 +122,8 @@ def test_a_sweep_at_equal_time_in_two_processes(tmp_path: Path, capsys: pytest.C
     assert f"Epochs: rt-er 2, standard {kept['standard']['epochs']}." in (tmp_path / "methods.md").read_text()
     assert main([*command, "standard"]) == 2
     assert "--methods must include rt-er with --equal-time" in capsys.readouterr().err
+    assert main([*command, "rt-er", "--epochs", "0"]) == 2
+    assert "epochs must be above 0 with --equal-time, got 0" in capsys.readouterr().err
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:

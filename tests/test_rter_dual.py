@@ -42,6 +42,24 @@ def test_the_dual_model_mixes_logits_and_routes_as_the_robust_one(batch: Split) 
         torch.testing.assert_close(model(batch.x), alone)
 
 
+def test_a_mixture_of_probabilities_is_bounded(batch: Split) -> None:
+    """Whatever F_S says, F_D says what F_R does where its margin is above (1 - alpha) / alpha; also at the ends."""
+    model = dual(batch, dual_alpha=0.7, dual_mix="probabilities")
+    standard, robust = 1e4 * torch.randn(1000, 3), torch.randn(1000, 3)
+    for model.alpha in (0.7, 0.0, 1.0):
+        a = model.alpha
+        expected = (1 - a) * standard.softmax(1) + a * robust.softmax(1)
+        torch.testing.assert_close(model.mix(standard, robust).exp(), expected, atol=1e-6, rtol=1e-5)
+    model.alpha = 0.7
+    first, second = robust.softmax(1).topk(2).values.unbind(1)
+    sure = first - second > 0.3 / 0.7
+    kept = model.mix(standard, robust).argmax(1) == robust.argmax(1)
+    assert kept[sure].all() and not kept[~sure].all() and 0 < sure.sum() < 1000
+    leaf = standard.requires_grad_()
+    (gradient,) = torch.autograd.grad(model.mix(leaf, robust).logsumexp(1).sum(), leaf)
+    assert gradient.isfinite().all()
+
+
 def test_the_robust_half_starts_as_the_same_seeds_rt_er(batch: Split) -> None:
     alone = build_model(Config(method="rt-er", num_experts=3, width=2), Data(batch, batch, 3))
     model = dual(batch)
@@ -88,7 +106,7 @@ def test_a_dual_run_reports_its_curve(tmp_path: Path, monkeypatch: pytest.Monkey
     run = tmp_path / "dual"
     sizes = ["--epochs", "1", "--batch-size", "400", "--num-experts", "2", "--width", "2", "--held-out", "40"]
     assert main(["train", "--method", "dual", "--out", str(run), "--attack-steps", "1", *sizes]) == 0
-    assert main(["evaluate", str(run), "--steps", "1", "--restarts", "1"]) == 0
+    assert main(["evaluate", str(run), "--steps", "1", "--restarts", "1", "--queries", "20"]) == 0
     assert main(["report", str(run)]) == 0
     report = json.loads((run / "report.json").read_text())
     assert [point[0] for point in report["alpha_curve"]["points"]] == list(alpha.ALPHAS)

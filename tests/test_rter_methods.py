@@ -235,8 +235,9 @@ def test_dual(batch: Split, epoch: int) -> None:
     assert_terms(step, batch, rt_er(Plain(model.robust), Step(model.robust, config, 0, epoch=epoch), batch), 1)
 
 
-def test_jtdmoe(batch: Split) -> None:
-    model, config = tiny(batch, "jtdmoe", dual_alpha=0.6)
+@pytest.mark.parametrize("mix", ["probabilities", "logits"])
+def test_jtdmoe(batch: Split, mix: str) -> None:
+    model, config = tiny(batch, "jtdmoe", dual_alpha=0.6, dual_mix=mix)
     assert isinstance(model, DualClassifier)
     standard, robust, x, y = Plain(model.standard), Plain(model.robust), batch.x, batch.y
     step = routed(Step(model, config, 0, epoch=0))
@@ -254,6 +255,8 @@ def test_jtdmoe(batch: Split) -> None:
     }
     assert_terms(step, batch, expected, 0)
     mixed = 0.4 * standard(x) + 0.6 * robust(x).detach()
+    if mix == "probabilities":
+        mixed = (0.4 * standard(x).softmax(1) + 0.6 * robust(x).detach().softmax(1)).log()
     assert_terms(step, batch, {"clean": F.cross_entropy(mixed, y), "balance": 0.3 * standard.balance(x)}, 1)
 
 

@@ -1,5 +1,6 @@
 """Every network and router as a model of the application, and weights that come from other code."""
 
+import json
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 from rter.__main__ import main
 from rter.config import Config
-from rter.data import Data, Split
+from rter.data import Data, Split, load_data
 from rter.errors import UserError
 from rter.models import RobustClassifier, build_model
 from rter.models.initial import load_initial
@@ -102,11 +103,12 @@ def test_normalises_by_what_is_given() -> None:
 class PublicMoE(nn.Module):
     """The public RT-ER code's mixture: a list of experts and a gate on the flattened image; top-1, its raw logits."""
 
-    def __init__(self, num_experts: int = 2) -> None:
+    def __init__(self, num_experts: int = 2, classes: int = 5, size: int = 8) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(nn.Sequential(OrderedDict(net=ResNet18(5, 3, 4))) for _ in range(num_experts))
+        nets = (ResNet18(classes, 3, 4) for _ in range(num_experts))
+        self.experts = nn.ModuleList(nn.Sequential(OrderedDict(net=net)) for net in nets)
         self.router = nn.Module()
-        self.router.gate = nn.Linear(3 * 8 * 8, num_experts)
+        self.router.gate = nn.Linear(3 * size * size, num_experts)
 
     def forward(self, x: Tensor) -> Tensor:
         chosen = self.router.gate(x.flatten(1)).argmax(1).tolist()
@@ -198,21 +200,50 @@ def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
 # the whole command
 
 
-def test_resnets_on_cifar10s_format(tmp_path: Path) -> None:
-    """A run on 3x32x32 images in CIFAR-10's binary format, evaluated on its test batch."""
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
+def write_cifar10(folder: Path) -> None:
+    """Four images of noise in each of CIFAR-10's binary batches."""
+    place = folder / "cifar-10-batches-bin"
+    place.mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         records = torch.randint(256, (4, 3073), dtype=torch.uint8)
         records[:, 0] %= 10
-        (folder / f"{name}.bin").write_bytes(records.numpy().tobytes())
+        (place / f"{name}.bin").write_bytes(records.numpy().tobytes())
+
+
+ON_CIFAR10 = "--data cifar10 --model resnet18 --num-experts 2 --held-out 4 --batch-size 8 --attack-steps 1 --eps 8/255"
+WEAK = ["--suite", "quick", "--steps", "1", "--restarts", "1"]
+
+
+def test_resnets_on_cifar10s_format(tmp_path: Path) -> None:
+    """A run on 3x32x32 images in CIFAR-10's binary format, evaluated on its test batch."""
+    write_cifar10(tmp_path)
     torch.save(PublicMoE().state_dict(), tmp_path / "moe.pt")
     run = tmp_path / "run"
-    settings = "--data cifar10 --model resnet18 --width 2 --num-experts 2 --router conv --epochs 1 --held-out 4 "
-    settings += f"--batch-size 8 --attack-steps 1 --eps 8/255 --data-dir {tmp_path}"
-    assert main(["train", "--out", str(run), *settings.split()]) == 0
-    assert main(["evaluate", str(run), "--suite", "quick", "--steps", "1", "--restarts", "1"]) == 0
+    settings = [*ON_CIFAR10.split(), "--width", "2", "--router", "conv", "--epochs", "1", "--data-dir", str(tmp_path)]
+    assert main(["train", "--out", str(run), *settings]) == 0
+    assert main(["evaluate", str(run), *WEAK]) == 0
     report = (run / "report.json").read_text()
     assert '"split": "test"' in report and '"held_out": 4' in report
-    assert main(["train", "--out", str(tmp_path / "other"), *settings.split(), "--init", str(tmp_path / "moe.pt")]) == 2
+    assert main(["evaluate", str(run), *WEAK, "--images", "3"]) == 0
+    assert '"held_out": 3' in (run / "report.json").read_text()
+    assert main(["train", "--out", str(tmp_path / "other"), *settings, "--init", str(tmp_path / "moe.pt")]) == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_a_public_model_is_evaluated_as_it_came(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cifar10(tmp_path)
+    public = randomize_statistics(PublicMoE(classes=10, size=32)).eval()
+    torch.save(public.state_dict(), tmp_path / "moe.pt")
+    run = tmp_path / "run"
+    train = ["train", *ON_CIFAR10.split(), "--width", "4", "--gate", "hard", "--epochs", "0", "--out", str(run)]
+    train += ["--data-dir", str(tmp_path), "--init", str(tmp_path / "moe.pt"), "--normalize", "0.5/0.2"]
+    assert main(train) == 0
+    assert (run / "metrics.jsonl").read_text() == "" and not (run / "metrics.csv").exists()
+    for weights in ("last", "best"):
+        assert main(["evaluate", str(run), "--weights", weights, *WEAK]) == 0
+    assert main(["report", str(run)]) == 0 and "learning" not in (run / "report.md").read_text()
+    report, data = json.loads((run / "report.json").read_text()), load_data("cifar10", 4, 0, str(tmp_path))
+    said = public((data.test.x - 0.5) / 0.2).argmax(1)
+    assert report["sa"] == (said == data.test.y).double().mean() and report["train_seconds"] == 0
+    capsys.readouterr()
+    assert main([*train, "--resume"]) == 0 and "finished already" in capsys.readouterr().out

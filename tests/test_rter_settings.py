@@ -41,7 +41,7 @@ def test_the_documented_settings_are_valid(path: Path) -> None:
         ({"eps": 8}, "eps must be at most 1 in the Linf norm"),
         ({"epochs": 1.5}, "epochs must be a whole number, got 1.5"),
         ({"epochs": True}, "epochs must be a whole number, got True"),
-        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"epochs": -1}, "epochs must be at least 0, got -1"),
         ({"explore": 1.5}, "explore must be between 0 and 1, got 1.5"),
         ({"num_experts": 1}, "num_experts must be at least 2 for rt-er, got 1"),
         ({"method": 3}, "method must be text, got 3"),

@@ -19,10 +19,15 @@ the default. On several GPUs, or in several processes: torchrun --nproc-per-node
 
 OWN = {name: owner.defaults for owners in (METHODS, NETWORKS) for name, owner in owners.items()}
 NOTHING: dict[Any, str] = {bool: "no", str: "none", int: "0", float: "0"}
+METAVARS: dict[Any, str] = {str: "TEXT", int: "N", float: "NUMBER"}
 
 SYMBOLS = """
-F is the model, f_e expert e alone, s the expert of --second, r the router; x1, x2 and x_e are x under attack.
-beta, gamma, lambda and alpha are --beta, --clean-weight, --balance-weight and --dual-alpha."""
+F is the model, f_e expert e alone, s the expert of --second, r the router; x1, x2 and x_e are x under attack, by PGD
+where nothing else is said. CE is the cross-entropy, KL the divergence of the softmaxes, balance(x) the Switch loss that
+keeps all experts in use. beta, gamma, lambda and alpha are --beta, --clean-weight, --balance-weight and --dual-alpha.
+
+As mixtures, standard, pgd-at and trades are the baselines standard MoE, AT-MoE and TRADES-MoE; with --num-experts 1
+they train one dense network. AWP, EMA, bf16 and the schedules go with every method. docs/methods.md says more."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,7 +53,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="rter", description="Adversarially robust Mixture-of-Experts: train, evaluate, report.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -58,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder to make, for weights and metrics")
     train.add_argument(
-        "--config", type=Path, metavar="FILE", help="TOML or JSON file of settings, which the flags override"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML or JSON file of settings, such as docs/configs/*.toml, which the flags override",
     )
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     train.add_argument(
@@ -75,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
                           "the held-out images has chosen")  # fmt: skip
     _add_strength(evaluate, suite="full")
     evaluate.add_argument("--queries", type=_positive, default=5000, help="of AutoAttack's Square (default: 5000)")
+    evaluate.add_argument("--images", type=_positive, metavar="N", help="measure on the first N test images alone "
+                          "(default: all)")  # fmt: skip
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run or of a sweep")
@@ -118,12 +128,13 @@ def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
         if field.name not in without:
             choices = field.metadata["choices"]
             own = (f"; {defaults[field.name]} for {name}" for name, defaults in OWN.items() if field.name in defaults)
-            default = f"(default: {field.metadata['default'] or NOTHING[field.type]}{''.join(own)})"
-            text = f"{field.metadata['help']}{': ' + ', '.join(choices) if choices else ''} {default}"
+            default = f"default: {field.metadata['default'] or NOTHING[field.type]}{''.join(own)}"
+            one_of = f"one of {', '.join(choices)}; " if choices else ""
+            text = f"{field.metadata['help']} ({one_of}{default})"
             flag = "--" + field.name.replace("_", "-")
-            kind: dict[str, Any] = (
-                {"action": "store_const", "const": True} if field.type is bool else {"metavar": "VALUE"}
-            )
+            kind: dict[str, Any] = {"metavar": "NAME" if choices else METAVARS.get(field.type)}
+            if field.type is bool:
+                kind = {"action": "store_const", "const": True}
             groups[field.metadata["group"]].add_argument(flag, dest=f"set_{field.name}", help=text, **kind)
 
 
@@ -142,7 +153,7 @@ def _strength(args: argparse.Namespace) -> tuple[int, int, str]:
     return args.steps, args.restarts or RESTARTS[args.suite], args.suite
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings given as flags."""
     flags = {name.removeprefix("set_"): value for name, value in vars(args).items() if name.startswith("set_")}
     return {name: value for name, value in flags.items() if value is not None}
@@ -153,7 +164,7 @@ def _train(args: argparse.Namespace) -> None:
 
     before = dataclasses.asdict(run_config(args.out)) if args.resume and (args.out / "config.json").exists() else {}
     settings = load_settings(args.config) if args.config else {}
-    config = Config(**(before | settings | _settings(args)))
+    config = Config(**(before | settings | given_settings(args)))
     trained = train(config, args.out, resume=args.resume, save_every=args.save_every, tensorboard=args.tensorboard)
     if is_first():
         print(f"{'trained' if trained else 'finished already'}: {args.out}; next: rter evaluate {args.out}")
@@ -163,7 +174,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from rter.evaluate import evaluate
     from rter.report import summary, table, verdict
 
-    report = evaluate(args.run_folder, args.weights, *_strength(args), args.queries)
+    report = evaluate(args.run_folder, args.weights, *_strength(args), args.queries, args.images)
     print(table({args.run_folder.resolve().name: summary(report)}))
     print(verdict(report))
     print(f"written: {args.run_folder / 'report.json'}; next: rter report {args.run_folder}")
@@ -189,7 +200,7 @@ def _demo(args: argparse.Namespace) -> None:
     from rter.train import train
 
     runs = {method: args.out / method for method in ("rt-er", "standard")}
-    configs = {method: Config(**(_settings(args) | {"method": method})) for method in runs}
+    configs = {method: Config(**(given_settings(args) | {"method": method})) for method in runs}
     for method, run in runs.items():
         train(configs[method], run)
         evaluate(run, "last", *_strength(args))
@@ -205,7 +216,7 @@ def _sweep(args: argparse.Namespace) -> None:
         if name not in names:
             raise UserError(f"--methods must be among {', '.join(names)}, got {name!r}")
     rows = ABLATION if args.ablation else {names[name]: ROWS[names[name]] for name in args.methods or names}
-    settings, strength = _settings(args), _strength(args)
+    settings, strength = given_settings(args), _strength(args)
     written = sweep(args.out, args.seeds, settings, rows, *strength, equal_time=args.equal_time, jobs=args.jobs)
     print(written.read_text())
     print(f"written: {written}")
@@ -214,7 +225,7 @@ def _sweep(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 2 for a user's mistake, told in one line."""
     try:
-        args = _parser().parse_args(arguments)
+        args = make_parser().parse_args(arguments)
         args.run(args)
     except (UserError, OSError) as error:
         print(f"rter: error: {error}", file=sys.stderr)

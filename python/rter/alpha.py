@@ -32,7 +32,7 @@ def alpha_curve(
         the straight line between the two ends, on which a coin that chooses F_R with probability alpha would lie;
         positive for more SA at the same RA. above and least, the greatest and the least distance of the points between
         the ends; greatest, that of a model as robust as the better end and without an error on clean images, which no
-        point passes whose RA is not above both ends'.
+        point passes whose RA is not above both ends', where F_S is at least as accurate as F_R.
     """
     own = model.alpha
     try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_kernels.attacks import attack_mode
 from rter.data import Split
 from rter.errors import UserError
+from rter.suite import predict
 
 QUERIES = 5000  # of Square, as in the standard ensemble
 
@@ -19,11 +20,13 @@ QUERIES = 5000  # of Square, as in the standard ensemble
 def auto_attack(
     model: nn.Module, images: Split, norm: str, eps: float, seed: int, queries: int = QUERIES
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Runs APGD-CE, APGD-T, FAB-T and then Square, each on what is left by those before it.
+    """Runs APGD-CE, APGD-T and FAB-T, each on what is left by those before it, and Square.
 
     Returns:
-        the images [n, C, H, W] after the three white-box attacks and after Square, and the flags raised. With fewer
-        than four classes, where targeted DLR is not defined, APGD-CE, FAB and Square run.
+        the images [n, C, H, W] after the three white-box attacks, those of Square by itself, and the flags raised. The
+        ensemble is the union of the two: Square's run on what the three leave is that of the ensemble, and what they
+        break it attacks in a run of its own, for comparison. With fewer than four classes, where targeted DLR is not
+        defined, APGD-CE, FAB and Square run.
     """
     try:
         from pyautoattack import AutoAttack
@@ -40,13 +43,14 @@ def auto_attack(
         ensemble.square.n_queries = queries
         ensemble.attacks_to_run = ["apgd-ce", "apgd-t", "fab-t"] if num_classes >= 4 else ["apgd-ce", "fab"]
         white = ensemble.run_standard_evaluation(images.x, images.y, batch_size=512)[0]
-        with torch.no_grad():
-            left = model(white).argmax(1) == images.y
-        black = white.clone()
-        if left.any():
-            ensemble.attacks_to_run = ["square"]
-            black[left] = ensemble.run_standard_evaluation(images.x[left], images.y[left], batch_size=512)[0]
-    return white, black, sorted(set(flags))
+        left = predict(model, white) == images.y
+        broken = (predict(model, images.x) == images.y) & ~left
+        square = images.x.clone()
+        ensemble.attacks_to_run = ["square"]
+        for rows in (left, broken):
+            if rows.any():
+                square[rows] = ensemble.run_standard_evaluation(images.x[rows], images.y[rows], batch_size=512)[0]
+    return white, square, sorted(set(flags))
 
 
 @contextmanager

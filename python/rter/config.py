@@ -27,6 +27,7 @@ from rter.optimisation import OPTIMIZERS, SCHEDULES
 
 GATES = ("hard", "sigmoid", "softmax", "soft", "straight_through")
 NORMS = ("Linf", "L2", "L1")
+MIXES = ("logits", "probabilities")
 GROUPS = ("run", "model", "data", "attack", "method", "optimisation")
 
 
@@ -43,7 +44,7 @@ class Config:
     """Settings of a run; None stands for the method's default. Raises UserError on a value that is out of range."""
 
     seed: int = _run(0, "split, initialisation, shuffling and attack starts all follow from it")
-    epochs: int = _run(50, "passes over the training images")
+    epochs: int = _run(50, "passes over the training images; 0 keeps the weights of --init as they came")
     eval_every: int = _run(5, "epochs between two measurements on the held-out images")
 
     data: str = _data("digits", "what to train on, see `rter data --help`", tuple(DATASETS))
@@ -62,18 +63,26 @@ class Config:
     router: str = _model("linear", "network that chooses the expert", tuple(ROUTERS))
     normalize: str = _model("data", "what the model normalises images by: data, for mean and deviation of the training "
                             "images, or an --init network's own, such as 0.49,0.48,0.45/0.25,0.24,0.26")  # fmt: skip
-    init: str = _model("", "file of weights to begin with: a mixture of RT-ER's public code, or one network for all")
-    gate: str = _model("straight_through", "weight of the chosen expert's logits; soft mixes all experts", GATES)
+    init: str = _model(
+        "", "file of weights to begin with: a mixture of RT-ER's public code, or one network for every expert"
+    )
+    gate: str = _model(
+        "straight_through",
+        "weight of the chosen expert's logits: its softmax (as in RT-ER's paper), 1 with the softmax's gradient "
+        "(straight_through), 1 without any (hard); soft mixes all experts",
+        GATES,
+    )
     dual_alpha: float = _model(
         0.98, "alpha, weight of the robust model in the dual one, (1 - alpha) F_S + alpha F_R; the paper's is 0.7"
     )
+    dual_mix: str = _model("logits", "what the dual model mixes: logits, which nothing bounds, or probabilities", MIXES)
 
     norm: str = _attack("Linf", "norm of the perturbation", NORMS)
     eps: float = _attack(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
     alpha_ratio: float = _attack(0.25, "step of the attack as a part of eps")
-    attack_steps: int = _attack(10, "steps of the attack in training")
+    attack_steps: int = _attack(10, "steps of PGD in training")
 
-    method: str = _method("rt-er", "how to train, by a formula below", tuple(METHODS))
+    method: str = _method("rt-er", "how to train: the formulas stand below", tuple(METHODS))
     faithful: bool = _method(False, "take the settings of RT-ER's public code: hard gate, beta 6, no part of ours")
     beta: float = _method(2.0, "beta, weight of the KL term of a method that has one")
     second: str = _method("random", "expert s that RT-ER trains beside the first: any other, or the second-ranked",
@@ -82,9 +91,8 @@ class Config:
     balance_weight: float = _method(1.0, "lambda, weight of the router's balance loss on clean images")
     explore: float = _method(0.5, "part of the epochs in which an image goes at random to its first or second expert; "
                              "for nine-experts, in which the experts train independently")  # fmt: skip
-    awp_gamma: float = _method(
-        0.0, "size of adversarial weight perturbation, relative to the weights: 0 for none, or 0.005"
-    )
+    awp_gamma: float = _method(0.0, "AWP, adversarial weight perturbation, on top of any method: its size relative to "
+                               "the weights, such as 0.005; 0: none")  # fmt: skip
     awp_warmup: int = _method(10, "epochs before AWP begins")
     fgsm_reach: float = _method(1.0, "greatest radius of the nine experts' FGSM, in eps")
     pgd_scale: float = _method(0.2, "the nine experts' PGD takes 10 to 50 steps times this")
@@ -98,9 +106,10 @@ class Config:
     drops: str = _optimisation("100,105", "epochs after which the multi-step schedule divides the learning rate by 10")
     weight_decay: float = _optimisation(0.01, "weight decay")
     momentum: float = _optimisation(0.9, "momentum of sgd")
-    clip_norm: float = _optimisation(0.0, "norm to which a longer gradient is cut; 0 for no clipping")
-    ema: float = _optimisation(0.0, "decay of a running mean of the weights, then evaluated and saved; 0 for none")
-    amp: str = _optimisation("none", "autocast in training, attack included; evaluation is in fp32", ("none", "bf16"))
+    clip_norm: float = _optimisation(0.0, "norm to which a longer gradient is cut; 0: it is not")
+    ema: float = _optimisation(0.0, "EMA, a running mean of the weights, which is then evaluated and saved: its decay, "
+                               "such as 0.999; 0: none")  # fmt: skip
+    amp: str = _optimisation("none", "autocast in training and its attack; evaluation stays in fp32", ("none", "bf16"))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -108,9 +117,9 @@ class Config:
             object.__setattr__(self, field.name, _convert(field, self._default(field) if value is None else value))
         for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("epochs", "batch_size", "lr", "eval_every", "cycle_steps", "patch"):
+        for name in ("batch_size", "lr", "eval_every", "cycle_steps", "patch"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "image_size", "depth", "weight_decay", "clip_norm", "beta", "clean_weight",
+        for name in ("seed", "epochs", "image_size", "depth", "weight_decay", "clip_norm", "beta", "clean_weight",
                      "balance_weight", "awp_gamma", "awp_warmup"):  # fmt: skip
             self._demand(name, getattr(self, name) >= 0, "at least 0")
         self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
@@ -118,7 +127,7 @@ class Config:
             self._demand(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("momentum", "ema"):
             self._demand(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        if self.schedule == "multi-step":
+        if self.schedule == "multi-step" and self.epochs:
             epochs = self.drops.split(",")
             valid = all(epoch.strip().isdigit() and 0 < int(epoch) < self.epochs for epoch in epochs)
             self._demand("drops", valid, f"numbers below epochs, {self.epochs}, with commas between")

@@ -49,13 +49,14 @@ STYLE: dict[Any, Any] = {
 def draw(
     folder: Path, name: str, report: dict[str, Any], history: list[dict[str, Any]], examples: dict[str, Tensor]
 ) -> None:
-    """Writes accuracy.png, learning.png, experts.png (if there are several) and images.png."""
+    """Writes accuracy.png, images.png, learning.png (if there was an epoch) and experts.png (if there are several)."""
     folder.mkdir(exist_ok=True)
     figures = {
         "accuracy": lambda: accuracy({name: report, **report["baselines"]}, report),
-        "learning": lambda: learning(history),
         "images": lambda: images(report, examples),
     }
+    if history:
+        figures["learning"] = lambda: learning(history)
     if report["num_experts"] > 1:
         figures["experts"] = lambda: experts(report)
     with plt.rc_context(STYLE):
@@ -126,11 +127,12 @@ def learning(history: list[dict[str, Any]]) -> Figure:
     left.set(title="Held-out accuracy")
     _percent(left)
     left.legend(loc="lower right")
-    terms = [name for name in history[0] if name not in ("epoch", "loss", "seconds", "sa", "ra")]
+    names = dict.fromkeys(name for record in history for name in record)  # a phase has terms of its own
+    terms = [name for name in names if name not in ("epoch", "loss", "seconds", "sa", "ra")]
     right.plot(epochs, [record["loss"] for record in history], color=INK, label="loss")
-    for name, colour in zip(terms, (ORANGE, PURPLE, SKY, GREEN), strict=False):
-        values = [record[name] for record in history]
-        right.plot(epochs, values, color=colour, linewidth=1.5, label=name.replace("_", " "))
+    for name, colour in zip(terms, (ORANGE, PURPLE, SKY, GREEN, BLUE, RED), strict=False):
+        points = [(record["epoch"], record[name]) for record in history if name in record]
+        right.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=name.replace("_", " "))
     right.set(title="Training loss and its terms", ylim=(0, None))
     right.legend()
     for axes in (left, right):

@@ -103,7 +103,7 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
         figures,
         "\n".join(f"- **{column}**: {meaning}" for column, meaning in COLUMNS.items()),
         "![Accuracy against eps](plots/accuracy.png)",
-        "![Learning curves](plots/learning.png)",
+        *(["![Learning curves](plots/learning.png)"] if report["epochs"] else []),
         *_evaluation(report),
     ]
     if report["num_experts"] > 1:
@@ -151,11 +151,14 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
         )
     if report["certificate"]:
         certificate = report["certificate"]
-        reach, constants = certificate["greatest_radius"], certificate["expert_lipschitz"]
+        reach = certificate["greatest_radius"]
+        gates, experts = (
+            ", ".join(f"{value:.3g}" for value in certificate[name]) for name in ("gate_lipschitz", "expert_lipschitz")
+        )
         parts.append(
             "The certificate of the RT-ER paper (theorem 5.4), taken for the soft mixture of the experts' softmax "
-            f"and with Lipschitz constants {', '.join(f'{value:.3g}' for value in constants)} of the experts from the "
-            f"norms of their layers, reaches {reach:.2g} at most: {'nothing' if reach < report['eps'] else 'a part'} "
-            f"is proved at {report['eps']:.3g}."
+            f"(so M = {certificate['expert_bound']:g}) and with Lipschitz constants r = {gates} of the gates and L = "
+            f"{experts} of the experts, from the norms of their layers, reaches {reach:.2g} at most: "
+            f"{'nothing' if reach < report['eps'] else 'a part'} is proved at {report['eps']:.3g}."
         )
     return parts

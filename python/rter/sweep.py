@@ -113,6 +113,8 @@ def _equal_epochs(file: Path, settings: dict[str, Any], rows: Rows) -> dict[str,
     """Epochs of each row that take the time of "rt-er"; as measured before, where the file exists."""
     if "rt-er" not in rows:
         raise UserError(f"--methods must include rt-er with --equal-time, got {', '.join(rows)}")
+    if 0 in (Config(**(settings | row)).epochs for row in rows.values()):
+        raise UserError("epochs must be above 0 with --equal-time, got 0")
     known = read_json(file) if file.exists() else {}
     if not rows.keys() <= known.keys():
         configs = {name: Config(**(settings | row)) for name, row in rows.items()}

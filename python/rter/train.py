@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rter.checkpoint import append_line, keep_lines, open_run, read_lines, save_tensors, save_weights, write_csv
+from rter.checkpoint import (
+    append_line,
+    keep_lines,
+    open_run,
+    read_lines,
+    save_tensors,
+    save_weights,
+    write_atomic,
+    write_csv,
+)
 from rter.config import Config
 from rter.data import Data, Split, load_data
 from rter.data.augment import make_augment
@@ -85,14 +94,16 @@ class _Training:
         state, out, total = self.state, self.out, self.config.epochs * self.steps
         if (out / "resume.safetensors").exists():
             state.load(out / "resume.safetensors")
-        if state.step == total:
-            return False
+            if state.step == total:
+                return False
         if is_first():
             keep_lines(out / "metrics.jsonl", state.step // self.steps)
             if state.processes != num_processes():
                 print(f"rter: {state.processes} processes began the run in {out} and {num_processes()} go on, so its "
                       "weights will not be bit for bit those of an uninterrupted run", file=sys.stderr)  # fmt: skip
         state.processes = num_processes()
+        if total == 0 and is_first():
+            self._keep_initial()
         progress = tqdm(
             desc=out.name,
             total=total,
@@ -112,6 +123,13 @@ class _Training:
                         self.saved = time.monotonic()
                     progress.update()
         return True
+
+    def _keep_initial(self) -> None:
+        """Writes the files of a run without an epoch."""
+        for name in ("last", "best"):
+            save_weights(self.out / f"{name}.safetensors", self.state.model)
+        write_atomic(self.out / "metrics.jsonl", "")
+        self.state.save(self.out / "resume.safetensors")
 
     def _order(self, epoch: int) -> Tensor:
         shuffle = torch.Generator().manual_seed(self.config.seed_for("shuffle", epoch))

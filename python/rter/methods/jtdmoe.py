@@ -4,8 +4,10 @@ x1 = PGD(F_R, x, y), and x_e = PGD(f_e, x, y) attacks expert e of F_R alone; e r
 mean over the batch. F_D = (1 - alpha) F_S + alpha F_R on clean images; F_R stands still while F_S is trained. The paper
 has no balance loss (--balance-weight 0).
 
-On the digits F_D is not robust at the alpha it was trained with: nothing bounds F_S, whose logits seem to grow until
-they undo 1 - alpha. See docs/methods.md.
+F_D mixes probabilities (--dual-mix), since the paper's theory has outputs of at most 1: whatever F_S says, F_D says
+what F_R does where its margin is above (1 - alpha) / alpha. Of logits, which the public code mixes, nothing bounds
+those of F_S: trained through F_D on clean images they grow until F_R has no say, whatever alpha is (docs/methods.md).
+The paper's alpha is 0.7.
 
 All attacks run as one batch of (1 + E) B rows and all forwards of F_R as one of (1 + 2E) B.
 
@@ -61,7 +63,7 @@ METHOD = Method(
         Pass(_robust, part=attrgetter("robust"), name="robust"),
         Pass(_standard, part=attrgetter("standard"), name="standard"),
     ),
-    defaults={"dual_alpha": 0.7, "beta": 1.0, "epochs": 30, "attack_steps": 5},
+    defaults={"dual_alpha": 0.9, "dual_mix": "probabilities", "beta": 1.0, "epochs": 30, "attack_steps": 5},
     second_expert=True,
     dual=True,
 )

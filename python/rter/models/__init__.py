@@ -28,7 +28,9 @@ def build_model(config: Config, data: Data) -> RobustClassifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed_for("init"))
         robust = _classifier(config, data)
-        return DualClassifier(_classifier(config, data), robust, config.dual_alpha) if config.dual else robust
+        if not config.dual:
+            return robust
+        return DualClassifier(_classifier(config, data), robust, config.dual_alpha, config.dual_mix)
 
 
 def _classifier(config: Config, data: Data) -> RobustClassifier:

@@ -44,7 +44,7 @@ class RobustClassifier(nn.Module):
 
 
 class DualClassifier(RobustClassifier):
-    """F_D = (1 - alpha) F_S + alpha F_R on logits: a robust classifier with a standard one beside it.
+    """F_D = (1 - alpha) F_S + alpha F_R: a robust classifier with a standard one beside it.
 
     Experts and routes are the robust one's; the standard one always routes by itself.
 
@@ -52,21 +52,28 @@ class DualClassifier(RobustClassifier):
         standard: F_S.
         robust: F_R, whose parts this model takes over.
         alpha: weight of F_R, in [0, 1]; may be set at any time.
+        mixes: what F_S and F_R are in the sum, "logits" or "probabilities", of which the logarithm is returned.
 
     Source: Zhang et al., ICML 2025.
     """
 
-    def __init__(self, standard: RobustClassifier, robust: RobustClassifier, alpha: float) -> None:
+    def __init__(
+        self, standard: RobustClassifier, robust: RobustClassifier, alpha: float, mixes: str = "logits"
+    ) -> None:
         super().__init__(robust.normalize, robust.moe)
         self.standard = standard
         self.alpha = alpha
+        self.mixes = mixes
 
     @property
     def robust(self) -> RobustClassifier:
         return RobustClassifier(self.normalize, self.moe)
 
     def mix(self, standard: Tensor, robust: Tensor) -> Tensor:
-        return (1 - self.alpha) * standard + self.alpha * robust
+        if self.mixes == "logits":
+            return (1 - self.alpha) * standard + self.alpha * robust
+        log_weights = standard.new_tensor((1 - self.alpha, self.alpha)).log()
+        return torch.logaddexp(log_weights[0] + standard.log_softmax(-1), log_weights[1] + robust.log_softmax(-1))
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         return self.mix(self.standard(x), super().forward(x, routing))

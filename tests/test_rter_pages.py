@@ -1,0 +1,60 @@
+"""Every command in a block of the documentation is one that `rter` takes, and those of the READMEs run, shortened."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from rter.__main__ import given_settings, main, make_parser
+from rter.config import Config, load_settings
+from rter.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+READMES = [ROOT / "README.md", ROOT / "python" / "README.md"]
+BLOCK_LINE = re.compile(r"^ {4}(.*\brter (?:train|evaluate|report|demo|sweep|data) .*)$", re.MULTILINE)
+SHORT = {
+    "train": "--epochs 1 --width 2 --attack-steps 1 --batch-size 700 --held-out 60",
+    "evaluate": "--suite quick --steps 1 --restarts 1",
+    "report": "",
+}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words after `rter` of each command in a page's indented blocks."""
+    lines = BLOCK_LINE.findall(page.read_text().replace("\\\n", " "))
+    words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    return [each[each.index("rter") + 1 :] if "rter" in each else each[1:] for each in words]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clone")
+
+
+RUN_HERE = [(page, w) for page in READMES for w in commands(page) if w[0] in SHORT and "runs/sweep" not in w]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), RUN_HERE, ids=lambda value: " ".join(value) if isinstance(value, list) else value.parent.name
+)
+def test_the_readmes_commands_run(page: Path, words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other in one folder for each page, as a reader would."""
+    place = folder / page.parent.name
+    place.mkdir(exist_ok=True)
+    monkeypatch.chdir(place)
+    assert main([*words, *SHORT[words[0]].split()]) == 0
+
+
+def test_every_method_has_its_command() -> None:
+    assert {words[words.index("--method") + 1] for _, words in RUN_HERE if "--method" in words} == set(METHODS)
+    table = (ROOT / "docs" / "methods.md").read_text()
+    assert all(f"| `{method}` |" in table for method in METHODS)
+
+
+@pytest.mark.parametrize("page", [*READMES, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_documented_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for words in commands(page):
+        args = make_parser().parse_args(words)
+        file = load_settings(args.config) if vars(args).get("config") else {}
+        Config(**(file | given_settings(args)))
