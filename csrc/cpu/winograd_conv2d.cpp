@@ -6,8 +6,7 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kFilters = 32;      // output channels that are in work at once
-constexpr int64_t kFilterBand = 256;  // output channels of a block
+constexpr int64_t kFilters = 32;  // output channels that are in work at once
 constexpr int64_t kWeightStep = point_step(kFilters * kSummands);
 
 // Kernels of one expert, w(output channel, input channel, 3, 3): as they lie, or with channels exchanged and turned
@@ -158,11 +157,19 @@ class Winograd {
   int64_t pad_y_, pad_x_, depth_, columns_, rows_;
 };
 
+// Output channels of a part of the work: fewer where few blocks would leave threads idle, though each part evaluates
+// its block's tiles anew. No result depends on it.
+int64_t filter_band(int64_t width, int64_t blocks) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t bands = threads == 1 ? 1 : (2 * threads + blocks - 1) / std::max<int64_t>(1, blocks);
+  return round_up((width + bands - 1) / bands, kFilters);
+}
+
 template <class T>
 void convolve(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& offsets,
               const Shape& padding, bool turned, Tensor& out) {
   const auto *kernels = weight.const_data_ptr<T>(), *shifts = bias ? bias->const_data_ptr<T>() : nullptr;
-  const int64_t depth = x.size(1), width = out.size(1), bands = (width + kFilterBand - 1) / kFilterBand;
+  const int64_t depth = x.size(1), width = out.size(1);
   const Winograd<T> convolution({x.const_data_ptr<T>(), depth, x.size(2), x.size(3), is_channels_last(x)},
                                 {out.mutable_data_ptr<T>(), width, out.size(2), out.size(3), is_channels_last(out)},
                                 padding[0], padding[1]);
@@ -171,15 +178,17 @@ void convolve(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   const auto blocks = row_blocks(rows, convolution.rows_per_block());
   int64_t most = 0;
   for (const Block& block : blocks) most = std::max(most, block.count);
-  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()) * bands, 1, [&](int64_t first, int64_t last) {
+  const int64_t count = static_cast<int64_t>(blocks.size()), band = filter_band(width, count);
+  const int64_t bands = (width + band - 1) / band;
+  torch::stable::parallel_for(0, count * bands, 1, [&](int64_t first, int64_t last) {
     typename Winograd<T>::Scratch scratch(convolution, most);
     for (int64_t i = first; i < last; ++i) {
       const Block& block = blocks[i / bands];
       const Kernels<T> own{kernels + block.expert * 9 * depth * width, 9 * (turned ? 1 : depth),
                            9 * (turned ? width : 1), turned};
-      const int64_t begin = i % bands * kFilterBand;
+      const int64_t begin = i % bands * band;
       convolution.run(block.begin, block.count, own, bias ? shifts + block.expert * width : nullptr, begin,
-                      std::min(begin + kFilterBand, width), scratch);
+                      std::min(begin + band, width), scratch);
     }
   });
 }
