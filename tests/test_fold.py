@@ -1,5 +1,6 @@
 """From the second forward in attack_mode on batch norms are folded, to rounding; where they cannot be, exactly."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_kernels.attacks import attack_mode
+from moe_kernels.attacks.fold import Folds, _Fold
 from moe_kernels.nn import ExpertBatchNorm2d, ExpertResNet18
 from moe_kernels.ops.winograd_conv2d import saves_work
 from moe_kernels.testing import Source
@@ -160,6 +162,18 @@ def test_grouped_networks_are_folded() -> None:
         _, first, _, second = input_gradients(net, x, 2)
     assert torch.equal(first, expected) and not torch.equal(second, expected)
     torch.testing.assert_close(second, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_folded_weights_live_no_longer_than_the_mode() -> None:
+    net, x = randomize_statistics(ResNet18(width=4)).eval(), Source(torch.float32).rand(2, 3, 32, 32)
+    gc.collect()
+    gc.disable()
+    try:
+        with attack_mode(net):
+            input_gradients(net, x, 3)
+        assert not any(type(o) in (Folds, _Fold) for o in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("width", [1, 16])

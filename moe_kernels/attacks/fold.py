@@ -118,21 +118,21 @@ class _Fold:
     """A convolution, and the batch norm to be folded into it."""
 
     def __init__(self, convolution: _Convolution, norm: Norm, first: Tensor) -> None:
-        self.convolution, self.norm, self.first = convolution, norm, weakref.ref(first)
-        weight, bias = convolution.weight, convolution.bias
-        self.sources = [weight, *norm.tensors(), *([] if bias is None else [bias])]
+        self.weight, self.bias, self.last = convolution.weight, convolution.bias, convolution.last
+        self.norm, self.first = norm, weakref.ref(first)
+        self.sources = [self.weight, *norm.tensors(), *([] if self.bias is None else [self.bias])]
         self.versions = [t._version for t in self.sources]
 
     @cached_property
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias."""
-        norm, weight, bias = self.norm, self.convolution.weight, self.convolution.bias
+        norm, weight, bias = self.norm, self.weight, self.bias
         assert norm.mean is not None and norm.var is not None
         scale = (norm.var + norm.eps).rsqrt()
         scale = scale if norm.weight is None else scale * norm.weight
         shift = -norm.mean if bias is None else bias - norm.mean
         shift = shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
-        weight = weight.contiguous(memory_format=LAST if self.convolution.last else torch.contiguous_format)
+        weight = weight.contiguous(memory_format=LAST if self.last else torch.contiguous_format)
         return weight * scale.view(*scale.shape, *[1] * (weight.ndim - scale.ndim)), shift
 
     def holds(self) -> bool:
