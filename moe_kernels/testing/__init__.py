@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import ops, reference
-from moe_kernels.testing.case import DTYPES, Case, Source
-from moe_kernels.testing.cases import CASES, GROUPS, cases
+from moe_kernels.testing.case import DTYPES, GROUPS, Case, Source
+from moe_kernels.testing.cases import CASES, cases
 
 __all__ = [
     "CASES",

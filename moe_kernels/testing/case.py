@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+# Rows of each expert in a sorted batch.
+GROUPS: dict[str, tuple[int, ...]] = {
+    "no_rows": (0, 0, 0),
+    "one_row": (0, 1, 0),
+    "one_expert_takes_all": (0, 9, 0),
+    "an_expert_gets_none": (4, 0, 5),
+    "single_expert": (7,),
+    "odd_sizes": (63, 100, 129),
+}
 
 
 class Source:
