@@ -1,12 +1,17 @@
-"""expert_conv2d beyond the common contract: layout, saved tensors, compilation, autocast, bad input."""
+"""expert_conv2d beyond the common contract: layout, saved tensors, compilation, autocast, bad input; where both are
+alike winograd_conv2d too."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_kernels.ops import expert_conv2d
+from moe_kernels.ops import expert_conv2d, winograd_conv2d
 from moe_kernels.testing import Source, check_threads
+
+BOTH = pytest.mark.parametrize("convolve", [expert_conv2d, winograd_conv2d])
 
 
 def arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -20,34 +25,37 @@ def test_is_a_loop_of_convolutions() -> None:
     torch.testing.assert_close(expert_conv2d(x, weight, bias, offsets, 2, 1), torch.cat(parts))
 
 
-def test_channels_last_stays_channels_last() -> None:
+@BOTH
+def test_channels_last_stays_channels_last(convolve: Callable[..., Tensor]) -> None:
     x, weight, bias, offsets = arguments()
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    y = expert_conv2d(x, weight, bias, offsets, padding=1)
+    y = convolve(x, weight, bias, offsets, padding=1)
     assert y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     assert dx.is_contiguous(memory_format=torch.channels_last) and not dx.is_contiguous()
-    torch.testing.assert_close(y, expert_conv2d(x.contiguous(), weight, bias, offsets, padding=1))
+    torch.testing.assert_close(y, convolve(x.contiguous(), weight, bias, offsets, padding=1))
 
 
-def test_an_expert_without_rows_gets_a_zero_gradient() -> None:
+@BOTH
+def test_an_expert_without_rows_gets_a_zero_gradient(convolve: Callable[..., Tensor]) -> None:
     x, weight, bias, offsets = arguments()
     weight.requires_grad_()
     bias.requires_grad_()
-    expert_conv2d(x, weight, bias, offsets).sum().backward()
+    convolve(x, weight, bias, offsets).sum().backward()
     assert weight.grad is not None and bias.grad is not None
     assert not weight.grad[1].any() and not bias.grad[1].any()
     assert weight.grad[0].any() and bias.grad[2].any()
 
 
+@BOTH
 @pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_saves_only_what_the_backward_needs(frozen: str) -> None:
+def test_saves_only_what_the_backward_needs(frozen: str, convolve: Callable[..., Tensor]) -> None:
     x, weight, _, offsets = arguments()
     x.requires_grad_(frozen != "x")
     weight.requires_grad_(frozen != "weight")
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        expert_conv2d(x, weight, None, offsets)
+        convolve(x, weight, None, offsets)
     kept = {t.data_ptr() for t in saved}
     assert (x.data_ptr() in kept) == (frozen != "weight")
     assert (weight.data_ptr() in kept) == (frozen != "x")
@@ -64,11 +72,12 @@ def test_compiles_without_a_graph_break() -> None:
     )
 
 
-def test_autocast_computes_in_bf16_and_returns_fp32_gradients() -> None:
+@BOTH
+def test_autocast_computes_in_bf16_and_returns_fp32_gradients(convolve: Callable[..., Tensor]) -> None:
     x, weight, bias, offsets = arguments()
     weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = expert_conv2d(x, weight, bias, offsets)
+        y = convolve(x, weight, bias, offsets)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
