@@ -51,15 +51,17 @@ __attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t depth, const
   }
 }
 
-// c [rows, kPanel] = a [rows, depth] b [depth, kPanel], which joins what c was where `add`; rows of a are lda apart, of
-// c ldc.
-inline void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, float* c,
-                           int64_t ldc, bool add = false) {
-  multiply_tiles(rows, depth, a, kGemmTile * lda, lda, 1, b, [c, ldc, add](int64_t i, Lanes left, Lanes right) {
-    float* const to = c + i * ldc;
+// Where a product of float goes, rows `step` apart: in place of what was there, or on top of it.
+struct Sums {
+  float* values;
+  int64_t step;
+  bool add;
+
+  void operator()(int64_t i, Lanes left, Lanes right) const {
+    float* const to = values + i * step;
     store(to, add ? load(to) + left : left);
     store(to + kLanes, add ? load(to + kLanes) + right : right);
-  });
-}
+  }
+};
 
 }  // namespace moe

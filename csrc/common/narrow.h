@@ -1,4 +1,4 @@
-// Floating-point numbers of 16 bits on a CPU.
+// Floating-point numbers of at most 32 bits on a CPU.
 #pragma once
 
 #include "common/tensor.h"
@@ -20,5 +20,15 @@ inline Tensor computable(const Tensor& t) {
   return multiplies_natively(t.scalar_type()) ? t : torch::stable::to(t, ScalarType::Float);
 }
 inline OptionalTensor computable(const OptionalTensor& t) { return t ? OptionalTensor(computable(*t)) : std::nullopt; }
+
+// Calls f with a value of the C++ type, where all is computed in float.
+template <class F>
+void dispatch_narrow(ScalarType dtype, const char* argument, F&& f) {
+  MOE_CHECK(dtype != ScalarType::Double, argument, " must be float32, bfloat16 or float16, got ",
+            torch::headeronly::toString(dtype));
+  dispatch_float(dtype, argument, [&](auto zero) {
+    if constexpr (!std::is_same_v<decltype(zero), double>) f(zero);
+  });
+}
 
 }  // namespace moe

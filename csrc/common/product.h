@@ -174,19 +174,10 @@ bool dispatch_multiply(ScalarType dtype, const std::vector<Block>& blocks, F&& f
 #endif
   int64_t rows = 0;
   for (const Block& b : blocks) rows += b.count;
-  switch (dtype) {
-    case ScalarType::Float:
-      if (wide || rows < kFewRows * static_cast<int64_t>(blocks.size())) return false;
-      return f(float{}), true;
-    case ScalarType::BFloat16:
-      if (multiplies_natively(dtype)) return false;
-      return f(torch::headeronly::BFloat16{}), true;
-    case ScalarType::Half:
-      if (multiplies_natively(dtype)) return false;
-      return f(torch::headeronly::Half{}), true;
-    default:
-      return false;
-  }
+  const bool few = rows < kFewRows * static_cast<int64_t>(blocks.size());
+  if (dtype == ScalarType::Float ? wide || few : multiplies_natively(dtype)) return false;
+  dispatch_narrow(dtype, "x", f);
+  return true;
 }
 
 // The rows of x [T, columns] that sorted slots read: x[j], or x[rows[j]].

@@ -12,7 +12,7 @@
 #include <memory>
 
 #include "common/gemm.h"
-#include "common/tensor.h"
+#include "common/narrow.h"
 
 namespace moe {
 
@@ -27,27 +27,26 @@ constexpr float kNearScale = 1 / (2 * kNear2 * (kNear2 - kFar2)), kFarScale = 1 
 constexpr int64_t point_step(int64_t size) { return size + 16; }
 inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
+// The values at the finite points but 0, from the even and odd parts of polynomials at 2/3 and 3/2.
+MOE_INLINE void at_points(Lanes near_even, Lanes near_odd, Lanes far_even, Lanes far_odd, Lanes to[4]) {
+  to[0] = near_even + near_odd;
+  to[1] = near_even - near_odd;
+  to[2] = far_even + far_odd;
+  to[3] = far_even - far_odd;
+}
+
 // B^T x
 MOE_INLINE void input_to_points(const Lanes x[6], Lanes to[6]) {
-  const Lanes near_even = x[4] - kFar2 * x[2], near_odd = kNear * x[3] - kFar * x[1];
-  const Lanes far_even = x[4] - kNear2 * x[2], far_odd = kFar * x[3] - kNear * x[1];
   to[0] = x[0] + x[4] - (kNear2 + kFar2) * x[2];
-  to[1] = near_even + near_odd;
-  to[2] = near_even - near_odd;
-  to[3] = far_even + far_odd;
-  to[4] = far_even - far_odd;
+  at_points(x[4] - kFar2 * x[2], kNear * x[3] - kFar * x[1], x[4] - kNear2 * x[2], kFar * x[3] - kNear * x[1], to + 1);
   to[5] = x[1] + x[5] - (kNear2 + kFar2) * x[3];
 }
 
 // G w
 MOE_INLINE void weight_to_points(const Lanes w[3], Lanes to[6]) {
-  const Lanes near_even = kNearScale * (w[0] + kNear2 * w[2]), near_odd = (kNearScale * kNear) * w[1];
-  const Lanes far_even = kFarScale * (w[0] + kFar2 * w[2]), far_odd = (kFarScale * kFar) * w[1];
   to[0] = w[0];
-  to[1] = near_even + near_odd;
-  to[2] = near_even - near_odd;
-  to[3] = far_even + far_odd;
-  to[4] = far_even - far_odd;
+  at_points(kNearScale * (w[0] + kNear2 * w[2]), (kNearScale * kNear) * w[1], kFarScale * (w[0] + kFar2 * w[2]),
+            (kFarScale * kFar) * w[1], to + 1);
   to[5] = w[2];
 }
 
@@ -63,13 +62,9 @@ MOE_INLINE void points_to_output(const Lanes m[6], Lanes y[4]) {
 
 // A y
 MOE_INLINE void output_to_points(const Lanes y[4], Lanes to[6]) {
-  const Lanes near_even = y[0] + kNear2 * y[2], near_odd = kNear * y[1] + (kNear * kNear2) * y[3];
-  const Lanes far_even = y[0] + kFar2 * y[2], far_odd = kFar * y[1] + (kFar * kFar2) * y[3];
   to[0] = y[0];
-  to[1] = near_even + near_odd;
-  to[2] = near_even - near_odd;
-  to[3] = far_even + far_odd;
-  to[4] = far_even - far_odd;
+  at_points(y[0] + kNear2 * y[2], kNear * y[1] + (kNear * kNear2) * y[3], y[0] + kFar2 * y[2],
+            kFar * y[1] + (kFar * kFar2) * y[3], to + 1);
   to[5] = y[3];
 }
 
@@ -79,6 +74,23 @@ MOE_INLINE void points_to_weight(const Lanes m[6], Lanes w[3]) {
   w[0] = m[0] + near_sum + far_sum;
   w[1] = (kNearScale * kNear) * (m[1] - m[2]) + (kFarScale * kFar) * (m[3] - m[4]);
   w[2] = kNear2 * near_sum + kFar2 * far_sum + m[5];
+}
+
+// M X M^T [kTo, kTo] of X [kFrom, kFrom], where kMap applies M to a column: X comes from read(i, j), and the result
+// goes to write(i, j, value).
+template <int kFrom, int kTo, void (*kMap)(const Lanes*, Lanes*), class Read, class Write>
+MOE_INLINE void on_both_sides(const Read& read, const Write& write) {
+  Lanes half[kTo][kFrom], to[kTo];
+  for (int j = 0; j < kFrom; ++j) {
+    Lanes column[kFrom];
+    for (int i = 0; i < kFrom; ++i) column[i] = read(i, j);
+    kMap(column, to);
+    for (int i = 0; i < kTo; ++i) half[i][j] = to[i];
+  }
+  for (int i = 0; i < kTo; ++i) {
+    kMap(half[i], to);
+    for (int j = 0; j < kTo; ++j) write(i, j, to[j]);
+  }
 }
 
 // Images [N, C, H, W], contiguous or channels-last, as rows of pixels.
@@ -140,19 +152,10 @@ class Strip {
   void evaluate(int64_t tiles, const To& write) const {
     for (int64_t t = 0; t < tiles; ++t) {
       for (int64_t c = 0; c < depth_; c += kLanes) {
-        Lanes half[kInputs][kSide], to[kInputs];
-        for (int64_t j = 0; j < kSide; ++j) {
-          Lanes column[kSide];
-          for (int64_t i = 0; i < kSide; ++i) {
-            column[i] = load(pixels_.get() + (i * width_ + t * kOutputs + j) * depth_ + c);
-          }
-          kToPoints(column, to);
-          for (int64_t i = 0; i < kInputs; ++i) half[i][j] = to[i];
-        }
-        for (int64_t i = 0; i < kInputs; ++i) {
-          kToPoints(half[i], to);
-          for (int64_t j = 0; j < kInputs; ++j) write(i * kInputs + j, t, c, to[j]);
-        }
+        const float* const tile = pixels_.get() + t * kOutputs * depth_ + c;
+        on_both_sides<kSide, kInputs, kToPoints>(
+            [&](int i, int j) { return load(tile + (i * width_ + j) * depth_); },
+            [&](int i, int j, Lanes value) { write(i * kInputs + j, t, c, value); });
       }
     }
   }
@@ -161,15 +164,5 @@ class Strip {
   int64_t height_, width_, depth_;
   std::unique_ptr<float[]> pixels_;
 };
-
-// Calls f with a value of the C++ type, which is no wider than the float that all is computed in.
-template <class F>
-void dispatch_narrow(ScalarType dtype, const char* argument, F&& f) {
-  MOE_CHECK(dtype != ScalarType::Double, argument, " must be float32, bfloat16 or float16, got ",
-            torch::headeronly::toString(dtype));
-  dispatch_float(dtype, argument, [&](auto zero) {
-    if constexpr (!std::is_same_v<decltype(zero), double>) f(zero);
-  });
-}
 
 }  // namespace moe

@@ -84,9 +84,9 @@ class Winograd {
         }
         for (int64_t point = 0; point < kPoints; ++point) {
           for (int64_t p = 0; p < filters; p += kPanel) {
-            multiply_panel(tiles, terms, scratch.points.get() + point * step + c, depth_,
+            multiply_tiles(tiles, terms, scratch.points.get() + point * step + c, kGemmTile * depth_, depth_, 1,
                            scratch.weights.get() + point * kWeightStep + p * kSummands,
-                           scratch.products.get() + point * point_step(tiles * kFilters) + p, kFilters, c > 0);
+                           Sums{scratch.products.get() + point * point_step(tiles * kFilters) + p, kFilters, c > 0});
           }
         }
       }
@@ -100,21 +100,12 @@ class Winograd {
                                 float* weights) {
     for (int64_t c = 0; c < terms; ++c) {
       for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-        Lanes taps[9], half[kInputs][3];
+        Lanes taps[9];
+        float* const to = weights + c * kPanel + lane;
         kernels.read(output + lane, c0 + c, std::clamp<int64_t>(count - lane, 0, kLanes), taps);
-        for (int j = 0; j < 3; ++j) {
-          const Lanes column[] = {taps[j], taps[3 + j], taps[6 + j]};
-          Lanes to[kInputs];
-          weight_to_points(column, to);
-          for (int64_t i = 0; i < kInputs; ++i) half[i][j] = to[i];
-        }
-        for (int64_t i = 0; i < kInputs; ++i) {
-          Lanes to[kInputs];
-          weight_to_points(half[i], to);
-          for (int64_t j = 0; j < kInputs; ++j) {
-            store(weights + (i * kInputs + j) * kWeightStep + c * kPanel + lane, to[j]);
-          }
-        }
+        on_both_sides<3, kInputs, weight_to_points>(
+            [&](int i, int j) { return taps[3 * i + j]; },
+            [&](int i, int j, Lanes value) { store(to + (i * kInputs + j) * kWeightStep, value); });
       }
     }
   }
@@ -127,23 +118,11 @@ class Winograd {
     const int64_t width = columns_ * kOutputs;
     for (int64_t t = 0; t < columns_; ++t) {
       for (int64_t o = 0; o < filters; o += kLanes) {
-        Lanes half[kOutputs][kInputs];
-        for (int64_t j = 0; j < kInputs; ++j) {
-          Lanes column[kInputs], to[kOutputs];
-          for (int64_t i = 0; i < kInputs; ++i) {
-            column[i] = load(scratch.products.get() + (i * kInputs + j) * point_step(tiles * kFilters) +
-                             (tile + t) * kFilters + o);
-          }
-          points_to_output(column, to);
-          for (int64_t i = 0; i < kOutputs; ++i) half[i][j] = to[i];
-        }
-        for (int64_t i = 0; i < kOutputs; ++i) {
-          Lanes to[kOutputs];
-          points_to_output(half[i], to);
-          for (int64_t j = 0; j < kOutputs; ++j) {
-            store(scratch.results.get() + (i * width + t * kOutputs + j) * kFilters + o, to[j] + load(shift + o));
-          }
-        }
+        const float* const from = scratch.products.get() + (tile + t) * kFilters + o;
+        float* const to = scratch.results.get() + t * kOutputs * kFilters + o;
+        on_both_sides<kInputs, kOutputs, points_to_output>(
+            [&](int i, int j) { return load(from + (i * kInputs + j) * point_step(tiles * kFilters)); },
+            [&](int i, int j, Lanes value) { store(to + (i * width + j) * kFilters, value + load(shift + o)); });
       }
     }
     const int64_t top = row % rows_ * kOutputs;

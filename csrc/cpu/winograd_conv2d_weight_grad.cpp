@@ -81,14 +81,9 @@ class WeightGrad {
     for (int64_t t = 0; t < tiles; t += kSummands) {
       for (int64_t o = 0; o < grad_.channels; o += kRowGroup) {
         for (int64_t c = 0; c < x_.channels; c += kPanel) {
-          float* const sums = sums_.get() + point * step_ + o * width_ + c;
           multiply_tiles(std::min(kRowGroup, grad_.channels - o), std::min(kSummands, tiles - t), left_.at(point, t, o),
                          kGemmTile, 1, kRowGroup, right_.at(point, t, c),
-                         [sums, more = add || t > 0, width = width_](int64_t i, Lanes left, Lanes right) {
-                           float* const to = sums + i * width;
-                           store(to, more ? load(to) + left : left);
-                           store(to + kLanes, more ? load(to + kLanes) + right : right);
-                         });
+                         Sums{sums_.get() + point * step_ + o * width_ + c, width_, add || t > 0});
         }
       }
     }
@@ -97,16 +92,10 @@ class WeightGrad {
   // sums -> the kernels [C, 3, 3] of output channel o
   void write(int64_t o, T* out) const {
     for (int64_t c = 0; c < x_.channels; c += kLanes) {
-      Lanes half[3][kInputs], taps[9];
-      for (int64_t j = 0; j < kInputs; ++j) {
-        Lanes column[kInputs], to[3];
-        for (int64_t i = 0; i < kInputs; ++i) {
-          column[i] = load(sums_.get() + (i * kInputs + j) * step_ + o * width_ + c);
-        }
-        points_to_weight(column, to);
-        for (int i = 0; i < 3; ++i) half[i][j] = to[i];
-      }
-      for (int i = 0; i < 3; ++i) points_to_weight(half[i], taps + 3 * i);
+      Lanes taps[9];
+      const float* const from = sums_.get() + o * width_ + c;
+      on_both_sides<kInputs, 3, points_to_weight>([&](int i, int j) { return load(from + (i * kInputs + j) * step_); },
+                                                  [&](int i, int j, Lanes value) { taps[3 * i + j] = value; });
       transpose(taps);
       for (int64_t i = 0; i < std::min(kLanes, x_.channels - c); ++i) {
         T* const to = out + (c + i) * 9;
