@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "common/offsets.h"
 
@@ -49,12 +50,35 @@ inline std::vector<Block> row_blocks(const std::vector<int64_t>& offsets, int64_
   return blocks;
 }
 
+// The same in even blocks of about kGemmRows.
+inline std::vector<Block> gemm_blocks(const std::vector<int64_t>& offsets) {
+  std::vector<Block> blocks;
+  for_each_expert(offsets, [&](int64_t e, int64_t begin, int64_t count) {
+    const int64_t parts = std::max<int64_t>(1, (count + kGemmRows / 2) / kGemmRows);
+    const auto part = [&](int64_t i) { return i * count / parts; };
+    for (int64_t i = 0; i < parts; ++i) blocks.push_back({e, begin + part(i), part(i + 1) - part(i)});
+  });
+  return blocks;
+}
+
+// Calls work(i) for every i < count, in parallel: a thread that is done takes the next. Each makes its work by start().
+template <class Start>
+void share(int64_t count, const Start& start) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    auto work = start();
+    for (int64_t i = next++; i < count; i = next++) work(i);
+  });
+}
+
 // Runs f on every block, in parallel; ATen calls in it use one thread and record no gradient.
 template <class F>
 void for_each_block(const std::vector<Block>& blocks, F&& f) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t first, int64_t last) {
-    NoGrad guard;
-    for (int64_t i = first; i < last; ++i) f(blocks[i]);
+  share(static_cast<int64_t>(blocks.size()), [&] {
+    return [&](int64_t i) {
+      NoGrad guard;
+      f(blocks[i]);
+    };
   });
 }
 

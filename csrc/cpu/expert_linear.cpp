@@ -16,7 +16,7 @@ Tensor expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
                      const OptionalTensor& rows) {
   const int64_t num_rows = rows ? rows->size(0) : x.size(0);
   if (rows) check_rows(*rows, num_rows, x.size(0));
-  const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), num_rows), kGemmRows);
+  const auto blocks = gemm_blocks(read_offsets(offsets, weight.size(0), num_rows));
   Tensor out = new_tensor(x, {num_rows, weight.size(1)});
   const bool done = dispatch_multiply(x.scalar_type(), blocks, [&](auto zero) {
     const LinearMaps<decltype(zero)> maps(weight, bias);

@@ -55,7 +55,7 @@ Tensor activated(const Tensor& z, const Block& b, int64_t n, bool gated) {
 Tensor expert_mlp_output(const Tensor& z, const Tensor& weight, const OptionalTensor& bias, const Tensor& offsets,
                          StringHandle activation, const OptionalTensor& weights, const OptionalTensor& position,
                          const OptionalTensor&) {
-  const auto blocks = row_blocks(read_offsets(offsets, weight.size(0), z.size(0)), kGemmRows);
+  const auto blocks = gemm_blocks(read_offsets(offsets, weight.size(0), z.size(0)));
   const Tensor pre = as_contiguous(z);
   Tensor y = new_tensor(z, {z.size(0), weight.size(1)});
   dispatch_activation(take_string(activation), [&](auto act, bool gated) {

@@ -159,16 +159,15 @@ void convolve(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   for (const Block& block : blocks) most = std::max(most, block.count);
   const int64_t count = static_cast<int64_t>(blocks.size()), band = filter_band(width, count);
   const int64_t bands = (width + band - 1) / band;
-  torch::stable::parallel_for(0, count * bands, 1, [&](int64_t first, int64_t last) {
-    typename Winograd<T>::Scratch scratch(convolution, most);
-    for (int64_t i = first; i < last; ++i) {
+  share(count * bands, [&] {
+    return [&, scratch = typename Winograd<T>::Scratch(convolution, most)](int64_t i) mutable {
       const Block& block = blocks[i / bands];
       const Kernels<T> own{kernels + block.expert * 9 * depth * width, 9 * (turned ? 1 : depth),
                            9 * (turned ? width : 1), turned};
       const int64_t begin = i % bands * band;
       convolution.run(block.begin, block.count, own, bias ? shifts + block.expert * width : nullptr, begin,
                       std::min(begin + band, width), scratch);
-    }
+    };
   });
 }
 
