@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "moe_kernels"
+OPERATORS: dict[str, Callable[..., Any]] = {}  # by name, as this package calls them
 TRITON: dict[str, str] = {}  # operator: the file of triton_kernels that computes it on a GPU
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -36,9 +37,21 @@ def define(
         TRITON[name] = triton
     if composed is not None:
         _library.impl(name, torch.no_grad()(composed), "CUDA")
+    operator = getattr(torch.ops.moe_kernels, name).default
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.moe_kernels, name).default
+        operator = functools.partial(_call, operator)
+    OPERATORS[name] = operator
+    return operator
+
+
+def _call(operator: Callable[..., Any], *args: Any) -> Any:
+    """Where nothing is recorded, leaves out what torch registers for autograd: it is Python and takes longer than many
+    an operator."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def triton_kernel(file: str, name: str) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ def choose(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
     device = x.device.type
     if device != "meta" and not is_implemented(op, device):
         raise RuntimeError(f'{op} has no {device} implementation in this build; backend="reference" computes it')
-    return getattr(torch.ops.moe_kernels, op).default
+    return _library.OPERATORS[op]
 
 
 @torch.compiler.assume_constant_result
