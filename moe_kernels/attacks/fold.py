@@ -160,9 +160,10 @@ class Folds:
     def convolution(self, func: Any, run: Callable[[tuple[Any, ...]], Tensor], args: tuple[Any, ...]) -> Tensor:
         """run(args), which is func(*args) with args = (input, weight, bias, ...), or the folded one if it is known."""
         x, weight, bias, *settings = args
+        if not isinstance(weight, torch.nn.Parameter):
+            return run(args)
         winograd = _by_winograd(func, x, weight, *settings)
-        autocast = check.autocast_is_on(x.device.type)
-        if not isinstance(weight, torch.nn.Parameter) or (autocast and winograd is None):
+        if winograd is None and check.autocast_is_on(x.device.type):
             return run(args)
         last = winograd is None and weight.ndim == 4 and x.device.type == "cpu"
         this = self._convolutions.setdefault((id(weight), id(bias)), _Convolution(weight, bias, last))

@@ -60,7 +60,7 @@ def _expert_linear_cases() -> list[Case]:
     cases += [
         case("long_sums", (5, 0, 7), 530, 17, dtypes, gather=True),
         case("long_sums_of_results", (5, 0, 7), 17, 530, dtypes, transposed=True),
-        case("long_sums_of_rows", (5, 0, 530), 19, 37, dtypes, bias=False),
+        case("long_sums_of_rows", (5, 0, 531), 19, 37, dtypes, bias=False),
     ]
     return cases
 
