@@ -28,10 +28,12 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h)
 
+# Large tensors of all contenders in huge pages.
+bench: export THP_MEM_ALLOC_ENABLE := 1
 bench: $(READY)  ## speed and memory beside plain PyTorch, as ratios in one run
 	@mkdir -p $(dir $(BENCH))
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable --benchmark-json=$(BENCH) \
-	    --benchmark-columns=median --benchmark-max-time=0.5 --benchmark-warmup=on --benchmark-warmup-iterations=1
+	    --benchmark-columns=median
 	$(BIN)/python benchmarks/ratios.py $(BENCH)
 	$(BIN)/python benchmarks/saved_bytes.py
 	$(BIN)/python benchmarks/peak_memory.py

@@ -64,4 +64,4 @@ def test_step(contest: Contest, dtype: str, name: str) -> None:
     theirs = partial(rt_er_step_by_image, loop, x, y, EPS, ALPHA, steps)
     contenders = {"moe_kernels": ours, "one image at a time, fp32": theirs}
     targets = {"one image at a time, fp32": ">= 3" if dtype == "fp32" else ">= 5"}
-    contest(label, contenders, name, targets=targets, once=True)
+    contest(label, contenders, name, targets=targets, rounds=1)

@@ -1,6 +1,10 @@
 """`contest`: times one of several ways to compute the same thing, after checking that it is right."""
 
+import os
+import statistics
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,12 +18,16 @@ MAX_RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16:
 Contest = Callable[..., None]
 
 
+ROUND, ALL_ROUNDS = 0.01, 2.0  # seconds that a round and all rounds of a contender should take
+
+
 @pytest.fixture
 def contest(benchmark: Any) -> Contest:
     """Times `contenders[name]`, all contenders of one `group` side by side; `exact()` is the fp64 truth.
 
-    `targets` says of other contenders what their time, over ours, should be: {"a loop": ">= 1.3"}. `once` times a
-    single run of what takes many seconds.
+    A machine is not equally fast at all times, so every round of another's follows one of ours, and the ratio is the
+    median of such pairs; each is called once untimed before, as it would be in a loop. `targets` says of the others
+    what it should be: {"a loop": ">= 1.3"}. A round is `calls` calls; `rounds` is for what takes many seconds.
     """
 
     def run(
@@ -28,25 +36,49 @@ def contest(benchmark: Any) -> Contest:
         name: str,
         exact: Callable[[], Tensor] | None = None,
         targets: dict[str, str] | None = None,
-        once: bool = False,
+        rounds: int | None = None,
     ) -> None:
+        ours, this, seconds = contenders[OURS], contenders[name], list[float]()
         if exact is not None:
-            out, truth = contenders[name](), exact()
+            out, truth = this(), exact()
             error = (out.double() - truth).norm() / truth.norm()
             assert error <= MAX_RELATIVE_ERROR[out.dtype], f"{name} is wrong by {error:.1e}"
-        benchmark.group = group
-        benchmark.name = name
-        if name == OURS:
-            benchmark.extra_info["targets"] = targets or {}
-        if once:
-            benchmark.pedantic(contenders[name])
-        else:
-            benchmark(contenders[name])
+        calls = 1
+        if rounds is None:
+            once = seconds_of(ours)
+            calls = max(1, round(ROUND / once))
+            rounds = min(max(2, round(ALL_ROUNDS / (once * calls))), 50)
+
+        def setup() -> None:
+            if name != OURS:
+                seconds.append(seconds_of(ours, calls))
+            this()
+
+        benchmark.group, benchmark.name = group, name
+        benchmark.extra_info |= {"calls": calls, "targets": targets or {}}
+        benchmark.pedantic(partial(repeat, this, calls), setup=setup, rounds=rounds)
+        if seconds and benchmark.enabled:
+            pairs = zip(benchmark.stats.stats.data, seconds, strict=True)
+            benchmark.extra_info["ratio"] = statistics.median(t / o for t, o in pairs)
 
     return run
+
+
+def repeat(function: Callable[[], Any], calls: int) -> None:
+    for _ in range(calls):
+        function()
+
+
+def seconds_of(function: Callable[[], Any], calls: int = 1) -> float:
+    """Of `calls` calls, after another."""
+    function()
+    begin = time.perf_counter()
+    repeat(function, calls)
+    return time.perf_counter() - begin
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["bf16"] = BF16
+    machine_info["huge_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"

@@ -19,6 +19,11 @@ def verdict(ratio: float, target: str) -> str:
     return "met" if COMPARE[comparison](ratio, float(bound)) else "missed"
 
 
+def milliseconds(row: dict[str, Any]) -> float:
+    """Of a call."""
+    return 1e3 * row["stats"]["median"] / row["extra_info"]["calls"]
+
+
 def table(results: dict[str, Any]) -> str:
     groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in results["benchmarks"]:
@@ -27,22 +32,23 @@ def table(results: dict[str, Any]) -> str:
     for group, rows in groups.items():
         if OURS not in rows:
             continue
-        ours = rows[OURS]["stats"]["median"]
+        ours = milliseconds(rows[OURS])
         targets = rows[OURS]["extra_info"]["targets"]
         for name in {**rows, **targets}:
             if name == OURS:
                 continue
             if name not in rows:
-                lines.append(f"| {group} | {name} | not installed | {ours * 1e3:.3g} | | {targets[name]} | |")
+                lines.append(f"| {group} | {name} | not installed | {ours:.3g} | | {targets[name]} | |")
                 continue
-            theirs, target = rows[name]["stats"]["median"], targets.get(name, "")
-            ratio = theirs / ours
-            figures = f"{theirs * 1e3:.3g} | {ours * 1e3:.3g} | {ratio:.2f}"
+            ratio, target = rows[name]["extra_info"]["ratio"], targets.get(name, "")
+            figures = f"{milliseconds(rows[name]):.3g} | {ours:.3g} | {ratio:.2f}"
             lines.append(f"| {group} | {name} | {figures} | {target} | {verdict(ratio, target)} |")
     machine = results["machine_info"]
     cpu = machine.get("cpu", {}).get("brand_raw", machine["machine"])
     bf16 = "in hardware" if machine["bf16"] else "emulated"
-    lines.append(f"\n{cpu}, {machine['threads']} threads, bf16 {bf16}, torch {machine['torch']}.")
+    pages = "on" if machine["huge_pages"] else "off"
+    setting = f"{machine['threads']} threads, bf16 {bf16}, torch {machine['torch']}, huge pages {pages}"
+    lines.append(f"\n{cpu}, {setting}.")
     return "\n".join(lines)
 
 
