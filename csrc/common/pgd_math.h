@@ -45,7 +45,7 @@ MOE_INLINE T inside(T y, T x, T radius) {
 // A step along the sign of the gradient, inside [x - eps, x + eps] and the bounds. A NaN gradient makes no step.
 template <class T, class G>
 MOE_INLINE T linf_step(T x_adv, G g, T x, T eps, T alpha, T low, T high) {
-  const T step = g > 0 ? alpha : g < 0 ? -alpha : T(0);
+  const T step = std::fabs(g) > 0 ? std::copysign(alpha, static_cast<T>(g)) : T(0);
   return clamp(inside(clamp(x_adv + step, x - eps, x + eps), x, eps), low, high);
 }
 
