@@ -52,7 +52,7 @@ __attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t depth, const
 }
 
 // Where a product of float goes, rows `step` apart: in place of what was there, or on top of it.
-struct Sums {
+struct TileSums {
   float* values;
   int64_t step;
   bool add;

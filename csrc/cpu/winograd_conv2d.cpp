@@ -84,9 +84,10 @@ class Winograd {
         }
         for (int64_t point = 0; point < kPoints; ++point) {
           for (int64_t p = 0; p < filters; p += kPanel) {
-            multiply_tiles(tiles, terms, scratch.points.get() + point * step + c, kGemmTile * depth_, depth_, 1,
-                           scratch.weights.get() + point * kWeightStep + p * kSummands,
-                           Sums{scratch.products.get() + point * point_step(tiles * kFilters) + p, kFilters, c > 0});
+            multiply_tiles(
+                tiles, terms, scratch.points.get() + point * step + c, kGemmTile * depth_, depth_, 1,
+                scratch.weights.get() + point * kWeightStep + p * kSummands,
+                TileSums{scratch.products.get() + point * point_step(tiles * kFilters) + p, kFilters, c > 0});
           }
         }
       }

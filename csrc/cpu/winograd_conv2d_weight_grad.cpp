@@ -83,7 +83,7 @@ class WeightGrad {
         for (int64_t c = 0; c < x_.channels; c += kPanel) {
           multiply_tiles(std::min(kRowGroup, grad_.channels - o), std::min(kSummands, tiles - t), left_.at(point, t, o),
                          kGemmTile, 1, kRowGroup, right_.at(point, t, c),
-                         Sums{sums_.get() + point * step_ + o * width_ + c, width_, add || t > 0});
+                         TileSums{sums_.get() + point * step_ + o * width_ + c, width_, add || t > 0});
         }
       }
     }
