@@ -231,3 +231,18 @@ def test_a_second_backward_works_and_a_changed_weight_is_noticed() -> None:
         net.weight.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(y, x)
+
+
+def test_saved_bytes_of_a_folded_step() -> None:
+    """From the second step on, beside what the images keep, the folded weights alone."""
+    model = randomize_statistics(ResNet18(width=16)).eval()
+
+    def kept(images: int) -> int:
+        x = S.rand(images, 3, 32, 32).requires_grad_()
+        with attack_mode(model):
+            model(x)
+            return saved_bytes(lambda: model(x), apart_from=model)
+
+    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if p.ndim == 4)
+    assert kept(3) - kept(2) == kept(2) - kept(1) == 69_632 // 4
+    assert kept(1) - 69_632 // 4 <= 1.01 * weights
