@@ -15,14 +15,11 @@ def ndim(name: str, x: Tensor, expected: int) -> None:
         raise ValueError(f"{name} must have {expected} dimensions, got shape {list(x.shape)}")
 
 
-def _admits(expected: int | None, size: int) -> bool:
-    return expected is None or expected == size
-
-
 def shape(name: str, x: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
     """None in `expected` admits any size."""
-    fits = x.shape == expected or (x.ndim == len(expected) and all(map(_admits, expected, x.shape)))
-    if not fits:
+    if x.shape != expected and (
+        x.ndim != len(expected) or any(e is not None and e != s for e, s in zip(expected, x.shape, strict=True))
+    ):
         wanted = ["*" if e is None else e for e in expected]
         raise ValueError(f"{name} must be {meaning}, here {wanted}, got shape {list(x.shape)}")
 

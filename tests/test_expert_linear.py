@@ -58,6 +58,15 @@ def test_saves_only_what_the_backward_needs(frozen: str) -> None:
     assert (weight.data_ptr() in kept) == (frozen != "x")
 
 
+@torch.no_grad()
+def test_compiles_where_nothing_is_recorded() -> None:
+    x, weight, bias, offsets = arguments()
+    weight.requires_grad_()
+    eager = expert_linear(x, weight, bias, offsets)
+    assert not eager.requires_grad
+    torch.testing.assert_close(torch.compile(expert_linear, fullgraph=True)(x, weight, bias, offsets), eager)
+
+
 def test_compiles_without_a_graph_break() -> None:
     x, weight, bias, offsets = arguments()
     leaves = [t.requires_grad_() for t in (x, weight, bias)]

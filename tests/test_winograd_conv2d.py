@@ -36,6 +36,12 @@ def test_is_a_loop_of_convolutions() -> None:
     )
 
 
+def test_the_layout_changes_no_bit() -> None:
+    x, weight, bias, offsets = arguments()
+    last = winograd_conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, offsets, 1)
+    assert torch.equal(last, winograd_conv2d(x, weight, bias, offsets, 1))
+
+
 def test_second_derivatives_are_those_of_expert_conv2d() -> None:
     x, weight, bias, offsets = arguments()
 
