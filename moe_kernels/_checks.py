@@ -70,14 +70,18 @@ def inside_checkpoint() -> bool:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device; float64 is left alone."""
+    """The tensors in the dtypes that autocast gives them."""
     first = tensors[0]
     assert first is not None
-    device = first.device.type
-    if not autocast_is_on(device):
+    if not autocast_is_on(first.device.type):
         return tensors  # type: ignore[return-value]
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[misc]
+    return tuple(t if t is None else t.to(autocast_dtype(t)) for t in tensors)  # type: ignore[misc]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on for x's device, but for float64, which it leaves alone."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if x.dtype != torch.float64 and autocast_is_on(device) else x.dtype
 
 
 def autocast_is_on(device: str) -> bool:

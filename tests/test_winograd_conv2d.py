@@ -77,6 +77,8 @@ def test_a_layer_takes_it_where_it_saves_work() -> None:
         layer.double()
         direct = expert_conv2d(x.double(), layer.weight, layer.bias, offsets, layer.stride, layer.padding)
         assert torch.equal(layer(x.double(), offsets), direct)
+        with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+            assert torch.equal(layer(x.double(), offsets), direct)
 
 
 def test_bad_input_names_the_argument() -> None:

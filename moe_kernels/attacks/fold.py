@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_kernels import _checks as check
 from moe_kernels.attacks.rules import alias, each
-from moe_kernels.ops.winograd_conv2d import saves_work, winograd_conv2d
+from moe_kernels.ops.winograd_conv2d import is_emulated, saves_work, winograd_conv2d
 
 GROUPED_CONVOLUTIONS = {torch.ops.moe_kernels.expert_conv2d.default, torch.ops.moe_kernels.winograd_conv2d.default}
 GROUPED_BATCH_NORM = torch.ops.moe_kernels.expert_batch_norm_forward.default
@@ -86,8 +86,11 @@ class Norm(NamedTuple):
         return [t for t in self[:4] if t is not None]
 
 
-def _by_winograd(func: Any, x: Tensor, weight: Tensor, *settings: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """func(x, weight, bias, *settings) as a function of weight and bias, where Winograd's algorithm saves work."""
+Convolve = Callable[[Tensor, Tensor, Tensor], Tensor]  # of input, weight and bias
+
+
+def _by_winograd(func: Any, x: Tensor, weight: Tensor, *settings: Any) -> Convolve | None:
+    """func with these settings, where Winograd's algorithm saves work."""
     defaults: tuple[Any, ...] = (1, 0, 1, 1)
     if func is not F.conv2d:
         return None
@@ -98,11 +101,22 @@ def _by_winograd(func: Any, x: Tensor, weight: Tensor, *settings: Any) -> Callab
     if not saves_work(x, weight, stride, padding):
         return None
 
-    def convolve(weight: Tensor, bias: Tensor) -> Tensor:
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         offsets = torch.tensor([0, len(x)], dtype=torch.int32)
         return winograd_conv2d(x.contiguous(memory_format=LAST), weight[None], bias[None], offsets, padding)
 
     return convolve
+
+
+def _without_autocast(convolve: Convolve) -> Convolve:
+    """The same in the dtype of the weight, rounded to autocast's at the end."""
+
+    def rounded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = check.autocast_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return convolve(x.to(weight.dtype), weight, bias).to(dtype)
+
+    return rounded
 
 
 class _Convolution:
@@ -162,19 +176,20 @@ class Folds:
         x, weight, bias, *settings = args
         if not isinstance(weight, torch.nn.Parameter):
             return run(args)
-        winograd = _by_winograd(func, x, weight, *settings)
-        if winograd is None and check.autocast_is_on(x.device.type):
+        autocast = check.autocast_is_on(x.device.type)
+        if autocast and not is_emulated(x):
             return run(args)
+        winograd = _by_winograd(func, x, weight, *settings)
         last = winograd is None and weight.ndim == 4 and x.device.type == "cpu"
         this = self._convolutions.setdefault((id(weight), id(bias)), _Convolution(weight, bias, last))
         if not this.foldable:
             return run(args)
         if this.fold is None or not this.fold.holds():
             out, instead = run(args), None
-        elif winograd is not None:
-            out, instead = winograd(*this.fold.folded), partial(run, args)
         else:
-            out, instead = run((x, *this.fold.folded, *settings)), partial(run, args)
+            convolve = winograd or (lambda *tensors: run((*tensors, *settings)))
+            convolve = _without_autocast(convolve) if autocast else convolve
+            out, instead = convolve(x, *this.fold.folded), partial(run, args)
         self._results[out] = _Result(this, settings[0] if func in GROUPED_CONVOLUTIONS else None, instead)
         return out
 

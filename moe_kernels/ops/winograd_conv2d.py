@@ -66,9 +66,8 @@ def winograd_conv2d(
 def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int]) -> bool:
     """Whether `winograd_conv2d` can convolve x with this weight [..., O, C, kh, kw] on x's device, from less than 0.6
     of the usual products: 36 for each tile, of which some results may lie beyond the edge, not 9 for each result."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if check.autocast_is_on(device) else x.dtype
-    if x.ndim != 4 or dtype not in DTYPES or not backends.is_implemented("winograd_conv2d", device):
+    known = x.ndim == 4 and check.autocast_dtype(x) in DTYPES
+    if not (known and backends.is_implemented("winograd_conv2d", x.device.type)):
         return False
     strides, paddings = check.pair("stride", stride, 1), check.pair("padding", padding, 0)
     height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], paddings, strict=True))
@@ -79,6 +78,11 @@ def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: 
         and min(weight.shape[-4:-2]) >= 16
         and 36 * tiles < 0.6 * 9 * height * width
     )
+
+
+def is_emulated(x: Tensor) -> bool:
+    """Whether x is convolved in 16 bits, by autocast or by itself, that its device does not multiply."""
+    return x.device.type == "cpu" and check.autocast_dtype(x) in DTYPES[1:]
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, padding: list[int], turned: bool) -> Tensor:
