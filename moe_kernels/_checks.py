@@ -1,6 +1,7 @@
 """Checks of user input: one-line errors that name the argument, what was expected and what came."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -57,16 +58,16 @@ def offsets(x: Tensor, num_experts: int, like: Tensor) -> None:
 
 def pair(name: str, x: int | Sequence[int], least: int) -> list[int]:
     """One number or two, as two."""
-    numbers = [x, x] if isinstance(x, int) else list(x)
-    if len(numbers) != 2 or any(not isinstance(n, int) or n < least for n in numbers):
+    numbers = list(x) if isinstance(x, Sequence) else [x, x]
+    if len(numbers) != 2 or any(not isinstance(n, Integral) or n < least for n in numbers):
         raise ValueError(f"{name} must be one or two integers >= {least}, got {x!r}")
-    return numbers
+    return [int(n) for n in numbers]
 
 
 def inside_checkpoint() -> bool:
     """Whether this runs in torch.utils.checkpoint, which keeps nothing of it and runs it a second time."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -156,14 +156,14 @@ def test_grouped_networks_are_folded(dtype: torch.dtype, width: int) -> None:
             for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
                 assert t is not None
                 t.data.uniform_(0.5, 1.5)
-    net = Net(lambda net, x: experts.to(x.dtype)(x, offsets))
-    net.experts = experts
+    net = Net(lambda net, x: experts(x, offsets)).to(dtype)
+    net.experts = experts.to(dtype)
     with attack_mode(net):
         _, first = input_gradients(net, x, 1)
         with torch.profiler.profile() as profile:
             _, second = input_gradients(net, x, 1)
     _, eager = input_gradients(net, x, 1)
-    _, exact = input_gradients(net, x.double(), 1)
+    _, exact = input_gradients(net.double(), x.double(), 1)
     assert torch.equal(first, eager)
     assert not any("batch_norm" in event.key for event in profile.key_averages())
     assert error(second, exact) < (1e-11 if dtype == torch.float64 else 2 * error(eager, exact))

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from threading import RLock
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_kernels.attacks.lean import LeanMode
+
+_LOCKS = WeakIdKeyDictionary()  # by model
 
 
 class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
@@ -18,7 +22,8 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
     on copies of its buffers. On exit every module has its own training flag again, every parameter its requires_grad
     and its very .grad, every buffer name its very tensor, which was never written to, and the global random state (CPU
     and, once initialised, CUDA) is what it was. The flags are set directly, so an overridden `train` or `eval` does not
-    run. May be nested and reused. Lazy parameters and buffers that are initialised inside stay initialised.
+    run. May be nested and reused. Lazy parameters and buffers that are initialised inside stay initialised. Threads
+    attack the same model one after the other; models that share modules are not known to be one.
 
     A forward inside keeps for its backward only what the gradient of its input needs (`moe_kernels.attacks.lean`). From
     the second on, batch norms are folded into copies of the weights of the convolutions before them, which rounds
@@ -41,8 +46,11 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
             cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
             stack.enter_context(torch.random.fork_rng(devices=cuda))
             if isinstance(self.model, nn.Module):
+                stack.enter_context(_LOCKS.setdefault(self.model, RLock()))
                 _freeze(self.model, stack)
-            stack.enter_context(LeanMode())
+            mode = LeanMode()
+            stack.callback(mode.folds.close)
+            stack.enter_context(mode)
             self._restore.append(stack.pop_all())
 
     def __exit__(self, *exception: object) -> None:
@@ -56,13 +64,20 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
 
     # A copy instead of saving and restoring values: batch norm writes its statistics without raising their version,
     # and writing them back would raise it under a graph of the caller's that saved them.
-    copies = {buffer: buffer.detach().clone() for buffer in model.buffers() if not is_lazy(buffer)}
+    copies: dict[Tensor | None, Tensor | None] = {None: None}
+    copies |= {buffer: buffer.detach().clone() for buffer in model.buffers() if not is_lazy(buffer)}
     for module in model.modules():
         put(module.__setattr__, "training", False, module.training)
         buffers = module._buffers
         for name, buffer in list(buffers.items()):
             if buffer in copies:
                 put(buffers.__setitem__, name, copies[buffer], buffer)
+    detached: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        parameters = module._parameters
+        for name, parameter in list(parameters.items()):
+            if parameter is not None and not parameter.is_leaf:  # put there by torch.func.functional_call
+                put(parameters.__setitem__, name, detached.setdefault(parameter, parameter.detach()), parameter)
     for parameter in model.parameters():
         put(parameter.__setattr__, "grad", None, parameter.grad)
         put(parameter.__setattr__, "requires_grad", False, parameter.requires_grad)

@@ -10,7 +10,7 @@ convolution is not folded again. Grouped ones, with a leading dimension of exper
 
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, *GROUPED_CONVOLUTIONS}
 LAST = torch.channels_last
 ATTRIBUTES = ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape")
 HARMLESS = {  # what tells nothing of a tensor's values
-    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_contiguous),
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_contiguous),
     *(getattr(Tensor, name).__get__ for name in ATTRIBUTES),
 }
 
@@ -103,7 +103,7 @@ def _by_winograd(func: Any, x: Tensor, weight: Tensor, *settings: Any) -> Convol
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         offsets = torch.tensor([0, len(x)], dtype=torch.int32)
-        return winograd_conv2d(x.contiguous(memory_format=LAST), weight[None], bias[None], offsets, padding)
+        return winograd_conv2d(x, weight[None], bias[None], offsets, padding)
 
     return convolve
 
@@ -120,10 +120,10 @@ def _without_autocast(convolve: Convolve) -> Convolve:
 
 
 class _Convolution:
-    """What is known of a convolution, by its weight and bias; `last` says whether it is fast in channels-last alone."""
+    """What is known of a convolution, by its weight and bias."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, last: bool) -> None:
-        self.weight, self.bias, self.last = weight, bias, last
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
         self.fold: _Fold | None = None
         self.foldable = True
 
@@ -132,25 +132,32 @@ class _Fold:
     """A convolution, and the batch norm to be folded into it."""
 
     def __init__(self, convolution: _Convolution, norm: Norm, first: Tensor) -> None:
-        self.weight, self.bias, self.last = convolution.weight, convolution.bias, convolution.last
+        self.weight, self.bias = convolution.weight, convolution.bias
         self.norm, self.first = norm, weakref.ref(first)
         self.sources = [self.weight, *norm.tensors(), *([] if self.bias is None else [self.bias])]
-        self.versions = [t._version for t in self.sources]
+        self.versions = self._versions()
+        self._folded: dict[bool, tuple[Tensor, Tensor]] = {}
 
-    @cached_property
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias."""
-        norm, weight, bias = self.norm, self.weight, self.bias
+    def folded(self, last: bool) -> tuple[Tensor, Tensor]:
+        """Weight, in channels-last or as it is, and bias."""
+        if last not in self._folded:
+            self._folded[last] = self._fold(self.weight.contiguous(memory_format=LAST) if last else self.weight)
+        return self._folded[last]
+
+    def _fold(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        norm, bias = self.norm, self.bias
         assert norm.mean is not None and norm.var is not None
         scale = (norm.var + norm.eps).rsqrt()
         scale = scale if norm.weight is None else scale * norm.weight
         shift = -norm.mean if bias is None else bias - norm.mean
         shift = shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
-        weight = weight.contiguous(memory_format=LAST if self.last else torch.contiguous_format)
         return weight * scale.view(*scale.shape, *[1] * (weight.ndim - scale.ndim)), shift
 
     def holds(self) -> bool:
-        return self.versions == [t._version for t in self.sources] and self.first() is None
+        return self.versions == self._versions() and self.first() is None
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(t._version, t.data_ptr()) for t in self.sources]
 
 
 class _Result(NamedTuple):
@@ -167,6 +174,7 @@ class Folds:
     def __init__(self) -> None:
         self._convolutions: dict[tuple[int, int], _Convolution] = {}  # by the ids of weight and bias
         self._results = WeakIdKeyDictionary()
+        self.keep_layout = False  # of what is folded, since the model looks at strides
 
     def __bool__(self) -> bool:
         return bool(self._convolutions)
@@ -180,16 +188,17 @@ class Folds:
         if autocast and not is_emulated(x):
             return run(args)
         winograd = _by_winograd(func, x, weight, *settings)
-        last = winograd is None and weight.ndim == 4 and x.device.type == "cpu"
-        this = self._convolutions.setdefault((id(weight), id(bias)), _Convolution(weight, bias, last))
+        this = self._convolutions.setdefault((id(weight), id(bias)), _Convolution(weight, bias))
         if not this.foldable:
             return run(args)
         if this.fold is None or not this.fold.holds():
             out, instead = run(args), None
         else:
+            last = x.device.type == "cpu" and weight.ndim == 4 and not self.keep_layout
             convolve = winograd or (lambda *tensors: run((*tensors, *settings)))
             convolve = _without_autocast(convolve) if autocast else convolve
-            out, instead = convolve(x, *this.fold.folded), partial(run, args)
+            x = x.contiguous(memory_format=LAST) if last and winograd else x
+            out, instead = convolve(x, *this.fold.folded(last and not winograd)), partial(run, args)
         self._results[out] = _Result(this, settings[0] if func in GROUPED_CONVOLUTIONS else None, instead)
         return out
 
@@ -208,7 +217,7 @@ class Folds:
         else:
             this.fold = _Fold(this, norm, input)
             if input.is_cuda:
-                _ = this.fold.folded  # now rather than in a step that is recorded
+                this.fold.folded(False)  # now rather than in a step that is recorded
         return None
 
     def used(self, tensors: Sequence[Any]) -> None:
@@ -219,10 +228,22 @@ class Folds:
             elif isinstance(x, Tensor) and (result := self._results.get(x)):
                 self._never(x, result)
 
+    def exposed(self, tensor: Tensor) -> None:
+        """This may change unnoticed."""
+        for convolution in self._convolutions.values():
+            if convolution.fold is not None and any(tensor is t for t in convolution.fold.sources):
+                convolution.foldable = False
+
+    def close(self) -> None:
+        """No more is folded; a convolution's result that somebody has kept gets its own values."""
+        for x, result in list(self._results.items()):
+            self._never(x, result)
+
     def _never(self, x: Tensor, result: _Result) -> None:
         result.convolution.foldable = False
         del self._results[x]
         if result.instead is not None:
-            plain = result.instead()
-            x.data = torch.empty_like(plain)  # the batch norm's result has x's memory
-            x.copy_(plain)
+            with torch.inference_mode(False), torch.enable_grad():
+                plain = result.instead()
+                x.data = torch.empty_like(plain)  # the batch norm's result has x's memory
+                x.copy_(plain)

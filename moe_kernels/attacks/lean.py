@@ -24,7 +24,9 @@ CHEAP = {
     *(Tensor.contiguous, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
     *(Tensor.mul, torch.mul, Tensor.add, torch.add),
 }
+PRODUCTS = {F.linear, torch.ops.moe_kernels.expert_linear.default, Tensor.mul, torch.mul}  # which keep their factors
 VIEWS = {Tensor.view, Tensor.view_as}  # which a tensor that folding has made channels-last may not have
+STRIDED = {*VIEWS, Tensor.as_strided, torch.as_strided, torch.view_as_complex, Tensor.stride}
 MOST_STEPS = 6  # in a recipe, so that a chain of norms and linear maps is not computed from its start for each of them
 
 # Torch hands these to the mode whole; such a copy of the same code does not, and hands over what it calls.
@@ -43,7 +45,9 @@ class LeanMode(TorchFunctionMode):
 
     Everything else runs as torch alone would run it: arguments that a rule does not take (`out=`), a second argument
     that requires grad, tensor subclasses, sparse and complex tensors, grad mode off, torch.compile, torch.func
-    transforms, and the inside of torch.utils.checkpoint, which may recompute on a thread without the mode.
+    transforms, forward-mode differentiation, and the inside of torch.utils.checkpoint, which may recompute on a thread
+    without the mode. What the mode cannot see are TorchScript and other threads: there, a convolution's result is that
+    of the batch norm which otherwise reads it alone.
     """
 
     def __init__(self) -> None:
@@ -60,6 +64,7 @@ class LeanMode(TorchFunctionMode):
         if isinstance(func, MethodWrapperType):  # an attribute
             if func.__self__ is Tensor.data:  # through which values may change unnoticed
                 self.recipes.clear()
+                self.folds.exposed(args[0])
             return func(*args, **kwargs)
         known = func in RULES or func in NORMS or func in CHEAP or func in OPENED
         if not (known or self.recipes) or not _applies():
@@ -81,6 +86,8 @@ class LeanMode(TorchFunctionMode):
             self.folds.used((*args, *kwargs.values()))
         if simple and len(args) > 2 and not kwargs:
             return self.folds.convolution(func, partial(self._keeping_little, func, kwargs={}), args)
+        if func in STRIDED and args[0].requires_grad and args[0].shape[2:].numel() > 1:
+            self.folds.keep_layout = True
         if func in VIEWS and self.folds and memory_format(args[0]) == torch.channels_last:
             return func(args[0].contiguous(), *args[1:], **kwargs)
         return None
@@ -107,9 +114,15 @@ class LeanMode(TorchFunctionMode):
         tensors = _tensors(args, kwargs)
         if not (_only_input_needs_grad(tensors) and _is_plain(out)) or self.recipes.find(out):
             return
+        others = tensors[1 + (func in PRODUCTS) :]  # which may change before the backward
+        others = [t for t in others if t.is_floating_point() and not isinstance(t, torch.nn.Parameter)]
+        if any(8 * t.numel() > out.numel() for t in others):
+            return
+        copies = {id(t): t.clone() for t in others}
         x, source = tensors[0], self.recipes.find(tensors[0])
         if source.part.recipe.steps < MOST_STEPS if source else func in NORMS and x.dtype == out.dtype:
             values, form = tree_flatten((args, kwargs))
+            values = [copies.get(id(value), value) for value in values]
 
             def again(*values: Any) -> Tensor:
                 args, kwargs = tree_unflatten(values, form)
@@ -123,6 +136,7 @@ def _applies() -> bool:
         torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
         and not check.inside_checkpoint()
+        and torch.autograd.forward_ad._current_level < 0
         and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     )
 

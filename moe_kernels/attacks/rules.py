@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels import _checks as check
+from moe_kernels._library import memory_format
 from moe_kernels.backends import is_implemented
 from moe_kernels.ops.mask_relu import mask_relu
 
@@ -53,12 +54,23 @@ def _convolution(
     dilation: Size = 1,
     groups: int = 1,
 ) -> Tensor:
-    if isinstance(padding, str) or input.ndim != weight.ndim:
+    pixels = _pixels(padding, weight, dilation)
+    if pixels is None or input.ndim != weight.ndim:
         return NotImplemented
-    settings = (stride, padding, dilation, False, 0, groups)
+    settings = (stride, pixels, dilation, False, 0, groups)
     return _lean_convolution(
         input, weight, lambda x: func(x, weight, bias, stride, padding, dilation, groups), *settings
     )
+
+
+def _pixels(padding: Size | str, weight: Tensor, dilation: Size) -> Size | None:
+    """The padding of each side in pixels, or None where its two sides differ."""
+    if not isinstance(padding, str):
+        return padding
+    both = [d * (k - 1) for d, k in zip(each(dilation, weight.ndim - 2), weight.shape[2:], strict=True)]
+    if padding == "valid":
+        return 0
+    return None if any(pixels % 2 for pixels in both) else [pixels // 2 for pixels in both]
 
 
 def _transposed_convolution(
@@ -96,15 +108,18 @@ def _lean_convolution(
         (each(size, x.ndim - 2) for size in (stride, padding, dilation, output_padding)),
     )
     settings = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
+    layout = memory_format(x)
 
     def backward(grad: Tensor, weight: Tensor) -> Tensor:
-        return aten.convolution_backward(grad, blank(grad), weight.to(grad.dtype), None, *settings)[0]
+        dx = aten.convolution_backward(grad, blank(grad), weight.to(grad.dtype), None, *settings)[0]
+        return dx.contiguous(memory_format=layout) if dx.ndim == 4 else dx  # a folded weight has its own
 
     return _Lean.apply(x, lambda x: (convolve(x), (weight,)), backward)
 
 
 def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not check.autocast_is_on(input.device.type):  # under which torch keeps a cast copy of the weight
+    # Autocast has torch keep a cast copy of the weight.
+    if weight.ndim != 2 or not check.autocast_is_on(input.device.type):
         return NotImplemented
 
     def backward(grad: Tensor, weight: Tensor) -> Tensor:
@@ -160,9 +175,17 @@ def _leaky_relu(func: Any, input: Tensor, negative_slope: float = 0.01, inplace:
     return input.copy_(y) if inplace else y
 
 
+def _leaky_relu_(func: Any, input: Tensor, negative_slope: float = 0.01) -> Tensor:
+    return _leaky_relu(func, input, negative_slope, True)
+
+
 def _hardtanh(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     y = _piecewise(input, lambda x: F.hardtanh(x, min_val, max_val), lambda x: ~((x <= min_val) | (x >= max_val)), 0)
     return input.copy_(y) if inplace else y
+
+
+def _hardtanh_(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    return _hardtanh(func, input, min_val, max_val, True)
 
 
 def _relu6(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
@@ -203,17 +226,55 @@ def _max_pool(
         return NotImplemented
     sizes = (kernel_size, stride if stride is not None else kernel_size, padding, dilation)
     settings = (*(each(size, n) for size in sizes), ceil_mode)
-    index = torch.int16 if math.prod(input.shape[2:]) < 2**15 else torch.int32
-    blank = _blank(input)
+    return _keeping_indices(
+        input, lambda x: pool(x, *settings), lambda grad, x, indices: pool_backward(grad, x, *settings, indices)
+    )
+
+
+def _max_pool1d(
+    func: Any,
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    sizes = (_row(kernel_size), _row(kernel_size if stride is None else stride), _row(padding, 0), _row(dilation))
+    return _in_a_row(input, lambda x: _max_pool(F.max_pool2d, x, *sizes, ceil_mode, return_indices))
+
+
+def _adaptive_max_pool(
+    func: Any, input: Tensor, output_size: Size | Sequence[int | None], return_indices: bool = False
+) -> Tensor:
+    n, pool, pool_backward = _ADAPTIVE_MAX_POOLS[func]
+    if return_indices or input.ndim != n + 2:
+        return NotImplemented
+    sizes = [size or whole for size, whole in zip(each(output_size, n), input.shape[2:], strict=True)]
+    return _keeping_indices(input, lambda x: pool(x, sizes), pool_backward)
+
+
+def _adaptive_max_pool1d(func: Any, input: Tensor, output_size: Size, return_indices: bool = False) -> Tensor:
+    sizes = _row(output_size)
+    return _in_a_row(input, lambda x: _adaptive_max_pool(F.adaptive_max_pool2d, x, sizes, return_indices))
+
+
+def _keeping_indices(
+    x: Tensor, pool: Callable[[Tensor], tuple[Tensor, Tensor]], pool_backward: Callable[..., Tensor]
+) -> Tensor:
+    """The first of pool(x), of which the second, int64 indices of pixels, is kept as narrow as it can be."""
+    dtype = torch.int16 if math.prod(x.shape[2:]) < 2**15 else torch.int32
+    blank = _blank(x)
 
     def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, indices = pool(x, *settings)
-        return y, (indices.to(index),)
+        y, indices = pool(x)
+        return y, (indices.to(dtype),)
 
     def backward(grad: Tensor, indices: Tensor) -> Tensor:
-        return pool_backward(grad, blank(grad), *settings, indices.long())
+        return pool_backward(grad, blank(grad), indices.long())
 
-    return _Lean.apply(input, forward, backward)
+    return _Lean.apply(x, forward, backward)
 
 
 def _avg_pool(
@@ -245,9 +306,37 @@ def _adaptive_avg_pool(func: Any, input: Tensor, output_size: Size | Sequence[in
     return _Lean.apply(input, lambda x: (func(x, output_size), ()), lambda grad: pool_backward(grad, blank(grad)))
 
 
+def _avg_pool1d(
+    func: Any,
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    sizes = (_row(kernel_size), _row(kernel_size if stride is None else stride), _row(padding, 0))
+    return _in_a_row(input, lambda x: _avg_pool(F.avg_pool2d, x, *sizes, ceil_mode, count_include_pad))
+
+
+def _adaptive_avg_pool1d(func: Any, input: Tensor, output_size: Size) -> Tensor:
+    sizes = _row(output_size)
+    return _in_a_row(input, lambda x: _adaptive_avg_pool(F.adaptive_avg_pool2d, x, sizes))
+
+
+def _in_a_row(x: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
+    """A pooling of signals [B, C, L] by one of images of one row, which is how torch computes it too."""
+    y = pool(x.unsqueeze(-2))
+    return y if y is NotImplemented else y.squeeze(-2)
+
+
+def _row(size: Size, height: int = 1) -> list[int]:
+    return [height, *each(size, 1)]
+
+
 def each(size: Any, n: int) -> list[Any]:
     """One number or n, as n."""
-    sizes = [size] if isinstance(size, int) else list(size)
+    sizes = list(size) if isinstance(size, Sequence) else [int(size)]
     return sizes * n if len(sizes) == 1 else sizes
 
 
@@ -264,6 +353,10 @@ _MAX_POOLS = {
     torch.max_pool3d: (3, aten.max_pool3d_with_indices, aten.max_pool3d_with_indices_backward),
 }
 _AVG_POOLS = {F.avg_pool2d: (2, aten.avg_pool2d_backward), F.avg_pool3d: (3, aten.avg_pool3d_backward)}
+_ADAPTIVE_MAX_POOLS = {
+    F.adaptive_max_pool2d: (2, aten.adaptive_max_pool2d, aten.adaptive_max_pool2d_backward),
+    F.adaptive_max_pool3d: (3, aten.adaptive_max_pool3d, aten.adaptive_max_pool3d_backward),
+}
 _ADAPTIVE_AVG_POOLS = {
     F.adaptive_avg_pool2d: (2, aten._adaptive_avg_pool2d_backward),
     F.adaptive_avg_pool3d: (3, aten._adaptive_avg_pool3d_backward),
@@ -278,10 +371,17 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys([F.relu, torch.relu, Tensor.relu], _relu),
     **dict.fromkeys([torch.relu_, Tensor.relu_], _relu_),
     F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: _leaky_relu_,
     F.hardtanh: _hardtanh,
+    F.hardtanh_: _hardtanh_,
     F.relu6: _relu6,
     **dict.fromkeys(_MAX_POOLS, _max_pool),
+    **dict.fromkeys([F.max_pool1d, torch.max_pool1d], _max_pool1d),
+    **dict.fromkeys(_ADAPTIVE_MAX_POOLS, _adaptive_max_pool),
+    F.adaptive_max_pool1d: _adaptive_max_pool1d,
     **dict.fromkeys(_AVG_POOLS, _avg_pool),
+    F.avg_pool1d: _avg_pool1d,
     **dict.fromkeys(_ADAPTIVE_AVG_POOLS, _adaptive_avg_pool),
+    F.adaptive_avg_pool1d: _adaptive_avg_pool1d,
 }
 SIGNATURES = {rule: inspect.signature(rule) for rule in RULES.values()}
