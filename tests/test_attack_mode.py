@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -125,6 +126,54 @@ def test_shared_parameters_and_buffers() -> None:
             assert model[1][1].running_mean is model[0][1].running_mean
             model[0][1].running_mean.fill_(3)
         assert model[1][1].running_mean is model[0][1].running_mean
+
+
+def test_a_buffer_that_is_first_filled_inside_is_empty_again() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = x.mean(0) if self.mean is None else self.mean
+            return x - self.mean
+
+    model = Centred()
+    with attack_mode(model):
+        model(torch.randn(8, 3))
+    assert model.mean is None
+
+
+def test_inside_functional_call() -> None:
+    class Attacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.net.weight
+            with attack_mode(self.net):
+                assert not self.net.weight.requires_grad and torch.equal(self.net.weight, weight)
+            assert self.net.weight is weight
+            return self.net(x)
+
+    model = Attacked()
+    parameters = {name: 2 * p for name, p in model.named_parameters()}
+    y = torch.func.functional_call(model, parameters, torch.randn(8, 3))
+    assert all(g is not None for g in torch.autograd.grad(y.sum(), list(parameters.values())))
+
+
+def test_threads_attack_one_after_the_other() -> None:
+    model = network()
+
+    def attack(*_: int) -> None:
+        for _ in range(20):
+            with attack_mode(model):
+                run_forward(model)
+                assert not model.training
+
+    with unchanged(model), ThreadPoolExecutor(4) as threads:
+        list(threads.map(attack, range(8)))
 
 
 def test_overridden_train_does_not_run() -> None:

@@ -68,11 +68,40 @@ def batch_statistics(net: Net, x: Tensor) -> Tensor:
     return F.batch_norm(net.conv(x), None, None, training=True)
 
 
+def masked_through_a_view(net: Net, x: Tensor) -> Tensor:
+    y = net.bn(net.conv(x))
+    y.view(len(y), -1)[:, ::2] = 0
+    return y
+
+
+def changes_the_weight_unseen(net: Net, x: Tensor) -> Tensor:
+    net.conv.weight.data.mul_(1.1)
+    net.bn.running_mean.data.add_(0.1)
+    return net.bn(net.conv(x))
+
+
+def replaces_the_weight(net: Net, x: Tensor) -> Tensor:
+    net.conv.weight.data = 1.1 * net.conv.weight
+    return net.bn(net.conv(x))
+
+
+def looks_without_grad(net: Net, x: Tensor) -> Tensor:
+    h = net.conv(x)
+    if net.calls == 3:
+        with torch.no_grad():
+            h.mean()
+    return net.bn(h)
+
+
 # name: (function, whether its batch norm is folded in the end)
 FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], bool]] = {
     "plain": (lambda net, x: net.bn(net.conv(x)).relu_(), True),
     "one dimension": (lambda net, x: net.line_bn(net.line(x.flatten(2))), True),
     "viewed": (lambda net, x: net.bn(net.conv(x)).view(len(x), -1), True),
+    "a view of some channels": (lambda net, x: net.bn(net.conv(x))[:, :4].view(len(x), -1), True),
+    "a view of pixels in a row": (lambda net, x: net.bn(net.conv(x)).flatten(2).view(len(x), -1), True),
+    "strides of its own": (lambda net, x: net.bn(net.conv(x)).as_strided((2, 288), (288, 1)).cumsum(1), True),
+    "written to through a view": (masked_through_a_view, True),
     "calls itself twice": (lambda net, x: net.bn(net.conv(x)) + net.bn(net.conv(2 * x)), True),
     "two norms in turn": (lambda net, x: (net.bn if net.calls % 2 else net.other)(net.conv(x)), False),
     "the result used twice": (both, False),
@@ -88,7 +117,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], bool]] = {
     "later new statistics": (from_the_third_call(replaces_the_statistics), False),
     "later a view of its own": (from_the_third_call(lambda net, x: net.conv(x).mT), False),
     "later batch statistics": (from_the_third_call(batch_statistics), False),
+    "later looked at without grad": (looks_without_grad, False),
     "changed weights": (changes_the_weight, False),
+    "weights changed through .data": (changes_the_weight_unseen, False),
+    "weights replaced through .data": (replaces_the_weight, False),
 }
 
 
@@ -116,6 +148,23 @@ def test_every_step_is_that_of_eager(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     assert torch.equal(got[1], expected[1]) or name == "calls itself twice"
     assert torch.equal(got[-1], expected[-1]) != folds
+
+
+def test_what_a_hook_keeps_is_the_convolutions_result() -> None:
+    net = Net(lambda net, x: net.bn(net.conv(x))).eval()
+    x, kept = Source(torch.float32).rand(2, 3, 8, 8), []
+    net.conv.register_forward_hook(lambda module, inputs, y: kept.append(y) if net.calls == 3 else None)
+    with attack_mode(net):
+        input_gradients(net, x, 3)
+    assert torch.equal(kept[0], net.conv(x))
+
+
+def test_gradients_have_the_layout_of_eager() -> None:
+    net = randomize_statistics(ResNet18(width=4)).eval()
+    x = Source(torch.float32).rand(2, 3, 32, 32)
+    with attack_mode(net):
+        *_, gradient = input_gradients(net, x, 2)
+    assert gradient.is_contiguous()
 
 
 def test_a_folded_resnet_has_the_signs_of_eager() -> None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -114,6 +116,8 @@ def test_saved_bytes(net: Callable[[], nn.Module], eager: int, lean: int) -> Non
 IMAGE, CONV, TRANSPOSED = S.randn(2, 4, 9, 8), S.randn(6, 2, 3, 3), S.randn(4, 3, 3, 3)
 OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "grouped conv": (lambda x: F.conv2d(x, CONV, S.randn(6), (2, 1), 1, groups=2), 0),
+    "conv padded to the same": (lambda x: F.conv2d(x, CONV[:, :, :, :2], padding="same", dilation=2, groups=2), 0),
+    "conv not padded": (lambda x: F.conv2d(x, CONV, padding="valid", groups=2), 0),
     "conv1d": (lambda x: torch.conv1d(x.flatten(2), CONV[:, :, 0], dilation=2, groups=2), 0),
     "conv3d": (lambda x: F.conv3d(x[:, None], CONV[:, :1, None]), 0),
     "transposed conv": (lambda x: F.conv_transpose2d(x, TRANSPOSED, None, 2, 1, 1, 2), 0),
@@ -123,11 +127,19 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "relu of a transpose": (lambda x: F.relu(x.mT * 1, True), 72),
     "relu6": (lambda x: F.relu6(3 * x), 72),
     "leaky_relu": (lambda x: F.leaky_relu(x, 0.3), 72),
-    "hardtanh_": (lambda x: F.hardtanh(x * 1, -0.5, 0.2, inplace=True), 72),
+    "leaky_relu_": (lambda x: F.leaky_relu_(x * 1, 0.3), 72),
+    "hardtanh_": (lambda x: F.hardtanh_(x * 1, -0.5, 0.2), 72),
+    "hardtanh in place": (lambda x: F.hardtanh(x * 1, -0.5, 0.2, inplace=True), 72),
+    "max_pool1d": (lambda x: F.max_pool1d(x.flatten(2), 3, 2, 1, 2, True), 2 * 288),
     "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), 2 * 160),
     "max_pool3d": (lambda x: F.max_pool3d(x[:, None], (2, 3, 2), ceil_mode=True), 2 * 48),
+    "adaptive max 1d": (lambda x: F.adaptive_max_pool1d(x.flatten(2), 5), 2 * 40),
+    "adaptive max": (lambda x: F.adaptive_max_pool2d(x, (None, 3)), 2 * 216),
+    "adaptive max 3d": (lambda x: F.adaptive_max_pool3d(x[:, None], (3, 2, 4)), 2 * 48),
+    "avg_pool1d": (lambda x: F.avg_pool1d(x.flatten(2), 3, 2, 1, True, False), 0),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False), 0),
     "avg_pool3d": (lambda x: F.avg_pool3d(x[:, None], 2), 0),
+    "adaptive 1d": (lambda x: F.adaptive_avg_pool1d(x.flatten(2), 5), 0),
     "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (None, 3)), 0),
     "adaptive 3d": (lambda x: F.adaptive_avg_pool3d(x[:, None], 2), 0),
     "batch_norm": (lambda x: F.batch_norm(x, IMAGE[0, :, 0, 0], IMAGE[0, :, 0, 1].abs()), 4 * 4),
@@ -200,7 +212,7 @@ def test_the_unusual_is_left_to_torch() -> None:
     weight = S.randn(4, 4, 3, 3)
 
     def function(x: Tensor) -> Tensor:
-        h = F.conv2d(x, weight, padding="same")
+        h = F.conv2d(x, weight[:, :, :2, :2], padding="same")
         h = h + checkpoint(lambda h: F.relu(F.conv2d(h, weight, padding=1)), h, use_reentrant=False)
         h = h + torch.func.vmap(lambda image: F.relu(F.conv2d(image[None], weight, padding=1)[0]))(h)
         h, indices = F.max_pool2d(h, 2, return_indices=True)
@@ -211,6 +223,35 @@ def test_the_unusual_is_left_to_torch() -> None:
     with attack_mode(function):
         got = input_gradient(function, x, torch.ones(2, 4, 4, 4))
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def under_builtin_hooks(x: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, Tensor.clone):
+        return F.relu(F.conv2d(x, CONV, groups=2))
+
+
+def in_forward_mode(x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        y = F.relu(F.conv2d(forward_ad.make_dual(x, torch.ones_like(x)), CONV, groups=2))
+        return torch.cat([y, forward_ad.unpack_dual(y).tangent])
+
+
+def of_numpys_integers(x: Tensor) -> Tensor:
+    one, two = np.int64(1), np.int64(2)
+    return F.avg_pool2d(F.max_pool2d(F.conv2d(x, CONV, None, one, one, groups=2), two), two, one)
+
+
+def to_a_number(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.linear(x.flatten(1), IMAGE[0].flatten())
+
+
+@pytest.mark.parametrize("function", [under_builtin_hooks, in_forward_mode, of_numpys_integers, to_a_number])
+def test_what_torch_allows(function: Callable[[Tensor], Tensor]) -> None:
+    x = IMAGE.clone().requires_grad_()
+    expected = torch.autograd.grad(function(x).sum(), x)
+    with attack_mode(function):
+        assert torch.equal(torch.autograd.grad(function(x).sum(), x)[0], expected[0])
 
 
 def test_torch_compile_inside() -> None:

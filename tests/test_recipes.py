@@ -53,6 +53,14 @@ def attention_with_norms(net: Net, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(net.head_norm(q), net.head_norm(k), v)
 
 
+def noise_written_anew(net: Net, x: Tensor) -> Tensor:
+    """As randomised smoothing does between its samples."""
+    noise, y = torch.ones(D), x
+    for value in (0.5, -0.5):
+        y = y + F.gelu(net.norm(x) + noise.fill_(value))
+    return y
+
+
 def written_to(net: Net, x: Tensor) -> Tensor:
     z = net.map(x)
     return F.gelu(z.mul_(0.5)) + F.silu(z)
@@ -99,6 +107,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int | None]] = {
     "written to": (written_to, None),
     "written to through data": (written_to_through_data, None),
     "a view written to": (a_view_written_to, None),
+    "noise written anew": (noise_written_anew, None),
     "mixed precision": (mixed_precision, None),
     "in checkpoint": (in_checkpoint, None),
     "without nonlinearity": (without_nonlinearity, None),

@@ -43,10 +43,11 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
+            if isinstance(self.model, nn.Module):
+                stack.enter_context(_LOCKS.setdefault(self.model, RLock()))
             cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
             stack.enter_context(torch.random.fork_rng(devices=cuda))
             if isinstance(self.model, nn.Module):
-                stack.enter_context(_LOCKS.setdefault(self.model, RLock()))
                 _freeze(self.model, stack)
             mode = LeanMode()
             stack.callback(mode.folds.close)

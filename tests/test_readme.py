@@ -1,0 +1,52 @@
+"""The README's Python runs as it stands there."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import moe_kernels
+from moe_kernels import RobustMoE
+from moe_kernels.testing import Source
+
+README = Path(__file__).parent.parent / "README.md"
+LAYER, ATTACK, IDEA = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+S = Source(torch.float32)
+
+
+def test_the_layer() -> None:
+    names: dict[str, Any] = {}
+    exec(LAYER, names)
+    block, x = names["Block"](8, 2).eval(), S.randn(2, 5, 8)
+    y = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), y)
+        for p in block.moe.experts.parameters():
+            p.zero_()
+        assert not torch.allclose(block(x), y)
+
+
+def test_the_attack() -> None:
+    experts = [nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for _ in range(4)]
+    model = RobustMoE.from_experts(experts, nn.Sequential(nn.Flatten(), nn.Linear(12, 4)))
+    names = {"model": model, "x": S.rand(5, 3, 2, 2), "y": torch.arange(5) % 3}
+    exec(ATTACK, names)
+    for x_adv in (names["x_adv"], names["x_second"]):
+        assert 0 < (x_adv - names["x"]).abs().max() <= 8 / 255
+
+
+def test_the_idea() -> None:
+    names = vars(moe_kernels) | {
+        "router": nn.Linear(6, 4),
+        "k": 2,
+        "num_experts": 4,
+        "x": S.randn(5, 6),
+        "weight": S.randn(4, 7, 6),
+        "bias": S.randn(4, 7),
+    }
+    exec(IDEA, names)
+    every = torch.einsum("eoi,ti->teo", names["weight"], names["x"]) + names["bias"]
+    chosen = every.gather(1, names["experts"].long()[..., None].expand(-1, -1, 7))
+    torch.testing.assert_close(names["y"], (names["weights"][..., None] * chosen).sum(1))
