@@ -133,9 +133,9 @@ def test_awp_waits_for_its_warm_up(batch: Split) -> None:
     assert gammas == [0, 0, 0.3]
 
 
-@pytest.mark.parametrize("awp_gamma", [0.0, 0.01])
-def test_batch_norm_counts_each_batch_once_and_never_the_attack(batch: Split, awp_gamma: float) -> None:
-    config = Config(method="pgd-at", num_experts=2, attack_steps=3, awp_gamma=awp_gamma, awp_warmup=0)
+@pytest.mark.parametrize("method, awp_gamma", [("pgd-at", 0.0), ("pgd-at", 0.01), ("rt-er", 0.0)])
+def test_batch_norm_counts_each_batch_once_and_never_the_attack(batch: Split, method: str, awp_gamma: float) -> None:
+    config = Config(method=method, num_experts=2, attack_steps=3, awp_gamma=awp_gamma, awp_warmup=0)
     model = with_batch_norm(batch).train()
     counted = model.moe.experts.bn1.num_batches_tracked
     update(Step(model, config, 0, epoch=0), torch.optim.SGD(model.parameters(), lr=0.1), batch)

@@ -10,8 +10,8 @@ paper's), 1 with the softmax's gradient with `--gate straight_through`, and 1 wi
 `--faithful` is the public code: the hard gate, so a router that stays as it was initialised, the second-ranked expert,
 and the first two terms.
 
-Both attacks run as one batch of 2B rows, and the three forwards as one of 3B. An expert with BatchNorm would therefore
-take its statistics over the clean and the adversarial rows that reach it together.
+Both attacks run as one batch of 2B rows, and the three forwards as one of 3B. An expert with BatchNorm therefore takes
+its statistics over the clean and the adversarial rows that reach it together (docs/methods.md).
 
 Source: Zhang et al., Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach, ICML 2025.
 """
