@@ -158,7 +158,11 @@ def error(x: Tensor, exact: Tensor) -> float:
     return (x - exact).abs().mean().div(exact.abs().mean()).item()
 
 
-def test_by_winograds_algorithm_the_gradient_has_the_error_of_eager() -> None:
+def wrong_signs(x: Tensor, exact: Tensor) -> int:
+    return int((x.sign() != exact.sign()).sum())
+
+
+def test_by_winograds_algorithm_the_gradient_has_the_error_and_the_signs_of_eager() -> None:
     net = randomize_statistics(ResNet18(width=16)).eval().requires_grad_(False)
     x = Source(torch.float32).rand(3, 3, 32, 32)
     *_, eager = input_gradients(net, x, 2)
@@ -167,6 +171,7 @@ def test_by_winograds_algorithm_the_gradient_has_the_error_of_eager() -> None:
     *_, exact = input_gradients(net.double(), x.double(), 2)
     assert not torch.equal(folded, eager)
     assert error(folded, exact) < 10 * error(eager, exact) < 1e-3
+    assert wrong_signs(folded, exact) <= wrong_signs(eager, exact) + 1e-4 * exact.numel()
 
 
 @pytest.mark.parametrize("options", [{"padding": 2, "dilation": 2}, {"padding": 1, "groups": 2}], ids=str)
