@@ -125,6 +125,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "leaky_relu": (lambda x: F.leaky_relu(x, 0.3), 72),
     "hardtanh_": (lambda x: F.hardtanh(x * 1, -0.5, 0.2, inplace=True), 72),
     "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), 2 * 160),
+    "max_pool2d of many pixels": (lambda x: F.max_pool2d(F.pad(x, (174, 0, 173, 0)), 2), 2 * 4 * 4 * 91 * 91),
     "max_pool3d": (lambda x: F.max_pool3d(x[:, None], (2, 3, 2), ceil_mode=True), 2 * 48),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False), 0),
     "avg_pool3d": (lambda x: F.avg_pool3d(x[:, None], 2), 0),
@@ -203,6 +204,8 @@ def test_the_unusual_is_left_to_torch() -> None:
         h = F.conv2d(x, weight, padding="same")
         h = h + checkpoint(lambda h: F.relu(F.conv2d(h, weight, padding=1)), h, use_reentrant=False)
         h = h + torch.func.vmap(lambda image: F.relu(F.conv2d(image[None], weight, padding=1)[0]))(h)
+        with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+            h = h + F.gelu(F.layer_norm(h, (8,)))
         h, indices = F.max_pool2d(h, 2, return_indices=True)
         return h + indices + torch.view_as_real(torch.conv2d(h.cfloat(), weight.cfloat())).mean()
 
