@@ -1,6 +1,7 @@
 """Inside attack_mode a forward keeps little, and the input gradient is bitwise torch's."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -91,24 +92,48 @@ def test_equals_eager_bitwise(name: str, autocast: bool, layout: torch.memory_fo
 
 
 @pytest.mark.parametrize(
-    ("net", "eager", "lean"),
+    ("net", "size", "eager", "lean"),
     [
-        (lambda: ResNet18(), 4_700_160, 69_632),  # one bit for each of the 557 056 ReLUs
-        (lambda: PreActResNet(PREACT18, 64), 4_470_784, 69_632),
-        (lambda: PreActResNet(WRN_28_10, 16), 18_496_000, 288_768),
-        (lambda: Alone(ExpertResNet18(1)), 2_279_428, 69_636),
-        (lambda: ViT(32, 4, 64, 2, 4), 582_728, 121_160),
-        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 634_012, 122_988),
+        (lambda: ResNet18(), 32, 4_700_160, 69_632),  # one bit for each of the 557 056 ReLUs
+        (lambda: PreActResNet(PREACT18, 64), 32, 4_470_784, 69_632),
+        (lambda: PreActResNet(WRN_28_10, 16), 32, 18_496_000, 288_768),
+        (lambda: Alone(ExpertResNet18(1)), 32, 2_279_428, 69_636),
+        (lambda: ViT(32, 4, 64, 2, 4), 32, 582_728, 121_160),
+        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 32, 634_012, 122_988),
+        (lambda: ViT(), 224, 59_401_096, 11_292_040),
     ],
-    ids=["resnet-18", "preact-resnet-18", "wrn-28-10", "expert-resnet-18", "vit", "expert-vit"],
+    ids=["resnet-18", "preact-resnet-18", "wrn-28-10", "expert-resnet-18", "vit", "expert-vit", "vit-s-16"],
 )
-def test_saved_bytes(net: Callable[[], nn.Module], eager: int, lean: int) -> None:
+def test_saved_bytes(net: Callable[[], nn.Module], size: int, eager: int, lean: int) -> None:
     model, images = net().eval(), 2
-    x = S.rand(images, 3, 32, 32).requires_grad_()
+    x = S.rand(images, 3, size, size).requires_grad_()
     before = saved_bytes(lambda: model(x), apart_from=model)
     with attack_mode(model):
         after = saved_bytes(lambda: model(x), apart_from=model)
     assert (before, after) == (images * eager, images * lean)
+
+
+@pytest.mark.parametrize(
+    ("net", "eager", "lean", "copies"),
+    [
+        (lambda: ResNet18(width=16), 592_128, 17_408, 0),
+        (lambda: Alone(ExpertResNet18(1, width=16)), 310_528, 17_408, 1_398_120),
+        (lambda: ViT(32, 4, 64, 2, 4), 327_112, 104_520, 0),
+        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 318_028, 62_516, 205_896),
+    ],
+    ids=["resnet-18", "expert-resnet-18", "vit", "expert-vit"],
+)
+def test_saved_bytes_under_autocast(net: Callable[[], nn.Module], eager: int, lean: int, copies: int) -> None:
+    """Per image, and in attack_mode beside them copies of weights in 16 bits and the offsets."""
+    model = net().eval()
+
+    def kept(images: int, mode: AbstractContextManager[None]) -> int:
+        x = S.rand(images, 3, 32, 32).requires_grad_()
+        with mode, torch.autocast("cpu", torch.bfloat16):
+            return saved_bytes(lambda: model(x), apart_from=model)
+
+    assert kept(2, nullcontext()) - kept(1, nullcontext()) == eager
+    assert [kept(images, attack_mode(model)) for images in (1, 2)] == [copies + lean, copies + 2 * lean]
 
 
 IMAGE, CONV, TRANSPOSED = S.randn(2, 4, 9, 8), S.randn(6, 2, 3, 3), S.randn(4, 3, 3, 3)
