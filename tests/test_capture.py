@@ -74,6 +74,10 @@ def test_a_frozen_route_gives_the_gradients_and_the_live_one_judges() -> None:
     given = PGD(net, 0.4, 0.2, 5, random_start=False, best_iterate=False)(x, y, routing=net.route(x))
     assert torch.equal(x_adv, given)
     assert torch.equal(PGD(net, **options)(x, y), x_adv)
+    starts: dict[str, Any] = {"eps": 0.4, "steps": 0, "restarts": 5, "seed": 0}
+    live = PGD(net, **starts)(x, y)
+    assert torch.equal(PGD(net, freeze_routing=True, **starts)(x, y), live)
+    assert not torch.equal(PGD(net, **starts)(x, y, routing=net.route(x)), live)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_kernels import RobustMoE, Routing, attack_mode
-from moe_kernels.ops import expert_mlp_output, group_by_expert
+from moe_kernels import RobustMoE, Routing, attack_mode, reference
+from moe_kernels.ops import expert_mlp, expert_mlp_output, group_by_expert
 from moe_kernels.testing import Source, check_threads
 from moe_kernels.testing.saved import saved_bytes
 
@@ -86,6 +86,13 @@ def test_bitwise_equal_for_any_number_of_threads() -> None:
         return y, *torch.autograd.grad(y, [x, *moe.experts.parameters()], grad)
 
     check_threads(results)
+
+
+def test_on_a_gpu_some_rows_are_activated_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_mlp, "CHUNK", 4)
+    s = Source(torch.float64)
+    args = s.randn(11, 6), s.randn(3, 5, 6), s.randn(3, 5), s.offsets([3, 0, 8]), "gelu", None, None, None
+    torch.testing.assert_close(expert_mlp._output(*args), reference.expert_mlp_output(*args))
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moe_kernels.attacks import attack_mode
 from moe_kernels.attacks.fold import Folds, _Fold
-from moe_kernels.nn import ExpertBatchNorm2d, ExpertResNet18
+from moe_kernels.nn import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18
 from moe_kernels.ops.winograd_conv2d import is_emulated
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import ResNet18, randomize_statistics
@@ -24,6 +24,8 @@ class Net(nn.Module):
         super().__init__()
         self.conv, self.bn, self.other = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
         self.line, self.line_bn = nn.Conv1d(3, 8, 3, bias=False), nn.BatchNorm1d(8, affine=False)
+        self.experts, self.expert_bn = ExpertConv2d(2, 3, 8, 3), ExpertBatchNorm2d(2, 8)
+        nn.init.uniform_(self.expert_bn.running_var, 0.5, 1.5)
         self.function, self.calls = function, 0
         self.kept: Any = None
 
@@ -50,6 +52,22 @@ def from_the_third_call(use: Callable[[Net, Tensor], Tensor]) -> Callable[[Net, 
 def both(net: Net, x: Tensor) -> Tensor:
     h = net.conv(x)
     return net.bn(h) * h
+
+
+def used_after_another_call(net: Net, x: Tensor) -> Tensor:
+    h = net.conv(x)
+    return net.bn(h) + net.bn(net.conv(2 * x)) + h
+
+
+def later_another_eps(net: Net, x: Tensor) -> Tensor:
+    bn = net.bn
+    return F.batch_norm(net.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=1)
+
+
+def grouped(net: Net, x: Tensor, rows: tuple[int, int] = (1, 1)) -> Tensor:
+    offsets = Source(x.dtype).offsets((1, 1))
+    h = net.experts(x, offsets)
+    return net.expert_bn(h, offsets if rows == (1, 1) else Source(x.dtype).offsets(rows))
 
 
 def changes_the_weight(net: Net, x: Tensor) -> Tensor:
@@ -103,14 +121,19 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], bool]] = {
     "strides of its own": (lambda net, x: net.bn(net.conv(x)).as_strided((2, 288), (288, 1)).cumsum(1), True),
     "written to through a view": (masked_through_a_view, True),
     "calls itself twice": (lambda net, x: net.bn(net.conv(x)) + net.bn(net.conv(2 * x)), True),
+    "grouped": (grouped, True),
+    "grouped otherwise": (lambda net, x: grouped(net, x, (2, 0)), False),
+    "of another dtype": (lambda net, x: net.bn.float()(net.conv.bfloat16()(x.bfloat16())).double(), False),
     "two norms in turn": (lambda net, x: (net.bn if net.calls % 2 else net.other)(net.conv(x)), False),
     "the result used twice": (both, False),
+    "the result used after another call": (used_after_another_call, False),
     "in a list": (
         lambda net, x: net.bn(torch.cat([net.conv(x), x.mean(1, True)[:, :, 2:, 2:].expand(-1, 0, -1, -1)], 1)),
         False,
     ),
     "kept from the call before": (keeps_the_convolution, False),
     "later another norm": (from_the_third_call(lambda net, x: net.other(net.conv(x))), False),
+    "later another eps": (from_the_third_call(later_another_eps), False),
     "later no norm": (from_the_third_call(lambda net, x: torch.cat([net.conv(x)], 1)), False),
     "later both": (from_the_third_call(both), False),
     "later written to": (from_the_third_call(lambda net, x: net.bn(net.conv(x).mul_(2))), False),
@@ -184,7 +207,11 @@ def error(x: Tensor, exact: Tensor) -> float:
     return (x - exact).abs().mean().div(exact.abs().mean()).item()
 
 
-def test_by_winograds_algorithm_the_gradient_has_the_error_of_eager() -> None:
+def wrong_signs(x: Tensor, exact: Tensor) -> int:
+    return int((x.sign() != exact.sign()).sum())
+
+
+def test_by_winograds_algorithm_the_gradient_has_the_error_and_the_signs_of_eager() -> None:
     net = randomize_statistics(ResNet18(width=16)).eval().requires_grad_(False)
     x = Source(torch.float32).rand(3, 3, 32, 32)
     *_, eager = input_gradients(net, x, 2)
@@ -193,6 +220,18 @@ def test_by_winograds_algorithm_the_gradient_has_the_error_of_eager() -> None:
     *_, exact = input_gradients(net.double(), x.double(), 2)
     assert not torch.equal(folded, eager)
     assert error(folded, exact) < 10 * error(eager, exact) < 1e-3
+    assert wrong_signs(folded, exact) <= wrong_signs(eager, exact) + 1e-4 * exact.numel()
+
+
+@pytest.mark.parametrize("options", [{"padding": 2, "dilation": 2}, {"padding": 1, "groups": 2}], ids=str)
+def test_dilated_and_grouped_convolutions_are_folded_without_winograds_algorithm(options: dict[str, int]) -> None:
+    net = randomize_statistics(nn.Sequential(nn.Conv2d(32, 32, 3, **options), nn.BatchNorm2d(32))).eval()
+    x = Source(torch.float32).rand(2, 32, 8, 8)
+    *_, eager = input_gradients(net, x, 2)
+    with attack_mode(net):
+        *_, folded = input_gradients(net, x, 2)
+    assert not torch.equal(folded, eager)
+    torch.testing.assert_close(folded, eager)
 
 
 @pytest.mark.parametrize("dtype, width", [(torch.float64, 4), (torch.float32, 16)], ids=["direct", "winograd"])

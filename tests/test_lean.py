@@ -1,6 +1,7 @@
 """Inside attack_mode a forward keeps little, and the input gradient is bitwise torch's."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pytest
@@ -93,24 +94,48 @@ def test_equals_eager_bitwise(name: str, autocast: bool, layout: torch.memory_fo
 
 
 @pytest.mark.parametrize(
-    ("net", "eager", "lean"),
+    ("net", "size", "eager", "lean"),
     [
-        (lambda: ResNet18(), 4_700_160, 69_632),  # one bit for each of the 557 056 ReLUs
-        (lambda: PreActResNet(PREACT18, 64), 4_470_784, 69_632),
-        (lambda: PreActResNet(WRN_28_10, 16), 18_496_000, 288_768),
-        (lambda: Alone(ExpertResNet18(1)), 2_279_428, 69_636),
-        (lambda: ViT(32, 4, 64, 2, 4), 582_728, 121_160),
-        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 634_012, 122_988),
+        (lambda: ResNet18(), 32, 4_700_160, 69_632),  # one bit for each of the 557 056 ReLUs
+        (lambda: PreActResNet(PREACT18, 64), 32, 4_470_784, 69_632),
+        (lambda: PreActResNet(WRN_28_10, 16), 32, 18_496_000, 288_768),
+        (lambda: Alone(ExpertResNet18(1)), 32, 2_279_428, 69_636),
+        (lambda: ViT(32, 4, 64, 2, 4), 32, 582_728, 121_160),
+        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 32, 634_012, 122_988),
+        (lambda: ViT(), 224, 59_401_096, 11_292_040),
     ],
-    ids=["resnet-18", "preact-resnet-18", "wrn-28-10", "expert-resnet-18", "vit", "expert-vit"],
+    ids=["resnet-18", "preact-resnet-18", "wrn-28-10", "expert-resnet-18", "vit", "expert-vit", "vit-s-16"],
 )
-def test_saved_bytes(net: Callable[[], nn.Module], eager: int, lean: int) -> None:
+def test_saved_bytes(net: Callable[[], nn.Module], size: int, eager: int, lean: int) -> None:
     model, images = net().eval(), 2
-    x = S.rand(images, 3, 32, 32).requires_grad_()
+    x = S.rand(images, 3, size, size).requires_grad_()
     before = saved_bytes(lambda: model(x), apart_from=model)
     with attack_mode(model):
         after = saved_bytes(lambda: model(x), apart_from=model)
     assert (before, after) == (images * eager, images * lean)
+
+
+@pytest.mark.parametrize(
+    ("net", "eager", "lean", "copies"),
+    [
+        (lambda: ResNet18(width=16), 592_128, 17_408, 0),
+        (lambda: Alone(ExpertResNet18(1, width=16)), 310_528, 17_408, 1_398_120),
+        (lambda: ViT(32, 4, 64, 2, 4), 327_112, 104_520, 0),
+        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 318_028, 62_516, 205_896),
+    ],
+    ids=["resnet-18", "expert-resnet-18", "vit", "expert-vit"],
+)
+def test_saved_bytes_under_autocast(net: Callable[[], nn.Module], eager: int, lean: int, copies: int) -> None:
+    """Per image, and in attack_mode beside them copies of weights in 16 bits and the offsets."""
+    model = net().eval()
+
+    def kept(images: int, mode: AbstractContextManager[None]) -> int:
+        x = S.rand(images, 3, 32, 32).requires_grad_()
+        with mode, torch.autocast("cpu", torch.bfloat16):
+            return saved_bytes(lambda: model(x), apart_from=model)
+
+    assert kept(2, nullcontext()) - kept(1, nullcontext()) == eager
+    assert [kept(images, attack_mode(model)) for images in (1, 2)] == [copies + lean, copies + 2 * lean]
 
 
 IMAGE, CONV, TRANSPOSED = S.randn(2, 4, 9, 8), S.randn(6, 2, 3, 3), S.randn(4, 3, 3, 3)
@@ -132,6 +157,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "hardtanh in place": (lambda x: F.hardtanh(x * 1, -0.5, 0.2, inplace=True), 72),
     "max_pool1d": (lambda x: F.max_pool1d(x.flatten(2), 3, 2, 1, 2, True), 2 * 288),
     "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), 2 * 160),
+    "max_pool2d of many pixels": (lambda x: F.max_pool2d(F.pad(x, (174, 0, 173, 0)), 2), 2 * 4 * 4 * 91 * 91),
     "max_pool3d": (lambda x: F.max_pool3d(x[:, None], (2, 3, 2), ceil_mode=True), 2 * 48),
     "adaptive max 1d": (lambda x: F.adaptive_max_pool1d(x.flatten(2), 5), 2 * 40),
     "adaptive max": (lambda x: F.adaptive_max_pool2d(x, (None, 3)), 2 * 216),
@@ -215,6 +241,8 @@ def test_the_unusual_is_left_to_torch() -> None:
         h = F.conv2d(x, weight[:, :, :2, :2], padding="same")
         h = h + checkpoint(lambda h: F.relu(F.conv2d(h, weight, padding=1)), h, use_reentrant=False)
         h = h + torch.func.vmap(lambda image: F.relu(F.conv2d(image[None], weight, padding=1)[0]))(h)
+        with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+            h = h + F.gelu(F.layer_norm(h, (8,)))
         h, indices = F.max_pool2d(h, 2, return_indices=True)
         return h + indices + torch.view_as_real(torch.conv2d(h.cfloat(), weight.cfloat())).mean()
 

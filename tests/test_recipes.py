@@ -78,6 +78,18 @@ def a_view_written_to(net: Net, x: Tensor) -> Tensor:
     return F.gelu(net.linear(h))
 
 
+def a_bias_written_to(net: Net, x: Tensor) -> Tensor:
+    z = net.map(x)
+    net.linear.bias.mul_(2)
+    y = F.gelu(z)
+    net.linear.bias.mul_(0.5)
+    return y
+
+
+def complex_numbers(net: Net, x: Tensor) -> Tensor:
+    return torch.view_as_complex(net.map(x).float().unflatten(-1, (-1, 2))).abs()
+
+
 def mixed_precision(net: Net, x: Tensor) -> Tensor:
     h = net.norm(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -108,8 +120,16 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int | None]] = {
     "written to through data": (written_to_through_data, None),
     "a view written to": (a_view_written_to, None),
     "noise written anew": (noise_written_anew, None),
+    "a temporary bias": (
+        lambda net, x: F.gelu(F.linear(net.norm(x), net.linear.weight, net.linear.bias + 1)),
+        4 * 3 * D,
+    ),
+    "a bias written to": (a_bias_written_to, 3 * X_BYTES),
+    "complex numbers": (complex_numbers, None),
     "mixed precision": (mixed_precision, None),
     "in checkpoint": (in_checkpoint, None),
+    "six steps": (lambda net, x: F.gelu(sum(range(5), net.norm(x))), 0),
+    "seven steps": (lambda net, x: F.gelu(sum(range(6), net.norm(x))), X_BYTES),
     "without nonlinearity": (without_nonlinearity, None),
 }
 
@@ -148,6 +168,15 @@ def test_a_changed_source_is_noticed(changed: str) -> None:
             (h if changed == "the norm's input" else net.linear.weight).mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(y.sum(), x)
+
+
+def test_queries_keys_and_values_are_computed_once_for_all() -> None:
+    net, x = Net(attention), torch.randn(2, TOKENS, D, requires_grad=True)
+    with attack_mode(net):
+        y = net(x).sum()
+        with torch.profiler.profile() as profile:
+            torch.autograd.grad(y, x)
+    assert [event.count for event in profile.key_averages() if event.key == "aten::linear"] == [1]
 
 
 def test_the_second_derivative_of_an_intermediate_result() -> None:
