@@ -19,14 +19,24 @@ from moe_kernels.testing import Source
 EPS, ALPHA = 8 / 255, 2 / 255
 
 
+class PartlyForced(nn.Module):
+    """The last images under a forced route, those before them under their own, wherever an attack moves them."""
+
+    def __init__(self, moe: RobustMoE, forced: Routing) -> None:
+        super().__init__()
+        self.moe, self.forced = moe, forced
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.moe.route(x[: len(x) - len(self.forced.experts)], top_k=1).select(0)
+        return self.moe(x, routing=Routing.cat([own, self.forced]))
+
+
 def rt_er_step(moe: RobustMoE, x: Tensor, y: Tensor, steps: int) -> Tensor:
     """Both attacks as one batch, the three forwards of the loss as another."""
-    routing = moe.route(x, top_k=2)
-    second = routing.select(1)
-    both = Routing.cat([routing.select(0), second])
-    attack = PGD(moe, EPS, ALPHA, steps, random_start=False, best_iterate=False)
-    x1, x2 = attack(torch.cat([x, x]), torch.cat([y, y]), routing=both).chunk(2)
-    three = moe(torch.cat([x1, x2, x]), routing=Routing.cat([both, second]))
+    second = moe.route(x, top_k=2).select(1)
+    attack = PGD(PartlyForced(moe, second), EPS, ALPHA, steps, random_start=False, best_iterate=False)
+    x1, x2 = attack(torch.cat([x, x]), torch.cat([y, y])).chunk(2)
+    three = PartlyForced(moe, Routing.cat([second, second]))(torch.cat([x1, x2, x]))
     adversarial, second_adv, second_clean = three.chunk(3)
     loss = F.cross_entropy(adversarial, y) + 6 * kl_divergence(second_clean, second_adv).mean()
     loss.backward()
@@ -58,7 +68,8 @@ def check(moe: RobustMoE, loop: OneImageAtATime, step: Callable[..., Tensor], x:
     """The attacks' second gradient, in which fp32 batch norms are folded, is fp64's, the parameters' are the loop's."""
     bound = MAX_GRADIENT_ERROR[torch.bfloat16 if bf16 else torch.float32]
     x_adv, found = second_step(moe, partial(step, moe, x, y, 2))
-    chosen, experts = moe.route(x, top_k=2).experts.T.flatten().tolist(), copy.deepcopy(loop.experts).double()
+    routes = moe.route(x_adv[: len(x)].float(), top_k=1), moe.route(x, top_k=2).select(1)
+    chosen, experts = Routing.cat(routes).experts.flatten().tolist(), copy.deepcopy(loop.experts).double()
 
     def exact(x: Tensor) -> Tensor:
         return torch.cat([experts[e](image[None]) for e, image in zip(chosen, x, strict=True)])

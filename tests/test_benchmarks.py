@@ -20,7 +20,8 @@ BENCHMARKS = ROOT / "benchmarks"
 SMALL_NETWORKS = """
 import sys
 from functools import partial
-import pytest, bench_attack, bench_rt_er
+import pytest, bench_attack, bench_rt_er, conftest
+conftest.ALL_ROUNDS = 0.1
 bench_attack.ResNet18 = partial(bench_attack.ResNet18, width=4)
 bench_rt_er.ExpertResNet18 = partial(bench_rt_er.ExpertResNet18, width=4)
 sys.exit(pytest.main(sys.argv[1:]))
@@ -43,7 +44,7 @@ def python(*arguments: object, **environment: str) -> str:
 
 
 def test_benchmarks_run() -> None:
-    """All files, with small networks and the smallest of the other shapes, each contender once."""
+    """All files, with small networks and the smallest of the other shapes."""
     names = ("bench_attack.py", "bench_rt_er.py", "bench_expert_linear.py", "bench_pgd_step_.py", "bench_robust_moe.py")
     files = [BENCHMARKS / name for name in (*names, "bench_routing.py")]
     assert sorted(files) == sorted(BENCHMARKS.glob("bench_*.py"))
@@ -51,7 +52,7 @@ def test_benchmarks_run() -> None:
         "attack or (rt_er and moe_kernels) or 128 or (pgd_step_ and 256) or small_part or (routing and 4096 and 512)"
     )
     options = ("-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "--benchmark-disable")
-    print(python("-c", SMALL_NETWORKS, *options, *files, "-k", small, "--durations=10"))
+    assert " passed" in python("-c", SMALL_NETWORKS, *options, *files, "-k", small)
 
 
 def test_a_timing_becomes_a_ratio_with_a_verdict(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_a_timing_becomes_a_ratio_with_a_verdict(tmp_path: Path) -> None:
         f"benchmarks/bench_expert_linear.py::{case.format(n)}" for n in ("moe_kernels", "dense GEMM of equal FLOPs")
     ]
     results = tmp_path / "results.json"
-    python("-m", "pytest", "-p", "no:cacheprovider", "--benchmark-enable", f"--benchmark-json={results}", *cases)
+    python("-c", SMALL_NETWORKS, "-p", "no:cacheprovider", "--benchmark-enable", f"--benchmark-json={results}", *cases)
     _, _, row, _, machine = python(BENCHMARKS / "ratios.py", results).splitlines()
     what, beside, theirs, ours, ratio, target, verdict = (cell.strip() for cell in row.strip("|").split("|"))
     assert (what, beside) == ("expert_linear 1024 x 64 x 128, 8 experts, fp32", "dense GEMM of equal FLOPs")
@@ -139,7 +140,16 @@ def test_saved_bytes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(saved_bytes, "ExpertResNet18", partial(ExpertResNet18, width=4))
     saved_bytes.attacks()
     saved_bytes.training()
-    print(capsys.readouterr().out, file=sys.stderr)
+    tables = capsys.readouterr().out.splitlines()
+    rows = {tuple(cells[:2]): cells[2:] for cells in ([c.strip() for c in t.strip("|").split("|")] for t in tables)}
+    assert rows["met", "fp32"] == ["0.3053", "0.004352", "70.1", "<= 0.0045 MB", "met"]
+    assert rows["missed", "bf16"][1:] == ["0.004352", "35.1", "<= 0.0043 MB", "missed"]
+    assert rows["ratio", "fp32"][2:] == ["5.4", ">= 4", "met"] and rows["ratio", "bf16"][2:] == [
+        "3.5",
+        ">= 4",
+        "missed",
+    ]
+    assert rows["recompute='activations'", "0.154"] == ["<= 2.4", "met", "0.09146", "<= 1.25", "met"]
 
 
 def test_peak_memory_of_a_process() -> None:
