@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 from conftest import Contest
-from peers import grouped_mm_layer, masked_loop_layer
+from peers import combine as index_add_combine
+from peers import grouped_mm_layer, masked_loop_layer, route_and_sort
 from torch import Tensor
 
 from moe_kernels import RobustMoE, combine, group_by_expert
@@ -60,10 +61,17 @@ def test_routing_is_a_small_part(contest: Contest, name: str) -> None:
         _, position, _ = group_by_expert(route.experts, experts)
         return combine(y, route.weights, position)
 
+    exact, wide = copy.deepcopy(moe).double(), x.double()
+
+    def exact_routing() -> Tensor:
+        weights, order, _ = route_and_sort(exact.router(wide), k)
+        return index_add_combine(y.double(), weights, order)
+
     with torch.no_grad():
         contest(
             f"RobustMoE forward {tokens} x {dim} x {hidden}, {experts} experts, top {k}",
             {"moe_kernels": lambda: moe(x), "route, group and combine alone": routing},
             name,
+            exact=partial(masked_loop_layer, exact, wide) if name == "moe_kernels" else exact_routing,
             targets={"route, group and combine alone": "< 0.05"},
         )

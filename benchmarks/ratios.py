@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 OURS = "moe_kernels"
-COMPARE = {">=": operator.ge, "<": operator.lt}
+COMPARE = {">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
-def verdict(ratio: float, target: str) -> str:
-    """Whether the ratio meets a target such as ">= 1.3"."""
+def verdict(value: float, target: str) -> str:
+    """Whether the value meets a target such as ">= 1.3"."""
     if not target:
         return ""
     comparison, bound = target.split()
-    return "met" if COMPARE[comparison](ratio, float(bound)) else "missed"
+    return "met" if COMPARE[comparison](value, float(bound)) else "missed"
 
 
 def table(results: dict[str, Any]) -> str:
