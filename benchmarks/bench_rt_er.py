@@ -10,37 +10,11 @@ import torch
 from conftest import MAX_GRADIENT_ERROR, Contest, direction, second_step
 from peers import OneImageAtATime
 from peers import rt_er_step as rt_er_step_by_image
+from rt_er import ALPHA, EPS, rt_er_step
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from moe_kernels import PGD, ExpertBatchNorm2d, ExpertResNet18, RobustMoE, Routing, kl_divergence
+from moe_kernels import ExpertBatchNorm2d, ExpertResNet18, RobustMoE, Routing
 from moe_kernels.testing import Source
-
-EPS, ALPHA = 8 / 255, 2 / 255
-
-
-class PartlyForced(nn.Module):
-    """The last images under a forced route, those before them under their own, wherever an attack moves them."""
-
-    def __init__(self, moe: RobustMoE, forced: Routing) -> None:
-        super().__init__()
-        self.moe, self.forced = moe, forced
-
-    def forward(self, x: Tensor) -> Tensor:
-        own = self.moe.route(x[: len(x) - len(self.forced.experts)], top_k=1).select(0)
-        return self.moe(x, routing=Routing.cat([own, self.forced]))
-
-
-def rt_er_step(moe: RobustMoE, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    """Both attacks as one batch, the three forwards of the loss as another."""
-    second = moe.route(x, top_k=2).select(1)
-    attack = PGD(PartlyForced(moe, second), EPS, ALPHA, steps, random_start=False, best_iterate=False)
-    x1, x2 = attack(torch.cat([x, x]), torch.cat([y, y])).chunk(2)
-    three = PartlyForced(moe, Routing.cat([second, second]))(torch.cat([x1, x2, x]))
-    adversarial, second_adv, second_clean = three.chunk(3)
-    loss = F.cross_entropy(adversarial, y) + 6 * kl_divergence(second_clean, second_adv).mean()
-    loss.backward()
-    return loss.detach()
 
 
 def make_router() -> nn.Module:
@@ -96,7 +70,7 @@ def test_step(contest: Contest, dtype: str, name: str) -> None:
 
     def step(*arguments: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            return rt_er_step(*arguments)
+            return rt_er_step(*arguments, random_start=False)
 
     check(moe, loop, step, x[:4], y[:4], dtype == "bf16")
     label = f"RT-ER step, 4 x ResNet-18, {batch} images, PGD-{steps} twice, {dtype}"

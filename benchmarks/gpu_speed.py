@@ -10,18 +10,16 @@ import torch
 from gpu_device import Device
 from gpu_report import Report
 from roofline import Conv, Layer, Linear, Work
+from rt_er import rt_er_step
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels import (
-    PGD,
     ExpertResNet18,
     RobustMoE,
-    Routing,
     autotune,
     combine,
     group_by_expert,
-    kl_divergence,
     pgd_step_,
     reference,
     topk_route,
@@ -280,15 +278,7 @@ def rt_er(contest: Contest, shape: tuple[int, int, int], size: int, steps: int) 
 
     def step() -> None:
         with torch.autocast(device.name, torch.bfloat16):
-            routing = moe.route(x, top_k=2)
-            second = routing.select(1)
-            both = Routing.cat([routing.select(0), second])
-            attack = PGD(moe, 8 / 255, 2 / 255, steps, best_iterate=False)
-            x1, x2 = attack(torch.cat([x, x]), torch.cat([y, y]), routing=both).chunk(2)
-            three = moe(torch.cat([x1, x2, x]), routing=Routing.cat([both, second]))
-            adversarial, second_adv, second_clean = three.float().chunk(3)
-            loss = F.cross_entropy(adversarial, y) + 6 * kl_divergence(second_clean, second_adv).mean()
-        loss.backward()
+            rt_er_step(moe, x, y, steps)
 
     contest(works["step"], step, budget=4000)
 

@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_rt_er import ALPHA, EPS, images, make_router, rt_er_step
+from bench_rt_er import images, make_router
 from peers import OneImageAtATime, pgd
 from peers import rt_er_step as rt_er_step_by_image
+from rt_er import ALPHA, EPS, rt_er_step
 
 from moe_kernels import PGD, ExpertResNet18, RobustMoE
 from moe_kernels.testing.networks import ResNet18
@@ -32,7 +33,7 @@ def attack(lean: bool, batch: int, steps: int) -> Callable[[], object]:
 
 def rt_er(recompute: str, batch: int, steps: int) -> Callable[[], object]:
     moe = RobustMoE.from_experts(ExpertResNet18(4, recompute=recompute), make_router(), gate="hard")
-    return partial(rt_er_step, moe, *images(batch), steps)
+    return partial(rt_er_step, moe, *images(batch), steps, random_start=False)
 
 
 def rt_er_by_image(batch: int, steps: int) -> Callable[[], object]:
