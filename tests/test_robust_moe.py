@@ -100,8 +100,21 @@ def test_double_backward(activation: str) -> None:
     assert torch.autograd.gradgradcheck(moe, x)
 
 
-def test_compiles_without_a_graph_break() -> None:
-    moe = RobustMoE(6, 10, 4, 2)
+@pytest.mark.parametrize("recompute", ["activations", "all"])
+def test_recompute_has_the_weights_of_the_forward(recompute: str) -> None:
+    found = []
+    for kind in ("none", recompute):
+        torch.manual_seed(0)
+        moe, x = RobustMoE(6, 10, 4, 2, recompute=kind), torch.randn(9, 6)
+        weights = {name: torch.randn_like(p).requires_grad_() for name, p in moe.named_parameters()}
+        loss = torch.func.functional_call(moe, weights, (x,)).square().sum()
+        found.append([torch.autograd.grad(loss, list(weights.values()), retain_graph=True) for _ in range(2)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("recompute", ["activations", "all"])
+def test_compiles_without_a_graph_break(recompute: str) -> None:
+    moe = RobustMoE(6, 10, 4, 2, recompute=recompute)
     x = torch.randn(9, 6, requires_grad=True)
     compiled = torch.compile(moe, fullgraph=True)
     out, expected = compiled(x), moe(x)

@@ -1,12 +1,14 @@
 """Grouped feed-forward layers: every parameter is its plain layer's with a leading expert dimension [E]."""
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels.nn.recompute import check_recompute
+from moe_kernels.nn.recompute import AsNow, check_recompute
 from moe_kernels.ops import combine, expert_linear, mask_relu
 from moe_kernels.ops.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp_output
 
@@ -114,7 +116,10 @@ class ExpertMLP(nn.Module):
         """
         if self.recompute == "all" and torch.is_grad_enabled():
             arguments = (x, offsets, rows, weights, position)
-            return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if not torch.compiler.is_compiling():
+                options["context_fn"] = lambda: (nullcontext(), AsNow(self))
+            return checkpoint(self._forward, *arguments, **options)
         return self._forward(x, offsets, rows, weights, position)
 
     def _forward(
