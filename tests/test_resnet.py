@@ -117,6 +117,11 @@ def test_layers_without_parameters() -> None:
     assert norm.num_batches_tracked.tolist() == [1, 0, 1]
 
 
+def test_batch_norm_has_no_cumulative_average() -> None:
+    with pytest.raises(ValueError, match="momentum must be a number, got None"):
+        ExpertBatchNorm2d(3, 4, momentum=None)
+
+
 def test_autocast() -> None:
     grouped, x = pair()[0].eval(), torch.randn(5, 2, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):

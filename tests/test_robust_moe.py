@@ -79,6 +79,7 @@ def test_from_experts_takes_a_list_of_any_modules() -> None:
     expected = torch.stack([experts[e](image[None])[0] for e, image in zip(chosen, x, strict=True)])
     torch.testing.assert_close(moe(x), expected)
     assert moe(x[:0]).shape == (0, 5)
+    torch.testing.assert_close(RobustMoE.from_experts(nn.ModuleList(experts), moe.router, gate="hard")(x), expected)
 
 
 def test_from_experts_takes_a_grouped_network() -> None:
@@ -155,6 +156,10 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 def test_bad_input_names_the_argument() -> None:
     with pytest.raises(ValueError, match="top_k must be between 1 and num_experts = 4, got 5"):
         RobustMoE(6, 10, 4, 5)
+    with pytest.raises(ValueError, match="num_experts must be an integer >= 1, got 0"):
+        RobustMoE(6, 10, 0)
+    with pytest.raises(ValueError, match='top_k must be num_experts = 4 with gate="soft", got 2'):
+        RobustMoE(6, 10, 4, gate="soft")
     with pytest.raises(ValueError, match="activation must be one of"):
         RobustMoE(6, 10, 4, activation="tanh")
     with pytest.raises(ValueError, match="gate must be one of"):

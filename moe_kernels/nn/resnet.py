@@ -93,6 +93,8 @@ class ExpertBatchNorm2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if momentum is None:
+            raise ValueError("momentum must be a number, got None")
         self.num_experts, self.eps, self.momentum = num_experts, eps, momentum
         shape = (num_experts, num_features)
         self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype)) if affine else None
