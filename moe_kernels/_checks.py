@@ -40,7 +40,7 @@ def same_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     floating(other_name, other)
     same_device(name, x, other_name, other)
     floating(name, x)
-    if x.dtype != other.dtype and not autocast_is_on(x.device.type):
+    if autocast_dtype(x) != autocast_dtype(other):
         raise ValueError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
 
 
@@ -54,6 +54,29 @@ def offsets(x: Tensor, num_experts: int, like: Tensor) -> None:
     if x.dtype != torch.int32 or x.ndim != 1 or x.shape[0] != num_experts + 1:
         raise ValueError(f"offsets must be int32 of shape [{num_experts + 1}] (E + 1), got {_describe(x)}")
     same_device("offsets", x, "x", like)
+
+
+def ranges(offsets: list[int], num_rows: int) -> None:
+    """Offsets that have been read."""
+    if offsets[0] != 0 or offsets[-1] != num_rows or offsets != sorted(offsets):
+        raise ValueError(f"offsets must run from 0 to the number of rows {num_rows} and not decrease, got {offsets}")
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether x's values are at hand: on the CPU, and not under torch.compile."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def count(name: str, value: int, least: int) -> int:
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return int(value)
+
+
+def channels(weight: Tensor) -> None:
+    """Of a convolution, [E, O, C, kh, kw]."""
+    if 0 in weight.shape[1:3]:
+        raise ValueError(f"weight must have at least one channel O and one C, got shape {list(weight.shape)}")
 
 
 def pair(name: str, x: int | Sequence[int], least: int) -> list[int]:

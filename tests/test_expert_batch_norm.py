@@ -154,6 +154,16 @@ def test_bad_input_names_the_argument() -> None:
             False,
         ),
         r"offsets must be int32": (x, weight, bias, mean, var, offsets.long(), True),
+        r"offsets must be int32 of shape \[1\] \(E \+ 1\), got torch.int32 \[0\]": (
+            x,
+            None,
+            None,
+            None,
+            None,
+            offsets[:0],
+            True,
+        ),
+        r"eps must be at least 0, got -1.0": (x, weight, bias, mean, var, offsets, True, 0.1, -1.0),
         r"offsets must run from 0 to the number of rows 9, got 0 to 10": (
             x[:9],
             weight,

@@ -123,3 +123,6 @@ def test_refuses() -> None:
             make(name, "activations")
     with pytest.raises(ValueError, match=r"offsets must be int32 of shape \[4\]"):
         make()(rows(5)[0], torch.tensor([0, 5], dtype=torch.int32))
+    for offsets in ([0, 3, 3, 4], [1, 3, 3, 5], [0, 4, 2, 5]):
+        with pytest.raises(ValueError, match="offsets must run from 0 to the number of rows 5 and not decrease"):
+            make()(rows(5)[0], torch.tensor(offsets, dtype=torch.int32))

@@ -88,6 +88,14 @@ def test_autocast_computes_in_bf16_and_returns_fp32_gradients() -> None:
     assert weight.grad is not None and weight.grad.dtype == torch.float32
 
 
+def test_autocast_does_not_mix_float64_with_others() -> None:
+    x, weight, _, offsets = arguments()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert expert_linear(x.double(), weight.double(), None, offsets).dtype == torch.float64
+        with pytest.raises(ValueError, match=r"weight must have the dtype of x, torch.float32, got torch.float64"):
+            expert_linear(x, weight.double(), None, offsets)
+
+
 def test_reference_backend_is_the_reference() -> None:
     args = arguments()
     torch.testing.assert_close(expert_linear(*args, backend="reference"), expert_linear(*args))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe_kernels import ExpertLayerNorm, ExpertPreActResNet, ExpertViT, attack_mode
 from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.vit import of_each_row
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import PreActResNet, ViT, randomize_statistics
 
@@ -99,6 +100,26 @@ def test_a_transformer_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(compiled(x, OFFSETS), grouped(x, OFFSETS))
 
 
+def test_a_nan_stays_with_its_expert(pair: tuple[GroupedNetwork, nn.ModuleList]) -> None:
+    grouped, _ = pair
+    x = torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    x[3:] = torch.nan
+    y = grouped(x, OFFSETS)
+    y.square().sum().backward()
+    assert y[:3].isfinite().all()
+    with torch.no_grad():
+        for p in grouped.parameters():
+            assert p.grad is not None and p.grad[0].isfinite().all()
+            p[2] = torch.nan
+    assert torch.equal(grouped(x, OFFSETS)[:3], y[:3])
+
+
+def test_the_part_of_each_row_is_differentiable_twice() -> None:
+    parameter = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(of_each_row(parameter, OFFSETS, 5), parameter[[0, 0, 0, 2, 2]])
+    assert torch.autograd.gradgradcheck(lambda p: of_each_row(p, OFFSETS, 5).pow(3), parameter)
+
+
 def test_layer_norm_starts_as_torchs() -> None:
     x = torch.randn(5, 4, 6)
     torch.testing.assert_close(ExpertLayerNorm(3, 6)(x, OFFSETS), nn.LayerNorm(6)(x))
@@ -111,6 +132,15 @@ def test_refuses() -> None:
         ExpertViT(2, image_size=30, patch=4)
     with pytest.raises(ValueError, match=r"x must be \[N, C, 8, 8\], got \[5, 3, 9, 8\]"):
         NETWORKS["vit"][1]()(torch.rand(5, 3, 9, 8), OFFSETS)
+    with pytest.raises(ValueError, match=r"x must have 4 dimensions, got shape \[3, 8, 8\]"):
+        NETWORKS["preact"][1]()(torch.rand(3, 8, 8), OFFSETS)
+    for match, size, offsets in (
+        (r"x must be \[N, T, C\], here \['\*', '\*', 6\], got shape \[5, 4, 1\]", 1, OFFSETS),
+        (r"offsets must be int32 of shape \[4\]", 6, OFFSETS[:3]),
+        (r"offsets must run from 0 to the number of rows 5 and not decrease, got \[0, 3, 2, 5\]", 6, [0, 3, 2, 5]),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ExpertLayerNorm(3, 6)(torch.randn(5, 4, size), torch.as_tensor(offsets, dtype=torch.int32))
     grouped = NETWORKS["vit"][1]()
     with pytest.raises(ValueError, match="experts must be 3 state dicts, got 2"):
         grouped.load_state_dicts([{}, {}])

@@ -78,3 +78,6 @@ def test_autocast_leaves_the_dtype_alone() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(kl_divergence(clean, adv), kl_divergence(clean, adv, backend="reference"))
         assert kl_divergence(clean.bfloat16(), adv).dtype == torch.float32
+        assert kl_divergence(clean.double(), adv.double()).dtype == torch.float64
+        with pytest.raises(ValueError, match=r"adv_logits must have the dtype of clean_logits, torch.float64"):
+            kl_divergence(clean.double(), adv)

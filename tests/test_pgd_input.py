@@ -4,12 +4,13 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels.attacks import PGD
+from moe_kernels.attacks import APGD, PGD
 
 NETWORK = nn.Linear(3, 2)
 
@@ -30,6 +31,7 @@ NETWORK = nn.Linear(3, 2)
         ({"alpha": math.inf}, "alpha must be"),
         ({"steps": -1}, "steps must be"),
         ({"steps": 1.5}, "steps must be"),
+        ({"seed": 1.5}, "seed must be"),
         ({"restarts": 0}, "restarts must be"),
         ({"restarts": 2, "random_start": False}, "restarts must be"),
         ({"bounds": (1, 0)}, "bounds must be"),
@@ -71,6 +73,14 @@ Y = torch.tensor([0, 1])
 def test_bad_input(x: Tensor, y: Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}.*$"):
         PGD(**{"model": lambda x: x, **options})(x, y)
+
+
+@pytest.mark.parametrize("attack", [PGD, APGD])
+def test_numbers_of_numpy_and_magnitudes_that_require_grad(attack: type[PGD | APGD]) -> None:
+    eps = torch.full((2,), 0.1)
+    expected = attack(NETWORK, eps, steps=3, seed=4)(X, Y)
+    numbers: dict[str, Any] = {"steps": np.int64(3), "seed": np.int64(4)}
+    assert torch.equal(attack(NETWORK, eps.clone().requires_grad_(), **numbers)(X, Y), expected)
 
 
 @pytest.mark.parametrize(("eps", "message"), [(8, "8/255"), (0.031, "0.03137")])

@@ -158,6 +158,7 @@ def test_compiles_as_one_graph() -> None:
     [
         ({"x_adv": torch.zeros(2, 3, dtype=torch.bfloat16)}, "x_adv must be float32 or float64 .*5.8 %"),
         ({"x_adv": torch.tensor(0.5)}, "x_adv must be"),
+        ({"x_adv": torch.zeros(1, 3).expand(2, 3)}, r"x_adv must not be expanded, .* got strides \[0, 1\]"),
         ({"grad": torch.zeros(2, 4)}, r"grad must be .*\[2, 3\], got shape \[2, 4\]"),
         ({"grad": torch.zeros(2, 3, dtype=torch.int32)}, "grad must be a floating-point tensor"),
         ({"x": torch.zeros(2)}, r"x must be .*\[2, 3\], got shape \[2\]"),
@@ -183,6 +184,17 @@ def test_mistakes(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"x_adv": torch.zeros(2, 3), "grad": torch.ones(2, 3), "x": torch.zeros(2, 3)}
     with pytest.raises(ValueError, match=message):
         pgd_step_(**(good | {"eps": 0.1, "alpha": 0.1} | change))
+
+
+def test_what_a_backward_needs_must_not_be_overwritten() -> None:
+    x_adv, weight = torch.rand(2, 3), torch.rand(2, 3, requires_grad=True)
+    y = (x_adv * weight).sum()
+    pgd_step_(x_adv, torch.ones(2, 3), torch.zeros(2, 3), 0.1, 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with torch.inference_mode():
+        x_adv = torch.zeros(2, 3)
+        assert (pgd_step_(x_adv, torch.ones(2, 3), torch.zeros(2, 3), 0.1, 0.1) > 0).all()
 
 
 def test_one_value_per_sample_has_no_channels() -> None:

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -116,6 +117,11 @@ def test_layers_without_parameters() -> None:
     assert norm.num_batches_tracked.tolist() == [1, 0, 1]
 
 
+def test_batch_norm_has_no_cumulative_average() -> None:
+    with pytest.raises(ValueError, match="momentum must be a number, got None"):
+        ExpertBatchNorm2d(3, 4, momentum=None)
+
+
 def test_autocast() -> None:
     grouped, x = pair()[0].eval(), torch.randn(5, 2, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -178,6 +184,20 @@ def test_recompute_is_bitwise_the_same(recompute: str, autocast: bool) -> None:
         assert torch.equal(ours.grad, theirs.grad)
     for name, value in plain.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("recompute", ["activations", "all"])
+def test_recompute_has_the_mode_and_weights_of_the_forward(recompute: str) -> None:
+    found = []
+    for kind in ("none", recompute):
+        torch.manual_seed(0)
+        net, x = ExpertResNet18(3, 4, 2, 4, recompute=kind), torch.randn(5, 2, 8, 8)
+        weights = {name: torch.randn_like(p).requires_grad_() for name, p in net.named_parameters()}
+        loss = functional_call(net, weights, (x, OFFSETS)).square().sum()
+        net.eval()
+        found.append(torch.autograd.grad(loss, list(weights.values())))
+        assert not net.training and net.bn1.updates and net.conv1.weight.is_leaf
+    assert all(map(torch.equal, *found))
 
 
 def test_recompute_has_second_derivatives() -> None:

@@ -79,6 +79,7 @@ def test_from_experts_takes_a_list_of_any_modules() -> None:
     expected = torch.stack([experts[e](image[None])[0] for e, image in zip(chosen, x, strict=True)])
     torch.testing.assert_close(moe(x), expected)
     assert moe(x[:0]).shape == (0, 5)
+    torch.testing.assert_close(RobustMoE.from_experts(nn.ModuleList(experts), moe.router, gate="hard")(x), expected)
 
 
 def test_from_experts_takes_a_grouped_network() -> None:
@@ -100,8 +101,21 @@ def test_double_backward(activation: str) -> None:
     assert torch.autograd.gradgradcheck(moe, x)
 
 
-def test_compiles_without_a_graph_break() -> None:
-    moe = RobustMoE(6, 10, 4, 2)
+@pytest.mark.parametrize("recompute", ["activations", "all"])
+def test_recompute_has_the_weights_of_the_forward(recompute: str) -> None:
+    found = []
+    for kind in ("none", recompute):
+        torch.manual_seed(0)
+        moe, x = RobustMoE(6, 10, 4, 2, recompute=kind), torch.randn(9, 6)
+        weights = {name: torch.randn_like(p).requires_grad_() for name, p in moe.named_parameters()}
+        loss = torch.func.functional_call(moe, weights, (x,)).square().sum()
+        found.append([torch.autograd.grad(loss, list(weights.values()), retain_graph=True) for _ in range(2)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("recompute", ["activations", "all"])
+def test_compiles_without_a_graph_break(recompute: str) -> None:
+    moe = RobustMoE(6, 10, 4, 2, recompute=recompute)
     x = torch.randn(9, 6, requires_grad=True)
     compiled = torch.compile(moe, fullgraph=True)
     out, expected = compiled(x), moe(x)
@@ -142,6 +156,10 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 def test_bad_input_names_the_argument() -> None:
     with pytest.raises(ValueError, match="top_k must be between 1 and num_experts = 4, got 5"):
         RobustMoE(6, 10, 4, 5)
+    with pytest.raises(ValueError, match="num_experts must be an integer >= 1, got 0"):
+        RobustMoE(6, 10, 0)
+    with pytest.raises(ValueError, match='top_k must be num_experts = 4 with gate="soft", got 2'):
+        RobustMoE(6, 10, 4, gate="soft")
     with pytest.raises(ValueError, match="activation must be one of"):
         RobustMoE(6, 10, 4, activation="tanh")
     with pytest.raises(ValueError, match="gate must be one of"):

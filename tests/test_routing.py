@@ -113,6 +113,8 @@ def test_select_takes_a_rank_for_each_row() -> None:
     assert (chosen.weights == 1).all()
     with pytest.raises(ValueError, match=r"i must be a rank or integers \[5\], one per row, got torch.int64 \[4\]"):
         routing.select(ranks[:4])
+    with pytest.raises(ValueError, match=r"i must be ranks between 0 and k - 1 = 2, got 1 to 3"):
+        routing.select(ranks + 1)
 
 
 def test_cat_joins_rows() -> None:

@@ -88,6 +88,7 @@ def test_bad_input_names_the_argument() -> None:
         r"x must have 4 dimensions, got shape \[3, 6, 7\]": (x[0], weight, bias, offsets),
         r"weight must be \[E, O, C, 3, 3\] with C = x.shape\[1\]": (x, weight[..., :2], bias, offsets),
         r"weight must have the dtype of x, torch.float32, got torch.float64": (x, weight.double(), bias, offsets),
+        r"weight must have at least one .* got shape \[3, 0, 3, 3, 3\]": (x, weight[:, :0], None, offsets),
         r"bias must be \[E, O\], here \[3, 4\], got shape \[3, 3\]": (x, weight, bias[:, :3], offsets),
         r"padding must be at most 2 .* got \[3, 1\]": (x, weight, bias, offsets, (3, 1)),
         r"padding must .* make x \[5, 3, 2, 7\] at least 3 pixels": (x[:, :, :2], weight, bias, offsets),

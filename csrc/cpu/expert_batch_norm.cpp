@@ -116,8 +116,8 @@ void for_each_element(const Batch& batch, const F& f) {
   const int64_t C = batch.channels, S = batch.pixels;
   for_each_expert(batch.ranges, [&](int64_t e, int64_t begin, int64_t count) {
     const int64_t lines = batch.by_pixel ? count * S : count * C, width = batch.by_pixel ? C : S;
-    const int64_t first = begin * C * S;
-    torch::stable::parallel_for(0, lines, std::max<int64_t>(1, kGrain / width), [&](int64_t from, int64_t to) {
+    const int64_t first = begin * C * S, grain = kGrain / std::clamp<int64_t>(width, 1, kGrain);
+    torch::stable::parallel_for(0, lines, grain, [&](int64_t from, int64_t to) {
       for (int64_t line = from; line < to; ++line) {
         const int64_t base = first + line * width;
         if (batch.by_pixel) {

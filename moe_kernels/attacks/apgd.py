@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels.attacks.attack import Attack, Best, check_count, per_sample
+from moe_kernels import _checks as check
+from moe_kernels.attacks.attack import Attack, Best, per_sample
 from moe_kernels.attacks.losses import Loss, check_classes, cross_entropy, dlr, dlr_towards, margin
 from moe_kernels.ops.pgd_step_ import pgd_step_
 
@@ -73,12 +74,10 @@ class APGD(Attack):
         if not callable(loss) and loss not in (*LOSSES, "dlr_targeted"):
             expected = "'ce', 'dlr', 'dlr_targeted', 'margin' or a callable (logits, y) -> [B]"
             raise ValueError(f"loss must be {expected}, got {loss!r}")
-        check_count("n_target_classes", n_target_classes, 1)
-        check_count("draws", draws, 1)
         super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed)
         self.loss = loss
-        self.n_target_classes = n_target_classes
-        self.draws = draws
+        self.n_target_classes = check.count("n_target_classes", n_target_classes, 1)
+        self.draws = check.count("draws", draws, 1)
 
     def _attack(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
         eps = torch.as_tensor(self.eps, dtype=x.dtype, device=x.device).expand(len(x))

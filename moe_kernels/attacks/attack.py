@@ -5,6 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from fractions import Fraction
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -37,20 +38,19 @@ class Attack(ABC):
         bounds: tuple[float, float],
         seed: int | None,
     ) -> None:
-        check_count("steps", steps, 0)
-        check_count("restarts", restarts, 1)
+        self.steps, self.restarts = check.count("steps", steps, 0), check.count("restarts", restarts, 1)
         if restarts > 1 and not random_start:
             raise ValueError(f"restarts must be 1 without random_start, since all would be equal, got {restarts}")
+        if seed is not None and not isinstance(seed, Integral):
+            raise ValueError(f"seed must be an integer or None, got {seed!r}")
         if not bounds[0] < bounds[1]:
             raise ValueError(f"bounds must be (low, high) with low < high, got {bounds!r}")
         self.model = model
         self.eps = magnitude("eps", eps)
-        self.steps = steps
         self.norm = norm
         self.random_start = random_start
-        self.restarts = restarts
         self.bounds = bounds
-        self.seed = seed
+        self.seed = None if seed is None else int(seed)
         self._counts = torch.zeros(3, dtype=torch.int64)
         if norm == "Linf" and not isinstance(self.eps, Tensor):
             if self.eps > bounds[1] - bounds[0]:
@@ -177,14 +177,10 @@ def _uniform_in_unit_ball(x: Tensor, norm: str, generator: torch.Generator) -> T
     return g / per_sample(g.abs().reshape(len(x), -1).sum(1) + z, x)
 
 
-def check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
 def magnitude(name: str, value: float | str | Tensor) -> float | Tensor:
     try:
         number = float(Fraction(value)) if isinstance(value, str) else value
+        number = number.detach() if isinstance(number, Tensor) else number
         valid = bool(torch.as_tensor(number).isfinite().all() and (torch.as_tensor(number) >= 0).all())
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError):
         valid = False

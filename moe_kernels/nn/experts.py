@@ -1,19 +1,22 @@
 """Grouped feed-forward layers: every parameter is its plain layer's with a leading expert dimension [E]."""
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels.nn.recompute import check_recompute
+from moe_kernels import _checks as check
+from moe_kernels.nn.recompute import AsNow, check_recompute
 from moe_kernels.ops import combine, expert_linear, mask_relu
 from moe_kernels.ops.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp_output
 
 
 def reset_like_torch(weight: Tensor, bias: Tensor | None) -> None:
     """The initial values of nn.Linear and nn.Conv2d, of one expert's fan-in: both uniform within 1 / sqrt(fan_in)."""
-    fan_in = weight[0, 0].numel()
+    fan_in = weight.shape[2:].numel()
     bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
     nn.init.uniform_(weight, -bound, bound)
     if bias is not None:
@@ -74,7 +77,7 @@ class ExpertMLP(nn.Module):
             keeps x alone.
 
     Raises:
-        ValueError: if the activation or recompute is unknown.
+        ValueError: if a size is less than 1, or the activation or recompute is unknown.
     """
 
     combines = True
@@ -95,6 +98,8 @@ class ExpertMLP(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         check_recompute(recompute)
+        for name, size in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
+            check.count(name, size, 1)
         self.num_experts, self.activation, self.recompute = num_experts, activation, recompute
         self.up = ExpertLinear(num_experts, dim, hidden_dim * (1 + (activation in GATED)), bias, device, dtype)
         self.down = ExpertLinear(num_experts, hidden_dim, dim, bias, device, dtype)
@@ -114,7 +119,10 @@ class ExpertMLP(nn.Module):
         """
         if self.recompute == "all" and torch.is_grad_enabled():
             arguments = (x, offsets, rows, weights, position)
-            return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if not torch.compiler.is_compiling():
+                options["context_fn"] = lambda: (nullcontext(), AsNow(self))
+            return checkpoint(self._forward, *arguments, **options)
         return self._forward(x, offsets, rows, weights, position)
 
     def _forward(

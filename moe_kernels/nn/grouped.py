@@ -35,6 +35,7 @@ class GroupedNetwork(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
+        check.ndim("x", x, 4)
         again = self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if not again or len(x) == 0 or not any(p.requires_grad for p in self.parameters()):
             return self.logits(x, offsets)
@@ -89,8 +90,8 @@ class _ExpertByExpert(torch.autograd.Function):
     def forward(ctx: Any, network: GroupedNetwork, offsets: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.network, ctx.offsets, ctx.autocast = network.with_tensors(_same), offsets, autocast_as_now(x.device.type)
         ctx.save_for_backward(x, *parameters)
-        bounds = pairwise(offsets.tolist())
-        ctx.parts = [(slice(a, b), slice(e, e + 1)) for e, (a, b) in enumerate(bounds) if a < b]
+        check.ranges(bounds := offsets.tolist(), len(x))
+        ctx.parts = [(slice(a, b), slice(e, e + 1)) for e, (a, b) in enumerate(pairwise(bounds)) if a < b]
         experts = ((x[rows], network.with_tensors(itemgetter(own))) for rows, own in ctx.parts)
         return torch.cat([expert.logits(rows, _offsets_of_one(rows)) for rows, expert in experts])
 

@@ -1,11 +1,11 @@
 """Activations that a backward computes again instead of keeping them."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_kernels._checks import inside_checkpoint
 from moe_kernels._recipes import Recipes
@@ -18,18 +18,40 @@ def check_recompute(recompute: str, known: Sequence[str] = RECOMPUTE) -> None:
         raise ValueError(f"recompute must be one of {', '.join(known)}, got {recompute!r}")
 
 
+class AsNow:
+    """Context in which a module has the mode, parameters and buffers of now, and its running statistics stand still:
+    a batch that is computed again does not count again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.now = [(m, _state(m)) for m in module.modules()]
+
+    def __enter__(self) -> None:
+        self.before = [{name: getattr(m, name) for name in now} for m, now in self.now]
+        for m, now in self.now:
+            vars(m).update(now)
+
+    def __exit__(self, *exception: object) -> None:
+        for (m, _), before in zip(self.now, self.before, strict=True):
+            vars(m).update(before)
+
+
+def _state(m: nn.Module) -> dict[str, Any]:
+    still = {"updates": False} if hasattr(m, "updates") else {}
+    return {"training": m.training, "_parameters": dict(m._parameters), "_buffers": dict(m._buffers), **still}
+
+
 class Again:
     """Context of one forward: `y = again(function, *tensors)` is function(*tensors), kept as its recipe.
 
     Whatever is computed from y inside and saves y for its backward saves the recipe, which keeps the tensors (or their
-    recipes) instead. Recipes run inside `during`. Without grad, under torch.compile, which chooses
-    by itself what to compute again, and inside torch.utils.checkpoint, `again` only calls the function.
+    recipes) instead. Recipes run with the module as it is now. Without grad, under torch.compile, which chooses by
+    itself what to compute again, and inside torch.utils.checkpoint, `again` only calls the function.
     """
 
-    def __init__(self, during: AbstractContextManager[Any], active: bool = True) -> None:
+    def __init__(self, module: nn.Module, active: bool = True) -> None:
         self.active = active and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.active = self.active and not inside_checkpoint()
-        self.recipes = Recipes(during)
+        self.recipes = Recipes(AsNow(module) if self.active else nullcontext())
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         y = function(*inputs)

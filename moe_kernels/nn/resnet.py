@@ -93,6 +93,8 @@ class ExpertBatchNorm2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if momentum is None:
+            raise ValueError("momentum must be a number, got None")
         self.num_experts, self.eps, self.momentum = num_experts, eps, momentum
         shape = (num_experts, num_features)
         self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype)) if affine else None
@@ -160,21 +162,6 @@ class ExpertBasicBlock(nn.Module):
         return mask_relu(self.bn2(h, offsets) + x)
 
 
-class _StandingStill:
-    """Context in which running statistics stand still: a batch that is computed again does not count again."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.norms = [m for m in module.modules() if isinstance(m, ExpertBatchNorm2d)]
-
-    def __enter__(self) -> None:
-        for norm in self.norms:
-            norm.updates = False
-
-    def __exit__(self, *exception: object) -> None:
-        for norm in self.norms:
-            norm.updates = True
-
-
 def stage(
     block: Callable[..., nn.Module], depth: int, num_experts: int, before: int, channels: int, stride: int, **to: Any
 ) -> nn.ModuleList:
@@ -225,7 +212,7 @@ class ExpertResNet18(GroupedNetwork):
     def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
         trained = any(p.requires_grad for p in self.parameters())  # else nothing below keeps an activation
-        with Again(_StandingStill(self), trained and self.recompute != "none") as again:
+        with Again(self, trained and self.recompute != "none") as again:
             h = again(self._stem, again(self.conv1, x, offsets), offsets)
             for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
                 h = block(h, offsets, again)

@@ -47,7 +47,7 @@ class RobustMoE(nn.Module, HubMixin):
         recompute: "none", "activations" or "all": what the backward computes again, see `moe_kernels.ExpertMLP`.
 
     Raises:
-        ValueError: if top_k or an option is out of range.
+        ValueError: if a size, top_k or an option is out of range.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RobustMoE(nn.Module, HubMixin):
                 router that returns [B, E] sends whole images.
             top_k, gate, renormalize: as for `RobustMoE`.
         """
-        if not isinstance(experts, nn.Module):
+        if not isinstance(experts, nn.Module) or type(experts) is nn.ModuleList:
             experts = ExpertList(experts)
         if not hasattr(experts, "num_experts"):
             raise ValueError(
@@ -111,6 +111,8 @@ class RobustMoE(nn.Module, HubMixin):
             raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k}")
         if gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+        if gate == "soft" and top_k != self.num_experts:
+            raise ValueError(f'top_k must be num_experts = {self.num_experts} with gate="soft", got {top_k}')
         self.experts, self.router = experts, router
         self.top_k, self.gate, self.renormalize = top_k, gate, renormalize
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_kernels import _checks as check
 from moe_kernels.ops.group_by_expert import group_by_expert
 from moe_kernels.ops.topk_route import topk_route
 
@@ -72,6 +73,8 @@ class Routing:
         if isinstance(i, Tensor):
             if i.shape != (T,) or i.is_floating_point():
                 raise ValueError(f"i must be a rank or integers [{T}], one per row, got {i.dtype} {list(i.shape)}")
+            if check.may_read(i) and bool(((i < 0) | (i >= k)).any()):
+                raise ValueError(f"i must be ranks between 0 and k - 1 = {k - 1}, got {int(i.min())} to {int(i.max())}")
             return self._forced(self.experts.gather(1, i[:, None].long()))
         if not 0 <= i < k:
             raise ValueError(f"i must be a rank between 0 and k - 1 = {k - 1}, got {i}")

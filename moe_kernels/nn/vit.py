@@ -6,20 +6,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_kernels import _checks as check
 from moe_kernels.nn.experts import ExpertLinear
 from moe_kernels.nn.grouped import GroupedNetwork
 from moe_kernels.nn.recompute import check_recompute
 from moe_kernels.nn.resnet import ExpertConv2d
+from moe_kernels.ops.expert_sum import expert_of_row, expert_sum
 
 
 def of_each_row(parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    """The part of parameter [E, ...] that belongs to each row's expert, [rows, ...].
+    """The part of parameter [E, ...] that belongs to each row's expert, [rows, ...]."""
+    if check.may_read(offsets):
+        check.ranges(offsets.tolist(), rows)
+    (parameter,) = check.autocast(parameter)
+    return _OfEachRow.apply(parameter.flatten(1), offsets, rows).unflatten(1, parameter.shape[1:])
 
-    A product with a one-hot matrix, whose gradient is a sum in fixed order on every device; that of an index is not.
-    """
-    row = torch.arange(rows, device=offsets.device)[:, None]
-    one_hot = (row >= offsets[:-1]) & (row < offsets[1:])  # [rows, E]
-    return (one_hot.to(parameter.dtype) @ parameter.flatten(1)).unflatten(1, parameter.shape[1:])
+
+class _OfEachRow(torch.autograd.Function):
+    """An index whose gradient is a sum in fixed order on every device; a one-hot product would spread a NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(offsets)
+        return parameter.index_select(0, expert_of_row(offsets, rows))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return expert_sum(grad, *ctx.saved_tensors), None, None
 
 
 def over_tokens(layer: ExpertLinear, x: Tensor, offsets: Tensor) -> Tensor:
@@ -51,6 +64,9 @@ class ExpertLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, T, C] sorted by expert -> the same shape."""
+        num_experts, num_features = self.weight.shape
+        check.shape("x", x, (None, None, num_features), "[N, T, C]")
+        check.offsets(offsets, num_experts, x)
         weight, bias = (of_each_row(p, offsets, len(x))[:, None] for p in (self.weight, self.bias))
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * weight + bias
 

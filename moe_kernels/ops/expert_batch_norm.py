@@ -45,12 +45,12 @@ def expert_batch_norm(
         The shape and dtype of x.
 
     Raises:
-        ValueError: if a shape, dtype or device does not match, or running statistics are missing.
+        ValueError: if a shape, dtype or device does not match, running statistics are missing, or eps is negative.
     """
     if x.ndim < 2:
         raise ValueError(f"x must have at least 2 dimensions, [N, C, *], got shape {list(x.shape)}")
     check.floating("x", x)
-    num_experts, channels = offsets.shape[0] - 1 if offsets.ndim == 1 else 0, x.shape[1]
+    num_experts, channels = max(offsets.numel() - 1, 0), x.shape[1]
     check.offsets(offsets, num_experts, x)
     tables = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, table in tables.items():
@@ -62,6 +62,8 @@ def expert_batch_norm(
             raise ValueError(f"{name} must have the dtype of x, {x.dtype}, or be float32, got {table.dtype}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together, got one of them")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
     if not training and running_mean is None:
         raise ValueError("running_mean and running_var must be given when training is False, got None")
     forward = backends.choose("expert_batch_norm_forward", backend, x)

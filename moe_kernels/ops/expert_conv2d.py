@@ -42,6 +42,7 @@ def expert_conv2d(
     check.ndim("x", x, 4)
     check.ndim("weight", weight, 5)
     check.shape("weight", weight, (None, None, x.shape[1], None, None), "[E, O, C, kh, kw] with C = x.shape[1]")
+    check.channels(weight)
     check.same_kind("weight", weight, "x", x)
     if bias is not None:
         check.shape("bias", bias, tuple(weight.shape[:2]), "[E, O]")

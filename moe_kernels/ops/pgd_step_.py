@@ -59,6 +59,9 @@ def pgd_step_(
         raise ValueError("x_adv must be [B, ...], got a scalar")
     if torch.is_grad_enabled() and x_adv.requires_grad:
         raise RuntimeError("x_adv must not require grad: pgd_step_ overwrites it; call it under torch.no_grad()")
+    strides = x_adv.stride()
+    if 0 in strides and any(s == 0 and size > 1 for s, size in zip(strides, x_adv.shape, strict=True)):
+        raise ValueError(f"x_adv must not be expanded, since it is overwritten, got strides {list(strides)}")
     for name, tensor in (("grad", grad), ("x", x)):
         check.shape(name, tensor, tuple(x_adv.shape), "of the shape of x_adv")
         check.same_device(name, tensor, "x_adv", x_adv)
@@ -72,6 +75,8 @@ def pgd_step_(
         raise ValueError(f"bounds must be (low, high) with low <= high, got {bounds}")
     eps, alpha = _radius("eps", eps, x_adv), _radius("alpha", alpha, x_adv)
     arguments = (x_adv, grad, x, eps, alpha, norm, (float(low), float(high)))
+    if not (torch.compiler.is_compiling() or x_adv.is_inference()):
+        torch.autograd.graph.increment_version(x_adv)  # so that a backward that needs what x_adv was is an error
     with torch.no_grad():
         if normalize is None:
             backends.choose("pgd_step_", backend, x_adv)(*arguments)

@@ -49,6 +49,7 @@ def winograd_conv2d(
     """
     check.ndim("x", x, 4)
     check.shape("weight", weight, (None, None, x.shape[1], 3, 3), "[E, O, C, 3, 3] with C = x.shape[1]")
+    check.channels(weight)
     check.same_kind("weight", weight, "x", x)
     if bias is not None:
         check.shape("bias", bias, tuple(weight.shape[:2]), "[E, O]")

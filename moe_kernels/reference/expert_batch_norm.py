@@ -37,7 +37,7 @@ def expert_batch_norm_forward(
     for e, (a, b) in enumerate(pairwise(bounds)):
         rows = x[a:b].to(wide).transpose(0, 1)  # [C, n, *]
         if training:
-            count = max(rows[0].numel(), 1)
+            count = max(rows.shape[1:].numel(), 1)
             mean = rows.flatten(1).sum(1) / count
             var = (rows - mean.view(-1, 1, *ones)).square().flatten(1).sum(1) / count
         else:
