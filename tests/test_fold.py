@@ -118,7 +118,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], bool]] = {
     "viewed": (lambda net, x: net.bn(net.conv(x)).view(len(x), -1), True),
     "a view of some channels": (lambda net, x: net.bn(net.conv(x))[:, :4].view(len(x), -1), True),
     "a view of pixels in a row": (lambda net, x: net.bn(net.conv(x)).flatten(2).view(len(x), -1), True),
-    "strides of its own": (lambda net, x: net.bn(net.conv(x)).as_strided((2, 288), (288, 1)).cumsum(1), True),
+    "strides of its own": (
+        lambda net, x: torch.as_strided(input=net.bn(net.conv(x)), size=(2, 288), stride=(288, 1)).cumsum(1),
+        True,
+    ),
     "written to through a view": (masked_through_a_view, True),
     "calls itself twice": (lambda net, x: net.bn(net.conv(x)) + net.bn(net.conv(2 * x)), True),
     "grouped": (grouped, True),

@@ -86,10 +86,12 @@ class LeanMode(TorchFunctionMode):
             self.folds.used((*args, *kwargs.values()))
         if simple and len(args) > 2 and not kwargs:
             return self.folds.convolution(func, partial(self._keeping_little, func, kwargs={}), args)
-        if func in STRIDED and args[0].requires_grad and args[0].shape[2:].numel() > 1:
-            self.folds.keep_layout = True
-        if func in VIEWS and self.folds and memory_format(args[0]) == torch.channels_last:
-            return func(args[0].contiguous(), *args[1:], **kwargs)
+        if self.folds and func in STRIDED:
+            x = _tensors(args, kwargs)[0]
+            if x.requires_grad and x.shape[2:].numel() > 1:
+                self.folds.keep_layout = True
+            if func in VIEWS and memory_format(x) == torch.channels_last:
+                return func(x.contiguous(), *args[1:], **kwargs)
         return None
 
     def _keeping_little(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
