@@ -156,6 +156,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "hardtanh_": (lambda x: F.hardtanh_(x * 1, -0.5, 0.2), 72),
     "hardtanh in place": (lambda x: F.hardtanh(x * 1, -0.5, 0.2, inplace=True), 72),
     "max_pool1d": (lambda x: F.max_pool1d(x.flatten(2), 3, 2, 1, 2, True), 2 * 288),
+    "max_pool1d of its own stride": (lambda x: torch.max_pool1d(x.flatten(2), 3, []), 2 * 192),
     "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), 2 * 160),
     "max_pool2d of many pixels": (lambda x: F.max_pool2d(F.pad(x, (174, 0, 173, 0)), 2), 2 * 4 * 4 * 91 * 91),
     "max_pool3d": (lambda x: F.max_pool3d(x[:, None], (2, 3, 2), ceil_mode=True), 2 * 48),

@@ -4,6 +4,7 @@ Every rule below belongs to operations that are linear in their input, piece by 
 the piece (a bit, an index) but not the input, so that second derivatives are those of the backward, and real.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -231,33 +232,15 @@ def _max_pool(
     )
 
 
-def _max_pool1d(
-    func: Any,
-    input: Tensor,
-    kernel_size: Size,
-    stride: Size | None = None,
-    padding: Size = 0,
-    dilation: Size = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Tensor:
-    sizes = (_row(kernel_size), _row(kernel_size if stride is None else stride), _row(padding, 0), _row(dilation))
-    return _in_a_row(input, lambda x: _max_pool(F.max_pool2d, x, *sizes, ceil_mode, return_indices))
-
-
 def _adaptive_max_pool(
     func: Any, input: Tensor, output_size: Size | Sequence[int | None], return_indices: bool = False
 ) -> Tensor:
     n, pool, pool_backward = _ADAPTIVE_MAX_POOLS[func]
     if return_indices or input.ndim != n + 2:
         return NotImplemented
-    sizes = [size or whole for size, whole in zip(each(output_size, n), input.shape[2:], strict=True)]
+    pairs = zip(each(output_size, n), input.shape[2:], strict=True)
+    sizes = [whole if size is None else size for size, whole in pairs]
     return _keeping_indices(input, lambda x: pool(x, sizes), pool_backward)
-
-
-def _adaptive_max_pool1d(func: Any, input: Tensor, output_size: Size, return_indices: bool = False) -> Tensor:
-    sizes = _row(output_size)
-    return _in_a_row(input, lambda x: _adaptive_max_pool(F.adaptive_max_pool2d, x, sizes, return_indices))
 
 
 def _keeping_indices(
@@ -306,32 +289,20 @@ def _adaptive_avg_pool(func: Any, input: Tensor, output_size: Size | Sequence[in
     return _Lean.apply(input, lambda x: (func(x, output_size), ()), lambda grad: pool_backward(grad, blank(grad)))
 
 
-def _avg_pool1d(
-    func: Any,
-    input: Tensor,
-    kernel_size: Size,
-    stride: Size | None = None,
-    padding: Size = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> Tensor:
-    sizes = (_row(kernel_size), _row(kernel_size if stride is None else stride), _row(padding, 0))
-    return _in_a_row(input, lambda x: _avg_pool(F.avg_pool2d, x, *sizes, ceil_mode, count_include_pad))
+def _of_signals(rule: Rule, pool2d: Any) -> Rule:
+    """The rule of a pooling of signals [B, C, L], which torch, too, takes for images of one row."""
+    signature = inspect.signature(rule)
 
+    @functools.wraps(rule)
+    def pool1d(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = signature.bind(pool2d, input.unsqueeze(-2), *args, **kwargs).arguments
+        for name, height in _OF_A_ROW.items():
+            if given.get(name):
+                given[name] = [height, *each(given[name], 1)]
+        y = rule(**given)
+        return y if y is NotImplemented else y.squeeze(-2)
 
-def _adaptive_avg_pool1d(func: Any, input: Tensor, output_size: Size) -> Tensor:
-    sizes = _row(output_size)
-    return _in_a_row(input, lambda x: _adaptive_avg_pool(F.adaptive_avg_pool2d, x, sizes))
-
-
-def _in_a_row(x: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
-    """A pooling of signals [B, C, L] by one of images of one row, which is how torch computes it too."""
-    y = pool(x.unsqueeze(-2))
-    return y if y is NotImplemented else y.squeeze(-2)
-
-
-def _row(size: Size, height: int = 1) -> list[int]:
-    return [height, *each(size, 1)]
+    return pool1d
 
 
 def each(size: Any, n: int) -> list[Any]:
@@ -346,6 +317,7 @@ def _blank(x: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda grad: torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)
 
 
+_OF_A_ROW = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "output_size": 1}  # heights
 _MAX_POOLS = {
     F.max_pool2d: (2, aten.max_pool2d_with_indices, aten.max_pool2d_with_indices_backward),
     torch.max_pool2d: (2, aten.max_pool2d_with_indices, aten.max_pool2d_with_indices_backward),
@@ -376,12 +348,12 @@ RULES: dict[Any, Rule] = {
     F.hardtanh_: _hardtanh_,
     F.relu6: _relu6,
     **dict.fromkeys(_MAX_POOLS, _max_pool),
-    **dict.fromkeys([F.max_pool1d, torch.max_pool1d], _max_pool1d),
+    **dict.fromkeys([F.max_pool1d, torch.max_pool1d], _of_signals(_max_pool, F.max_pool2d)),
     **dict.fromkeys(_ADAPTIVE_MAX_POOLS, _adaptive_max_pool),
-    F.adaptive_max_pool1d: _adaptive_max_pool1d,
+    F.adaptive_max_pool1d: _of_signals(_adaptive_max_pool, F.adaptive_max_pool2d),
     **dict.fromkeys(_AVG_POOLS, _avg_pool),
-    F.avg_pool1d: _avg_pool1d,
+    F.avg_pool1d: _of_signals(_avg_pool, F.avg_pool2d),
     **dict.fromkeys(_ADAPTIVE_AVG_POOLS, _adaptive_avg_pool),
-    F.adaptive_avg_pool1d: _adaptive_avg_pool1d,
+    F.adaptive_avg_pool1d: _of_signals(_adaptive_avg_pool, F.adaptive_avg_pool2d),
 }
 SIGNATURES = {rule: inspect.signature(rule) for rule in RULES.values()}
