@@ -40,7 +40,7 @@ def same_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     floating(other_name, other)
     same_device(name, x, other_name, other)
     floating(name, x)
-    if autocast_dtype(x) != autocast_dtype(other):
+    if x.dtype != other.dtype and autocast_dtype(x) != autocast_dtype(other):
         raise ValueError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
 
 

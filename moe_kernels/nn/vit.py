@@ -16,8 +16,6 @@ from moe_kernels.ops.expert_sum import expert_of_row, expert_sum
 
 def of_each_row(parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """The part of parameter [E, ...] that belongs to each row's expert, [rows, ...]."""
-    if check.may_read(offsets):
-        check.ranges(offsets.tolist(), rows)
     (parameter,) = check.autocast(parameter)
     return _OfEachRow.apply(parameter.flatten(1), offsets, rows).unflatten(1, parameter.shape[1:])
 
@@ -67,6 +65,8 @@ class ExpertLayerNorm(nn.Module):
         num_experts, num_features = self.weight.shape
         check.shape("x", x, (None, None, num_features), "[N, T, C]")
         check.offsets(offsets, num_experts, x)
+        if check.may_read(offsets):
+            check.ranges(offsets.tolist(), len(x))
         weight, bias = (of_each_row(p, offsets, len(x))[:, None] for p in (self.weight, self.bias))
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * weight + bias
 
