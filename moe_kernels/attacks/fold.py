@@ -135,7 +135,7 @@ class _Fold:
         self.weight, self.bias = convolution.weight, convolution.bias
         self.norm, self.first = norm, weakref.ref(first)
         self.sources = [self.weight, *norm.tensors(), *([] if self.bias is None else [self.bias])]
-        self.versions = self._versions()
+        self.versions = [t._version for t in self.sources]
         self._folded: dict[bool, tuple[Tensor, Tensor]] = {}
 
     def folded(self, last: bool) -> tuple[Tensor, Tensor]:
@@ -154,10 +154,7 @@ class _Fold:
         return weight * scale.view(*scale.shape, *[1] * (weight.ndim - scale.ndim)), shift
 
     def holds(self) -> bool:
-        return self.versions == self._versions() and self.first() is None
-
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(t._version, t.data_ptr()) for t in self.sources]
+        return self.versions == [t._version for t in self.sources] and self.first() is None
 
 
 class _Result(NamedTuple):
