@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH ?= .benchmarks/latest.json
+JOBS ?= 2
 RUN ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
@@ -14,8 +15,11 @@ READY := $(VENV)/.ready
 run: $(READY)  ## train RT-ER on the embedded digits and write a report
 	$(BIN)/rter demo --out $(RUN)
 
-test: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+# Two threads in each process, so that work is shared among threads, and none spins while it waits for another.
+test: export OMP_NUM_THREADS := 2
+test: export OMP_WAIT_POLICY := passive
+test: $(READY)  ## all tests, JOBS at a time
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(READY)  ## style, types, layout
 	$(BIN)/ruff check .

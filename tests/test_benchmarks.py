@@ -36,7 +36,8 @@ def scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def python(*arguments: object, **environment: str) -> str:
     path = os.pathsep.join(map(str, (ROOT, ROOT / "python", BENCHMARKS)))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    alone = {"OMP_NUM_THREADS": "1", "PYTEST_XDIST_WORKER": ""}  # beside others pytest-benchmark does not time
+    environment = {**os.environ, "PYTHONPATH": path, **alone, **environment}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """Compiles and runs the drivers: CUDA device code under g++'s address and undefined-behaviour sanitizers."""
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -23,19 +24,21 @@ FLAGS = [
 
 @functools.cache
 def _program(driver: str) -> Path:
-    """The compiled driver, kept until a source changes."""
+    """The compiled driver, kept until a source changes; of several processes that want it, one compiles it."""
     source = HERE / f"{driver}.cpp"
     command = [os.environ.get("CXX", "g++"), *FLAGS, f"-I{ROOT / 'csrc'}", f"-I{HERE}", str(source)]
     headers = sorted([*HERE.glob("*.h"), *ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/cuda/*.cuh")])
     content = repr(command).encode() + b"".join(p.read_bytes() for p in (source, *headers))
     program = PROGRAMS / f"{driver}-{hashlib.sha256(content).hexdigest()[:16]}"
-    if not program.exists():
-        PROGRAMS.mkdir(parents=True, exist_ok=True)
-        for old in PROGRAMS.glob(f"{driver}-*"):
-            old.unlink(missing_ok=True)
-        unfinished = program.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(unfinished)], check=True)
-        unfinished.rename(program)
+    PROGRAMS.mkdir(parents=True, exist_ok=True)
+    with open(PROGRAMS / f"{driver}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            for old in PROGRAMS.glob(f"{driver}-*"):
+                old.unlink()
+            unfinished = program.with_suffix(".unfinished")
+            subprocess.run([*command, "-o", str(unfinished)], check=True)
+            unfinished.rename(program)
     return program
 
 
