@@ -1,7 +1,10 @@
 """Tensors that a backward computes again, from others that are kept, instead of keeping them."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +16,8 @@ from moe_kernels import _checks as check
 
 LEAF = object()  # stands for a tensor that is kept
 
+Leaves = Iterator[Callable[[], Tensor]]  # in the order in which a recipe needs them
+
 
 class Recipe:
     """How to compute y again: function(*inputs), each input a LEAF, a Part of another recipe's result or a constant."""
@@ -20,23 +25,30 @@ class Recipe:
     def __init__(self, y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Any]) -> None:
         self.function, self.inputs = function, inputs
         self.shape, self.stride, self.dtype, self.device = y.shape, y.stride(), y.dtype, y.device
-        self.steps: int = 1 + sum(i.recipe.steps for i in inputs if isinstance(i, Part))
         self.autocast = autocast_as_now(y.device.type)
+        parts = [i.recipe for i in inputs if isinstance(i, Part)]
+        self.steps: int = 1 + sum(recipe.steps for recipe in parts)
+        self.num_leaves: int = sum(i is LEAF for i in inputs) + sum(recipe.num_leaves for recipe in parts)
+        self.is_kept = False  # for a backward, which will ask for the result itself
+        self.waiting: Tensor | None = None  # the result, computed on the way to another, until it is asked for
         self.result: StorageWeakRef | None = None
 
-    def compute(self, leaves: Iterator[Tensor]) -> Tensor:
-        inputs = [i.compute(leaves) if isinstance(i, Part) else next(leaves) if i is LEAF else i for i in self.inputs]
+    def compute(self, leaves: Leaves) -> Tensor:
+        inputs = [i.compute(leaves) if isinstance(i, Part) else next(leaves)() if i is LEAF else i for i in self.inputs]
         with self.autocast():
             y = self.function(*inputs)
         return y if y.stride() == self.stride else y.new_empty_strided(self.shape, self.stride).copy_(y)
 
-    def result_of(self, leaves: Callable[[], Iterator[Tensor]]) -> Tensor:
+    def result_of(self, leaves: Leaves, on_the_way: bool = False) -> Tensor:
         """The result, computed once for all that hold it at the same time."""
         storage = torch.UntypedStorage._new_with_weak_ptr(self.result.cdata) if self.result else None
         if storage is not None:
-            return torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, 0, self.shape, self.stride)
-        y = self.compute(leaves())
-        self.result = StorageWeakRef(y.untyped_storage())
+            deque(islice(leaves, self.num_leaves), maxlen=0)  # not needed
+            y = torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, 0, self.shape, self.stride)
+        else:
+            y = self.compute(leaves)
+            self.result = StorageWeakRef(y.untyped_storage())
+        self.waiting = y if on_the_way and self.is_kept else None
         return y
 
 
@@ -48,8 +60,8 @@ class Part(NamedTuple):
     stride: tuple[int, ...]
     offset: int
 
-    def compute(self, leaves: Iterator[Tensor]) -> Tensor:
-        return self.of(self.recipe.compute(leaves))
+    def compute(self, leaves: Leaves) -> Tensor:
+        return self.of(self.recipe.result_of(leaves, on_the_way=True))
 
     def of(self, y: Tensor) -> Tensor:
         return y.as_strided(self.shape, self.stride, self.offset)
@@ -82,12 +94,25 @@ class Recipes:
     def __init__(self, during: AbstractContextManager[Any] | None = None) -> None:
         self.during = during or nullcontext()
         self._known: dict[int, _Known] = {}
+        self._held: dict[int, StorageWeakRef] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._known)
+        return bool(self._known or self._held)
 
     def clear(self) -> None:
         self._known.clear()
+        self._held.clear()
+
+    def hold(self, x: Tensor) -> None:
+        """x is kept as it is, so that a recipe that begins at it keeps nothing more."""
+        storage = x.untyped_storage()
+        self._known.pop(storage._cdata, None)
+        self._held = {key: held for key, held in self._held.items() if not held.expired()}
+        self._held[storage._cdata] = StorageWeakRef(storage)
+
+    def holds(self, x: Tensor) -> bool:
+        held = self._held.get(x.untyped_storage()._cdata)
+        return held is not None and not held.expired()
 
     def record(self, y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Any]) -> None:
         """y = function(*inputs), which gives the same again; tensors without a recipe are its leaves."""
@@ -122,13 +147,16 @@ class Recipes:
 
         def pack(x: Tensor) -> Any:
             kept = self.find(x)
-            return outer_pack(x) if kept is None else Kept(kept.part, [outer_pack(leaf) for leaf in kept.leaves])
+            if kept is None:
+                return outer_pack(x)
+            kept.part.recipe.is_kept = True
+            return Kept(kept.part, [outer_pack(leaf) for leaf in kept.leaves])
 
         def unpack(kept: Any) -> Tensor:
             if not isinstance(kept, Kept):
                 return outer_unpack(kept)
             with torch.no_grad(), during:
-                return kept.part.of(kept.part.recipe.result_of(lambda: map(outer_unpack, kept.leaves)))
+                return kept.part.of(kept.part.recipe.result_of(partial(outer_unpack, leaf) for leaf in kept.leaves))
 
         return saved_tensors_hooks(pack, unpack)
 

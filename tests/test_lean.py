@@ -100,9 +100,9 @@ def test_equals_eager_bitwise(name: str, autocast: bool, layout: torch.memory_fo
         (lambda: PreActResNet(PREACT18, 64), 32, 4_470_784, 69_632),
         (lambda: PreActResNet(WRN_28_10, 16), 32, 18_496_000, 288_768),
         (lambda: Alone(ExpertResNet18(1)), 32, 2_279_428, 69_636),
-        (lambda: ViT(32, 4, 64, 2, 4), 32, 582_728, 121_160),
-        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 32, 633_964, 122_988),
-        (lambda: ViT(), 224, 59_401_096, 11_292_040),
+        (lambda: ViT(32, 4, 64, 2, 4), 32, 582_728, 87_880),
+        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 32, 633_964, 89_708),
+        (lambda: ViT(), 224, 59_401_096, 7_660_936),
     ],
     ids=["resnet-18", "preact-resnet-18", "wrn-28-10", "expert-resnet-18", "vit", "expert-vit", "vit-s-16"],
 )
@@ -120,8 +120,8 @@ def test_saved_bytes(net: Callable[[], nn.Module], size: int, eager: int, lean: 
     [
         (lambda: ResNet18(width=16), 592_128, 17_408, 0),
         (lambda: Alone(ExpertResNet18(1, width=16)), 310_528, 17_408, 1_398_120),
-        (lambda: ViT(32, 4, 64, 2, 4), 327_112, 104_520, 0),
-        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 318_004, 62_516, 205_896),
+        (lambda: ViT(32, 4, 64, 2, 4), 327_112, 71_240, 0),
+        (lambda: Alone(ExpertViT(1, image_size=32, patch=4, width=64, depth=2, heads=4)), 318_004, 45_876, 206_152),
     ],
     ids=["resnet-18", "expert-resnet-18", "vit", "expert-vit"],
 )

@@ -43,6 +43,12 @@ def attention(net: Net, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
 
 
+def block(net: Net, x: Tensor) -> Tensor:
+    """Of a transformer, with a scale behind its attention."""
+    x = x + net.linear(attention(net, x))[..., :D] * net.head_norm.weight.repeat(2)
+    return x + F.gelu(net.map(x)).unflatten(2, (3, D)).sum(2)
+
+
 def attention_by_hand(net: Net, x: Tensor) -> Tensor:
     q, k, v = (h.unflatten(2, (2, 8)).transpose(1, 2) for h in net.map(x).chunk(3, 2))
     return (q * 8**-0.5 @ k.mT).softmax(-1) @ v
@@ -114,6 +120,8 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int | None]] = {
     "gated": (lambda net, x: torch.mul(*net.map(x)[..., : 2 * D].chunk(2, -1)), 0),
     "group norm": (lambda net, x: F.silu(F.group_norm(x, 2)), -MEANS_BYTES + 2 * 4 * 2 * 2),
     "attention": (attention, X_BYTES + 4 * 2 * 2 * TOKENS),  # its result and a normaliser for each head
+    "block": (block, X_BYTES + 4 * 2 * 2 * TOKENS + MEANS_BYTES + 4 * D),  # the same, the second norm's, and the scale
+    "product of two": (lambda net, x: F.silu(net.norm(x) * (net.norm(x) + 1)), MEANS_BYTES),
     "attention by hand": (attention_by_hand, None),
     "attention with norms": (attention_with_norms, None),
     "written to": (written_to, None),
@@ -128,8 +136,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int | None]] = {
     "complex numbers": (complex_numbers, None),
     "mixed precision": (mixed_precision, None),
     "in checkpoint": (in_checkpoint, None),
-    "six steps": (lambda net, x: F.gelu(sum(range(5), net.norm(x))), 0),
-    "seven steps": (lambda net, x: F.gelu(sum(range(6), net.norm(x))), X_BYTES),
+    "eight steps": (lambda net, x: F.gelu(sum(range(7), net.norm(x))), 0),
+    "nine steps": (lambda net, x: F.gelu(sum(range(8), net.norm(x))), X_BYTES),
+    "four steps to a norm": (lambda net, x: F.gelu(net.map(sum(range(3), net.norm(x)))), MEANS_BYTES),
+    "five steps to a norm": (lambda net, x: F.gelu(net.map(sum(range(4), net.norm(x)))), MEANS_BYTES + X_BYTES),
     "without nonlinearity": (without_nonlinearity, None),
 }
 
@@ -139,7 +149,7 @@ def derivatives(net: Net, x: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     y = net(x)
     gradient = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    once = net.function in (attention, attention_with_norms)
+    once = net.function in (attention, attention_with_norms, block)
     return [*gradient, *([] if once else torch.autograd.grad(gradient[0].square().sum(), x))]
 
 
@@ -170,13 +180,15 @@ def test_a_changed_source_is_noticed(changed: str) -> None:
             torch.autograd.grad(y.sum(), x)
 
 
-def test_queries_keys_and_values_are_computed_once_for_all() -> None:
-    net, x = Net(attention), torch.randn(2, TOKENS, D, requires_grad=True)
+@pytest.mark.parametrize("function, maps", [(attention, 1), (block, 3)])
+def test_what_several_need_is_computed_once(function: Callable[[Net, Tensor], Tensor], maps: int) -> None:
+    """Queries, keys and values; the sum behind the attention, for the second norm and for what follows it."""
+    net, x = Net(function), torch.randn(2, TOKENS, D, requires_grad=True)
     with attack_mode(net):
         y = net(x).sum()
         with torch.profiler.profile() as profile:
             torch.autograd.grad(y, x)
-    assert [event.count for event in profile.key_averages() if event.key == "aten::linear"] == [1]
+    assert [event.count for event in profile.key_averages() if event.key == "aten::linear"] == [maps]
 
 
 def test_the_second_derivative_of_an_intermediate_result() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -24,10 +24,14 @@ CHEAP = {
     *(Tensor.contiguous, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
     *(Tensor.mul, torch.mul, Tensor.add, torch.add),
 }
+ATTENTION = {F.scaled_dot_product_attention}  # which keeps its result
+RECORDED = NORMS | CHEAP | ATTENTION
 PRODUCTS = {F.linear, torch.ops.moe_kernels.expert_linear.default, Tensor.mul, torch.mul}  # which keep their factors
 VIEWS = {Tensor.view, Tensor.view_as}  # which a tensor that folding has made channels-last may not have
 STRIDED = {*VIEWS, Tensor.as_strided, torch.as_strided, torch.view_as_complex, Tensor.stride}
-MOST_STEPS = 6  # in a recipe, so that a chain of norms and linear maps is not computed from its start for each of them
+# In a recipe, so that a chain of norms and linear maps is not computed from its start for each of them. At most half of
+# them lead to a norm's input, so that some are left for what follows the norm.
+MOST_STEPS = 8
 
 # Torch hands these to the mode whole; such a copy of the same code does not, and hands over what it calls.
 OPENED = {
@@ -41,7 +45,8 @@ class LeanMode(TorchFunctionMode):
     frozen ones.
 
     RULES say what an operation keeps that is linear, piece by piece. Any other operation keeps what torch chooses, but
-    the result of a norm, and what is cheap to compute from it, as a recipe that begins at the norm's input.
+    the result of a norm, and what is cheap to compute from it, as a recipe that begins at what is kept anyway, the
+    inputs of norms and the results of attention.
 
     Everything else runs as torch alone would run it: arguments that a rule does not take (`out=`), a second argument
     that requires grad, tensor subclasses, sparse and complex tensors, grad mode off, torch.compile, torch.func
@@ -66,14 +71,15 @@ class LeanMode(TorchFunctionMode):
                 self.recipes.clear()
                 self.folds.exposed(args[0])
             return func(*args, **kwargs)
-        known = func in RULES or func in NORMS or func in CHEAP or func in OPENED
+        known = func in RULES or func in RECORDED or func in OPENED
         if not (known or self.recipes) or not _applies():
             return func(*args, **kwargs)
         if func in OPENED:
             with self:
                 return OPENED[func](*args, **kwargs)
         out = self._keeping_little(func, args, kwargs)
-        self._record(out, func, args, kwargs)
+        if func in RECORDED:
+            self._record(out, func, args, kwargs)
         return out
 
     def _with_folds(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -111,18 +117,27 @@ class LeanMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _record(self, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if func not in NORMS and not (func in CHEAP and self.recipes):
+        recipes, tensors = self.recipes, _tensors(args, kwargs)
+        if not (_is_plain(out) and out.requires_grad and all(map(_is_plain, tensors))):
             return
-        tensors = _tensors(args, kwargs)
-        if not (_only_input_needs_grad(tensors) and _is_plain(out)) or self.recipes.find(out):
+        if func in ATTENTION:
+            recipes.hold(out)
+        if recipes.find(out) or recipes.holds(out):
             return
+        if func in NORMS and _only_input_needs_grad(tensors) and tensors[0].dtype == out.dtype:
+            source = recipes.find(tensors[0])
+            if source is None or source.part.recipe.steps > MOST_STEPS // 2:
+                recipes.hold(tensors[0])
+
         others = tensors[1 + (func in PRODUCTS) :]  # which may change before the backward
-        others = [t for t in others if t.is_floating_point() and not isinstance(t, torch.nn.Parameter)]
+        others = [t for t in others if t.is_floating_point() and not (t.requires_grad or isinstance(t, nn.Parameter))]
         if any(8 * t.numel() > out.numel() for t in others):
             return
-        copies = {id(t): t.clone() for t in others}
-        x, source = tensors[0], self.recipes.find(tensors[0])
-        if source.part.recipe.steps < MOST_STEPS if source else func in NORMS and x.dtype == out.dtype:
+        moving = [t for t in tensors if t.requires_grad]
+        sources = [recipes.find(t) for t in moving]
+        reached = all(source or recipes.holds(t) for source, t in zip(sources, moving, strict=True))
+        if reached and sum(source.part.recipe.steps for source in sources if source) < MOST_STEPS:
+            copies = {id(t): t.clone() for t in others}
             values, form = tree_flatten((args, kwargs))
             values = [copies.get(id(value), value) for value in values]
 
@@ -130,7 +145,7 @@ class LeanMode(TorchFunctionMode):
                 args, kwargs = tree_unflatten(values, form)
                 return func(*args, **kwargs)
 
-            self.recipes.record(out, again, values)
+            recipes.record(out, again, values)
 
 
 def _applies() -> bool:
@@ -148,7 +163,7 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def _is_plain(x: Any) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided
+    return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
 
 
 def _only_input_needs_grad(tensors: Sequence[Tensor]) -> bool:
