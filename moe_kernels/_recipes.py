@@ -26,12 +26,17 @@ class Recipe:
         self.function, self.inputs = function, inputs
         self.shape, self.stride, self.dtype, self.device = y.shape, y.stride(), y.dtype, y.device
         self.autocast = autocast_as_now(y.device.type)
-        parts = [i.recipe for i in inputs if isinstance(i, Part)]
-        self.steps: int = 1 + sum(recipe.steps for recipe in parts)
-        self.num_leaves: int = sum(i is LEAF for i in inputs) + sum(recipe.num_leaves for recipe in parts)
-        self.is_kept = False  # for a backward, which will ask for the result itself
-        self.waiting: Tensor | None = None  # the result, computed on the way to another, until it is asked for
-        self.result: StorageWeakRef | None = None
+        self.parts = [i.recipe for i in inputs if isinstance(i, Part)]
+        self.steps: int = 1 + sum(recipe.steps for recipe in self.parts)
+        self.num_leaves: int = sum(i is LEAF for i in inputs) + sum(recipe.num_leaves for recipe in self.parts)
+        self.askers = self.asked = 0  # how many want the result in a backward, and how many of them have had it
+        self.waiting: Tensor | None = None  # the result, until all of them have
+
+    def will_be_asked(self) -> None:
+        if self.askers == 0:
+            for recipe in self.parts:
+                recipe.will_be_asked()
+        self.askers += 1
 
     def compute(self, leaves: Leaves) -> Tensor:
         inputs = [i.compute(leaves) if isinstance(i, Part) else next(leaves)() if i is LEAF else i for i in self.inputs]
@@ -39,16 +44,15 @@ class Recipe:
             y = self.function(*inputs)
         return y if y.stride() == self.stride else y.new_empty_strided(self.shape, self.stride).copy_(y)
 
-    def result_of(self, leaves: Leaves, on_the_way: bool = False) -> Tensor:
-        """The result, computed once for all that hold it at the same time."""
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.result.cdata) if self.result else None
-        if storage is not None:
-            deque(islice(leaves, self.num_leaves), maxlen=0)  # not needed
-            y = torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, 0, self.shape, self.stride)
-        else:
+    def result(self, leaves: Leaves) -> Tensor:
+        """Computed once for all that ask for it."""
+        y = self.waiting
+        if y is None:
             y = self.compute(leaves)
-            self.result = StorageWeakRef(y.untyped_storage())
-        self.waiting = y if on_the_way and self.is_kept else None
+        else:
+            deque(islice(leaves, self.num_leaves), maxlen=0)  # are not needed
+        self.asked = (self.asked + 1) % self.askers
+        self.waiting = y if self.asked else None
         return y
 
 
@@ -61,10 +65,7 @@ class Part(NamedTuple):
     offset: int
 
     def compute(self, leaves: Leaves) -> Tensor:
-        return self.of(self.recipe.result_of(leaves, on_the_way=True))
-
-    def of(self, y: Tensor) -> Tensor:
-        return y.as_strided(self.shape, self.stride, self.offset)
+        return self.recipe.result(leaves).as_strided(self.shape, self.stride, self.offset)
 
 
 class Kept(NamedTuple):
@@ -149,14 +150,14 @@ class Recipes:
             kept = self.find(x)
             if kept is None:
                 return outer_pack(x)
-            kept.part.recipe.is_kept = True
+            kept.part.recipe.will_be_asked()
             return Kept(kept.part, [outer_pack(leaf) for leaf in kept.leaves])
 
         def unpack(kept: Any) -> Tensor:
             if not isinstance(kept, Kept):
                 return outer_unpack(kept)
             with torch.no_grad(), during:
-                return kept.part.of(kept.part.recipe.result_of(partial(outer_unpack, leaf) for leaf in kept.leaves))
+                return kept.part.compute(partial(outer_unpack, leaf) for leaf in kept.leaves)
 
         return saved_tensors_hooks(pack, unpack)
 

@@ -54,6 +54,14 @@ def attention_by_hand(net: Net, x: Tensor) -> Tensor:
     return (q * 8**-0.5 @ k.mT).softmax(-1) @ v
 
 
+def shifted_windows(net: Net, x: Tensor) -> Tensor:
+    """Attention within windows of 4 of 8 tokens, as a Swin transformer shifts and pads them."""
+    h = F.pad(torch.roll(net.norm(x), 1, 1), (0, 0, 0, 8 - TOKENS)).unflatten(1, (2, 4)).flatten(0, 1)
+    q, k, v = net.linear(h).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    h = ((q * 8**-0.5) @ k.mT).softmax(-1) @ v
+    return F.layer_norm(x, [D]) + torch.roll(h.transpose(1, 2).reshape(len(x), 8, D)[:, :TOKENS], -1, 1)
+
+
 def attention_with_norms(net: Net, x: Tensor) -> Tensor:
     q, k, v = (h.unflatten(2, (2, 8)).transpose(1, 2) for h in net.map(x).chunk(3, 2))
     return F.scaled_dot_product_attention(net.head_norm(q), net.head_norm(k), v)
@@ -122,7 +130,8 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int | None]] = {
     "attention": (attention, X_BYTES + 4 * 2 * 2 * TOKENS),  # its result and a normaliser for each head
     "block": (block, X_BYTES + 4 * 2 * 2 * TOKENS + MEANS_BYTES + 4 * D),  # the same, the second norm's, and the scale
     "product of two": (lambda net, x: F.silu(net.norm(x) * (net.norm(x) + 1)), MEANS_BYTES),
-    "attention by hand": (attention_by_hand, None),
+    "attention by hand": (attention_by_hand, 4 * 2 * 2 * TOKENS * TOKENS),  # the softmax
+    "shifted windows": (shifted_windows, 4 * 2 * 2 * 2 * 4 * 4 + MEANS_BYTES),
     "attention with norms": (attention_with_norms, None),
     "written to": (written_to, None),
     "written to through data": (written_to_through_data, None),
@@ -180,7 +189,7 @@ def test_a_changed_source_is_noticed(changed: str) -> None:
             torch.autograd.grad(y.sum(), x)
 
 
-@pytest.mark.parametrize("function, maps", [(attention, 1), (block, 3)])
+@pytest.mark.parametrize("function, maps", [(attention, 1), (attention_by_hand, 1), (block, 3)])
 def test_what_several_need_is_computed_once(function: Callable[[Net, Tensor], Tensor], maps: int) -> None:
     """Queries, keys and values; the sum behind the attention, for the second norm and for what follows it."""
     net, x = Net(function), torch.randn(2, TOKENS, D, requires_grad=True)

@@ -1,6 +1,6 @@
 """A torch function mode under which a forward keeps only what its input gradient needs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType, MethodWrapperType
 from typing import Any
@@ -21,7 +21,7 @@ from moe_kernels.attacks.rules import RULES, SIGNATURES
 NORMS = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm}
 CHEAP = {
     *(F.linear, torch.ops.moe_kernels.expert_linear.default),
-    *(Tensor.contiguous, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
+    *(Tensor.contiguous, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, torch.roll, F.pad),
     *(Tensor.mul, torch.mul, Tensor.add, torch.add),
 }
 ATTENTION = {F.scaled_dot_product_attention}  # which keeps its result
@@ -38,6 +38,7 @@ OPENED = {
     f: FunctionType(f.__code__, {**f.__globals__, "has_torch_function": lambda _: False}, f.__name__, f.__defaults__)
     for f in [F.multi_head_attention_forward]
 }
+MATMULS = {torch.matmul, Tensor.matmul}
 
 
 class LeanMode(TorchFunctionMode):
@@ -74,9 +75,10 @@ class LeanMode(TorchFunctionMode):
         known = func in RULES or func in RECORDED or func in OPENED
         if not (known or self.recipes) or not _applies():
             return func(*args, **kwargs)
-        if func in OPENED:
+        opened = self._opened(func, args, kwargs)
+        if opened is not None:
             with self:
-                return OPENED[func](*args, **kwargs)
+                return opened(*args, **kwargs)
         out = self._keeping_little(func, args, kwargs)
         if func in RECORDED:
             self._record(out, func, args, kwargs)
@@ -99,6 +101,14 @@ class LeanMode(TorchFunctionMode):
             if func in VIEWS and memory_format(x) == torch.channels_last:
                 return func(x.contiguous(), *args[1:], **kwargs)
         return None
+
+    def _opened(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        """The same function in steps that the mode sees, where it would hide them."""
+        if func not in MATMULS or len(args) != 2 or kwargs or not all(map(_is_plain, args)):
+            return OPENED.get(func)
+        x, y = args
+        copies = x.ndim == y.ndim > 3 and x.shape[:-2] == y.shape[:-2]
+        return _matmul if copies and any(map(self.recipes.find, args)) else None
 
     def _keeping_little(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = _tensors(args, kwargs)
@@ -146,6 +156,12 @@ class LeanMode(TorchFunctionMode):
                 return func(*args, **kwargs)
 
             recipes.record(out, again, values)
+
+
+def _matmul(x: Tensor, y: Tensor) -> Tensor:
+    """As torch multiplies batches of matrices."""
+    z = torch.bmm(x.flatten(0, -3), y.flatten(0, -3))
+    return torch.ops.aten._unsafe_view.default(z, (*x.shape[:-1], y.shape[-1]))
 
 
 def _applies() -> bool:
