@@ -19,18 +19,26 @@ LEAF = object()  # stands for a tensor that is kept
 Leaves = Iterator[Callable[[], Tensor]]  # in the order in which a recipe needs them
 
 
+class Latest:
+    """Holds the latest result that was computed on the way to another and that others will ask for, too."""
+
+    result: Tensor | None = None
+
+
 class Recipe:
     """How to compute y again: function(*inputs), each input a LEAF, a Part of another recipe's result or a constant."""
 
-    def __init__(self, y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Any]) -> None:
-        self.function, self.inputs = function, inputs
+    def __init__(
+        self, y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Any], latest: Latest | None
+    ) -> None:
+        self.function, self.inputs, self.latest = function, inputs, latest
         self.shape, self.stride, self.dtype, self.device = y.shape, y.stride(), y.dtype, y.device
         self.autocast = autocast_as_now(y.device.type)
         self.parts = [i.recipe for i in inputs if isinstance(i, Part)]
         self.steps: int = 1 + sum(recipe.steps for recipe in self.parts)
         self.num_leaves: int = sum(i is LEAF for i in inputs) + sum(recipe.num_leaves for recipe in self.parts)
-        self.askers = self.asked = 0  # how many want the result in a backward, and how many of them have had it
-        self.waiting: Tensor | None = None  # the result, until all of them have
+        self.askers = 0
+        self.result: StorageWeakRef | None = None
 
     def will_be_asked(self) -> None:
         if self.askers == 0:
@@ -39,20 +47,16 @@ class Recipe:
         self.askers += 1
 
     def compute(self, leaves: Leaves) -> Tensor:
+        """The result, computed once for all that hold it at the same time."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.result.cdata) if self.result else None
+        if storage is not None:
+            deque(islice(leaves, self.num_leaves), maxlen=0)  # are not needed
+            return torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, 0, self.shape, self.stride)
         inputs = [i.compute(leaves) if isinstance(i, Part) else next(leaves)() if i is LEAF else i for i in self.inputs]
         with self.autocast():
             y = self.function(*inputs)
-        return y if y.stride() == self.stride else y.new_empty_strided(self.shape, self.stride).copy_(y)
-
-    def result(self, leaves: Leaves) -> Tensor:
-        """Computed once for all that ask for it."""
-        y = self.waiting
-        if y is None:
-            y = self.compute(leaves)
-        else:
-            deque(islice(leaves, self.num_leaves), maxlen=0)  # are not needed
-        self.asked = (self.asked + 1) % self.askers
-        self.waiting = y if self.asked else None
+        y = y if y.stride() == self.stride else y.new_empty_strided(self.shape, self.stride).copy_(y)
+        self.result = StorageWeakRef(y.untyped_storage())
         return y
 
 
@@ -65,7 +69,13 @@ class Part(NamedTuple):
     offset: int
 
     def compute(self, leaves: Leaves) -> Tensor:
-        return self.recipe.result(leaves).as_strided(self.shape, self.stride, self.offset)
+        y = self.recipe.compute(leaves)
+        if self.recipe.latest and self.recipe.askers > 1:
+            self.recipe.latest.result = y
+        return self.of(y)
+
+    def of(self, y: Tensor) -> Tensor:
+        return y.as_strided(self.shape, self.stride, self.offset)
 
 
 class Kept(NamedTuple):
@@ -89,13 +99,15 @@ class Recipes:
     """The recipes of tensors that are alive; `hooks()` is a context in which they are kept instead of the tensors.
 
     Hooks that are active outside are given what is kept. Where there are none, a kept tensor that is written to before
-    the backward is an error, as without hooks. Recipes run inside `during`.
+    the backward is an error, as without hooks. Recipes run inside `during`. With `latest` a backward computes less and
+    holds one tensor more.
     """
 
-    def __init__(self, during: AbstractContextManager[Any] | None = None) -> None:
+    def __init__(self, during: AbstractContextManager[Any] | None = None, latest: Latest | None = None) -> None:
         self.during = during or nullcontext()
         self._known: dict[int, _Known] = {}
         self._held: dict[int, StorageWeakRef] = {}
+        self._latest = latest
 
     def __bool__(self) -> bool:
         return bool(self._known or self._held)
@@ -126,9 +138,8 @@ class Recipes:
             kept = self.find(i) if isinstance(i, Tensor) else None
             steps.append(kept.part if kept else LEAF if isinstance(i, Tensor) else i)
             leaves += kept.leaves if kept else [i.detach()] if isinstance(i, Tensor) else []  # a grad_fn: a cycle
-        known = _Known(
-            StorageWeakRef(storage), y._version, Recipe(y, function, steps), leaves, [t._version for t in leaves]
-        )
+        recipe = Recipe(y, function, steps, self._latest)
+        known = _Known(StorageWeakRef(storage), y._version, recipe, leaves, [t._version for t in leaves])
         self._known = {key: other for key, other in self._known.items() if not other.storage.expired()}
         self._known[storage._cdata] = known
 
@@ -157,7 +168,7 @@ class Recipes:
             if not isinstance(kept, Kept):
                 return outer_unpack(kept)
             with torch.no_grad(), during:
-                return kept.part.compute(partial(outer_unpack, leaf) for leaf in kept.leaves)
+                return kept.part.of(kept.part.recipe.compute(partial(outer_unpack, leaf) for leaf in kept.leaves))
 
         return saved_tensors_hooks(pack, unpack)
 

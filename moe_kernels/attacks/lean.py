@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_kernels import _checks as check
 from moe_kernels._library import memory_format
-from moe_kernels._recipes import Recipes
+from moe_kernels._recipes import Latest, Recipes
 from moe_kernels.attacks.fold import BATCH_NORMS, CONVOLUTIONS, HARMLESS, Folds
 from moe_kernels.attacks.rules import RULES, SIGNATURES
 
@@ -58,7 +58,7 @@ class LeanMode(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recipes, self.folds = Recipes(), Folds()
+        self.recipes, self.folds = Recipes(latest=Latest()), Folds()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
