@@ -59,7 +59,7 @@ def shifted_windows(net: Net, x: Tensor) -> Tensor:
     h = F.pad(torch.roll(net.norm(x), 1, 1), (0, 0, 0, 8 - TOKENS)).unflatten(1, (2, 4)).flatten(0, 1)
     q, k, v = net.linear(h).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
     h = ((q * 8**-0.5) @ k.mT).softmax(-1) @ v
-    return F.layer_norm(x, [D]) + torch.roll(h.transpose(1, 2).reshape(len(x), 8, D)[:, :TOKENS], -1, 1)
+    return F.layer_norm(x, [D]) + h.transpose(1, 2).reshape(len(x), 8, D)[:, :TOKENS].roll(-1, 1)
 
 
 def attention_with_norms(net: Net, x: Tensor) -> Tensor:
@@ -127,6 +127,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int | None]] = {
     "silu and tanh-gelu": (lambda net, x: F.silu(net.map(x)) * 2 + F.gelu(net.map(x), approximate="tanh"), None),
     "gated": (lambda net, x: torch.mul(*net.map(x)[..., : 2 * D].chunk(2, -1)), 0),
     "group norm": (lambda net, x: F.silu(F.group_norm(x, 2)), -MEANS_BYTES + 2 * 4 * 2 * 2),
+    "rms norm": (lambda net, x: F.silu(F.rms_norm(x, [D], net.norm.weight)), -MEANS_BYTES // 2),
     "attention": (attention, X_BYTES + 4 * 2 * 2 * TOKENS),  # its result and a normaliser for each head
     "block": (block, X_BYTES + 4 * 2 * 2 * TOKENS + MEANS_BYTES + 4 * D),  # the same, the second norm's, and the scale
     "product of two": (lambda net, x: F.silu(net.norm(x) * (net.norm(x) + 1)), MEANS_BYTES),

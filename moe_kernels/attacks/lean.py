@@ -18,10 +18,11 @@ from moe_kernels.attacks.fold import BATCH_NORMS, CONVOLUTIONS, HARMLESS, Folds
 from moe_kernels.attacks.rules import RULES, SIGNATURES
 
 # Norms keep their input, so that their result need not be kept, nor what is computed from it by the functions below it.
-NORMS = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm}
+NORMS = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.rms_norm, torch.rms_norm}
 CHEAP = {
     *(F.linear, torch.ops.moe_kernels.expert_linear.default),
-    *(Tensor.contiguous, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, torch.roll, F.pad),
+    *(Tensor.contiguous, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
+    *(Tensor.roll, torch.roll, F.pad),
     *(Tensor.mul, torch.mul, Tensor.add, torch.add),
 }
 ATTENTION = {F.scaled_dot_product_attention}  # which keeps its result
@@ -127,6 +128,7 @@ class LeanMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _record(self, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes that out = func(*args, **kwargs), where this can be computed again from what is kept anyway."""
         recipes, tensors = self.recipes, _tensors(args, kwargs)
         if not (_is_plain(out) and out.requires_grad and all(map(_is_plain, tensors))):
             return
