@@ -62,6 +62,16 @@ def shifted_windows(net: Net, x: Tensor) -> Tensor:
     return F.layer_norm(x, [D]) + h.transpose(1, 2).reshape(len(x), 8, D)[:, :TOKENS].roll(-1, 1)
 
 
+def products_of_all_kinds(net: Net, x: Tensor) -> Tensor:
+    """Of matrices, with one matrix, and of batches that differ; with out= torch refuses."""
+    h = net.norm(x)
+    heads = h.unflatten(2, (2, 8)).transpose(1, 2)
+    with pytest.raises(RuntimeError, match="out="):
+        torch.matmul(heads, heads.mT, out=torch.empty(0))
+    y = (h[0] @ h[1].mT) @ h + torch.matmul(heads, heads[:, :1].mT).sum(1) @ h
+    return F.gelu(y @ torch.ones(D, D) + torch.matmul(input=heads, other=heads.mT).sum((1, 3))[..., None])
+
+
 def attention_with_norms(net: Net, x: Tensor) -> Tensor:
     q, k, v = (h.unflatten(2, (2, 8)).transpose(1, 2) for h in net.map(x).chunk(3, 2))
     return F.scaled_dot_product_attention(net.head_norm(q), net.head_norm(k), v)
@@ -132,6 +142,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int | None]] = {
     "block": (block, X_BYTES + 4 * 2 * 2 * TOKENS + MEANS_BYTES + 4 * D),  # the same, the second norm's, and the scale
     "product of two": (lambda net, x: F.silu(net.norm(x) * (net.norm(x) + 1)), MEANS_BYTES),
     "attention by hand": (attention_by_hand, 4 * 2 * 2 * TOKENS * TOKENS),  # the softmax
+    "products of all kinds": (products_of_all_kinds, None),
     "shifted windows": (shifted_windows, 4 * 2 * 2 * 2 * 4 * 4 + MEANS_BYTES),
     "attention with norms": (attention_with_norms, None),
     "written to": (written_to, None),

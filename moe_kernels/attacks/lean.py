@@ -108,8 +108,7 @@ class LeanMode(TorchFunctionMode):
         if func not in MATMULS or len(args) != 2 or kwargs or not all(map(_is_plain, args)):
             return OPENED.get(func)
         x, y = args
-        copies = x.ndim == y.ndim > 3 and x.shape[:-2] == y.shape[:-2]
-        return _matmul if copies and any(map(self.recipes.find, args)) else None
+        return _matmul if x.ndim == y.ndim > 3 and x.shape[:-2] == y.shape[:-2] else None
 
     def _keeping_little(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = _tensors(args, kwargs)
@@ -136,7 +135,7 @@ class LeanMode(TorchFunctionMode):
             recipes.hold(out)
         if recipes.find(out) or recipes.holds(out):
             return
-        if func in NORMS and _only_input_needs_grad(tensors) and tensors[0].dtype == out.dtype:
+        if func in NORMS and _only_input_needs_grad(tensors):
             source = recipes.find(tensors[0])
             if source is None or source.part.recipe.steps > MOST_STEPS // 2:
                 recipes.hold(tensors[0])
