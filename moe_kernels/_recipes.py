@@ -37,10 +37,11 @@ class Recipe:
         self.parts = [i.recipe for i in inputs if isinstance(i, Part)]
         self.steps: int = 1 + sum(recipe.steps for recipe in self.parts)
         self.num_leaves: int = sum(i is LEAF for i in inputs) + sum(recipe.num_leaves for recipe in self.parts)
-        self.askers = 0
+        self.askers = 0  # recipes and backwards that will ask for the result
         self.result: StorageWeakRef | None = None
 
     def will_be_asked(self) -> None:
+        """By one more, and from the first on all that it begins with will be, too."""
         if self.askers == 0:
             for recipe in self.parts:
                 recipe.will_be_asked()
@@ -117,7 +118,7 @@ class Recipes:
         self._held.clear()
 
     def hold(self, x: Tensor) -> None:
-        """x is kept as it is, so that a recipe that begins at it keeps nothing more."""
+        """x is kept anyway, or under autocast wider than it is, so that a recipe may begin at it."""
         storage = x.untyped_storage()
         self._known.pop(storage._cdata, None)
         self._held = {key: held for key, held in self._held.items() if not held.expired()}
