@@ -1,4 +1,4 @@
-"""PGD on a dense ResNet-18, beside eager torch and the attack libraries that are installed."""
+"""PGD on a dense ResNet-18 and on a transformer, beside eager torch and the attack libraries that are installed."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moe_kernels import PGD
 from moe_kernels.testing import Source
-from moe_kernels.testing.networks import ResNet18, randomize_statistics
+from moe_kernels.testing.networks import ResNet18, ViT, randomize_statistics
 
 EPS, ALPHA = 8 / 255, 2 / 255
 # `make` installs two of them; adv_lib needs torchvision
@@ -88,6 +88,18 @@ def test_fp32(contest: Contest, name: str) -> None:
     targets = dict.fromkeys(("torchattacks", "foolbox", "adv_lib"), ">= 1.6")
     targets = {"eager, parameters trainable": ">= 1.7"} | targets
     contest("PGD-10 on a ResNet-18, 32 images, fp32", contenders, name, targets=targets)
+
+
+@pytest.mark.parametrize("name", ["moe_kernels", "eager, parameters trainable"])
+def test_vit(contest: Contest, name: str) -> None:
+    """Which keeps an eighth of what eager keeps and computes much of it again."""
+    torch.manual_seed(0)
+    s = Source(torch.float32)
+    model, x, y = ViT(depth=4).eval(), s.rand(2, 3, 224, 224), s.randint(10, 2).long()
+    attacks = {"moe_kernels": attack, "eager, parameters trainable": eager_attack}
+    check(attacks[name], model, x, y, torch.float32)
+    contenders = {other: partial(attack, model, x, y, steps=3) for other, attack in attacks.items()}
+    contest("PGD-3 on a ViT-S/16 with 4 blocks, 2 images, fp32", contenders, name)
 
 
 @pytest.mark.parametrize("name", ["moe_kernels", "eager in bf16", "eager in fp32"])
