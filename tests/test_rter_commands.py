@@ -1,6 +1,7 @@
 """The commands, end to end on the digits with a tiny model, and what they say to a user's mistake."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,22 @@ def test_evaluation_repeats_itself_and_takes_the_best_weights(demo: Path) -> Non
     }
     assert main(["evaluate", str(demo / "standard"), "--weights", "best", *WEAK]) == 0
     assert json.loads((demo / "standard" / "report.json").read_text())["weights"] == "best"
+
+
+def test_a_sample_of_the_images_is_named(demo: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(demo / "standard", run)
+    assert main(["evaluate", str(run), *WEAK, "--images", "20"]) == 0 and main(["report", str(run)]) == 0
+    report = json.loads((run / "report.json").read_text())
+    assert report["held_out"] == 20 and report["sample"] == {"of": 60, "seed": 0} and report["split"] == "held-out"
+    text = (run / "report.md").read_text()
+    assert "Measured on 20 of the 60 held-out images, drawn by seed 0 in the proportions of the classes," in text
+    labels = load_tensors(run / "examples.safetensors")["label"]
+    assert len(labels) > 5  # not the first classes alone
+    write_json(run / "report.json", report | {"split": "test", "sample": None})
+    assert main(["report", str(run)]) == 0
+    text = (run / "report.md").read_text()
+    assert "Measured on 20 test images with" in text and "20 held-out" not in text
 
 
 def test_a_dense_run(tmp_path: Path) -> None:

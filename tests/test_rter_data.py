@@ -31,6 +31,22 @@ def test_split_keeps_bytes_and_gives_floats() -> None:
     assert torch.equal(Split(pixels % 17, split.y, levels=16).x * 16, (pixels % 17).float())
 
 
+def test_a_sample_has_the_proportions_of_the_classes() -> None:
+    """Of a set sorted by class, as folders are read, and of one with a class of a single image and one of none."""
+    y = torch.tensor([0] * 100 + [1] * 60 + [2] * 40 + [4])
+    split = Split(torch.arange(201.0)[:, None, None, None], y)
+    sample = split.sample(20, seed=3)
+    assert sample.y.bincount().tolist() == [10, 6, 4] and sample.x.flatten().diff().gt(0).all()
+    assert torch.equal(y[sample.x.flatten().long()], sample.y)
+    assert not torch.equal(sample.x, split.sample(20, seed=4).x) and torch.equal(sample.x, split.sample(20, seed=3).x)
+    for count in (1, 21, 50, 200, 201, 500):
+        larger = split.sample(count, seed=3)
+        assert len(larger) == min(count, 201)
+        assert all((larger.y == c).sum() - size * len(larger) / 201 < 1 for c, size in enumerate(y.bincount().tolist()))
+        fewer, more = sorted((sample, larger), key=len)
+        assert set(fewer.x.flatten().tolist()) <= set(more.x.flatten().tolist())
+
+
 def refused(name: str, folder: Path, *parts: str, held_out: int = 2) -> str:
     with pytest.raises(UserError) as error:
         load_data(name, held_out, 0, str(folder))

@@ -9,8 +9,10 @@ from rter.autoattack import auto_attack
 from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.config import Config
 from rter.data import Split
-from rter.evaluate import interval, measure, sanity
+from rter.evaluate import measure, sanity
+from rter.intervals import wilson
 from rter.models import DualClassifier, Normalize, RobustClassifier
+from rter.plots import accuracy
 from rter.report import verdict
 from rter.suite import Tally, apgd_attacks, is_deterministic
 from torch import Tensor, nn
@@ -158,11 +160,25 @@ def test_a_random_model_is_attacked_through_draws() -> None:
     assert apgd_attacks(Noisy(), config(), Split(x, torch.zeros(4).long()), 3, True)["apgd-ce"].draws == 20
 
 
-def test_the_interval_is_that_of_a_binomial() -> None:
-    flags = torch.arange(400) < 280
-    low, high = interval(flags, seed=0)
+def test_the_interval_is_wilsons() -> None:
+    """By hand from its definition: the ends p solve |part - p| = z sqrt(p (1 - p) / n)."""
+    for count, n in ((280, 400), (0, 20), (20, 20), (1, 3), (0, 1)):
+        part = count / n
+        low, high = wilson(part, n)
+        assert 0 <= low <= part <= high <= 1
+        for end in (low, high):
+            assert abs(part - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), abs=1e-6)
+    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)  # no image of 20 does not mean none of all
     half = 1.96 * math.sqrt(0.7 * 0.3 / 400)
-    assert low == pytest.approx(0.7 - half, abs=0.006) and high == pytest.approx(0.7 + half, abs=0.006)
+    assert wilson(0.7, 400) == pytest.approx((0.7 - half, 0.7 + half), abs=0.006)
+
+
+def test_the_bands_of_the_plot_do_not_collapse() -> None:
+    report = {"eps_curve": [[0.0, 1.0], [0.1, 0.0]], "held_out": 20, "eps": 0.1, "norm": "Linf"}
+    (band,) = accuracy({"run": report}, report).axes[0].collections
+    low, high = 0.0, 1 / 21  # z = 1: p = z^2 / (n + z^2)
+    ys = {round(float(y), 6) for y in band.get_paths()[0].vertices[:, 1]}
+    assert ys == {round(y, 6) for y in (low, high, 1 - high, 1 - low)}
 
 
 def test_models_run_unchanged_in_other_toolboxes(robust_digits: tuple[RobustClassifier, Split]) -> None:

@@ -83,8 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
                           "the held-out images has chosen")  # fmt: skip
     _add_strength(evaluate, suite="full")
     evaluate.add_argument("--queries", type=_positive, default=5000, help="of AutoAttack's Square (default: 5000)")
-    evaluate.add_argument("--images", type=_positive, metavar="N", help="measure on the first N test images alone "
-                          "(default: all)")  # fmt: skip
+    evaluate.add_argument("--images", type=_positive, metavar="N", help="measure on N of the test images, drawn by the "
+                          "run's seed in the proportions of the classes (default: all)")  # fmt: skip
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run or of a sweep")

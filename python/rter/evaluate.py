@@ -14,11 +14,11 @@ from rter.checkpoint import load_weights, read_lines, run_config, save_tensors, 
 from rter.config import Config
 from rter.data import Split, load_data
 from rter.distributed import device
+from rter.intervals import wilson
 from rter.models import DualClassifier, RobustClassifier, View, build_model
 from rter.suite import BATCH, Attacked, Tally, apgd_attacks, attack, found_by, is_deterministic, mean, predict
 
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # eps, in units of the run's
-RESAMPLES = 2000
 
 
 @torch.no_grad()
@@ -41,15 +41,15 @@ def evaluate(
     restarts: int,
     suite: str = "full",
     queries: int = QUERIES,
-    first: int | None = None,
+    count: int | None = None,
 ) -> dict[str, Any]:
     """Attacks the run's `last` or `best` weights with a suite; writes report.json and examples.safetensors.
 
-    With `first` on so many test images alone.
+    With `count` on so many of the test images, drawn by the run's seed in the proportions of the classes.
     """
     config = run_config(run)
     data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size).to(device())
-    test = data.test[:first]
+    test = data.test if count is None else data.test.sample(count, config.seed)
     model = build_model(config, data).to(device())
     load_weights(run / f"{weights}.safetensors", model)
     model.eval()
@@ -67,6 +67,7 @@ def evaluate(
         "weights": weights,
         "split": "held-out" if data.official_test is None else "test",
         "held_out": len(test),
+        "sample": None if len(test) == len(data.test) else {"of": len(data.test), "seed": config.seed},
         "attack": {"name": "PGD", "steps": steps, "alpha_ratio": config.alpha_ratio, "restarts": restarts},
         "suite": suite,
         "torch": torch.__version__,
@@ -97,7 +98,7 @@ def measure(
     aa_flags                 what AutoAttack warned of
     verdict                  part of the images that withstand every attack of the suite; worst_attack is the strongest
     attacks                  accuracy under each attack by itself
-    intervals                95 % of sa, ra, aa and verdict, by resampling the images
+    intervals                95 % of sa, ra, aa and verdict, by Wilson, over the images
     expert_load              part of the images that each expert gets, clean and under ra's attack
     route_flip_rate          part of the images that change expert, under the router's attack and under ra's
     route_radius             of affine routers: the median distance to a change of expert, and the part of the images
@@ -147,7 +148,7 @@ def measure(
         "verdict": mean(tally.robust),
         "worst_attack": tally.worst,
         "attacks": tally.accuracies(),
-        "intervals": {name: interval(robust, config.seed_for("bootstrap")) for name, robust in figures.items()},
+        "intervals": {name: list(wilson(mean(robust), len(images))) for name, robust in figures.items()},
         "expert_load": _load(clean_route, model.num_experts),
         "expert_load_adversarial": _load(routed_to(model, whole.x), model.num_experts),
         "route_flip_rate": mean(~router.robust) if router else 0.0,
@@ -204,14 +205,6 @@ def sanity(
     if flags is not None:
         checks["AutoAttack raises no flag"] = not flags, len(flags)
     return {name: {"passed": passed, "value": value} for name, (passed, value) in checks.items()}
-
-
-def interval(robust: Tensor, seed: int) -> list[float]:
-    """The 2.5 and 97.5 % quantiles of the mean of flags [n] over resampled images."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(robust), (RESAMPLES, len(robust)), generator=generator)
-    means = robust.double().cpu()[rows].mean(1)
-    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
 def eps_curve(

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
+from rter.intervals import wilson
+
 matplotlib.use("Agg")
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -106,8 +108,8 @@ def accuracy(runs: dict[str, dict[str, Any]], report: dict[str, Any]) -> Figure:
     )
     for (name, run), colour in zip(runs.items(), RUNS, strict=False):
         eps, values = np.array(run["eps_curve"]).T
-        error = np.sqrt(values * (1 - values) / run["held_out"])
-        axes.fill_between(eps, values - error, values + error, color=colour, alpha=0.15, linewidth=0)
+        low, high = np.array([wilson(value, run["held_out"], z=1) for value in values]).T
+        axes.fill_between(eps, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(eps, values, "o-", color=colour, markersize=4, clip_on=False, label=name, zorder=3)
     axes.set(
         title="Accuracy under attack", xlabel=f"radius of the {NORMS[report['norm']]} perturbation", xlim=(0, None)

@@ -71,6 +71,17 @@ def verdict(report: dict[str, Any]) -> str:
     )
 
 
+def measured_on(report: dict[str, Any]) -> str:
+    """Which images the figures are of."""
+    sample = report.get("sample")  # reports from before there were samples have none
+    if not sample:
+        return f"{report['held_out']} {report['split']} images"
+    return (
+        f"{report['held_out']} of the {sample['of']} {report['split']} images, drawn by seed {sample['seed']} in the "
+        "proportions of the classes,"
+    )
+
+
 def make_report(run: Path, baselines: Sequence[Path]) -> str:
     """Writes report.md and its plots, puts the baselines into report.json; returns the table of figures."""
     report = read_report(run)
@@ -95,7 +106,7 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
     parts = [
         f"# {name}: {report['method']} on {report['data']}",
         f"{report['num_experts']} expert(s), {report['epochs']} epochs, {report['norm']} perturbations "
-        f"of radius {report['eps']:.4g}, seed {report['seed']}. Measured on {report['held_out']} held-out images with "
+        f"of radius {report['eps']:.4g}, seed {report['seed']}. Measured on {measured_on(report)} with "
         f"the {report['weights']} weights: PGD of {attack['steps']} steps of {attack['alpha_ratio']:.3g} eps, "
         f"{attack['restarts']} restart(s) on the whole model. The standard error of an accuracy near 0.7 is "
         f"{(0.21 / report['held_out']) ** 0.5:.3f}.",
@@ -137,7 +148,7 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
     parts = [
         "## Every attack by itself",
         table(attacks, "attack"),
-        "## 95 % intervals, over the images",
+        "## 95 % intervals, by Wilson, over the images",
         table(intervals, "figure"),
         "## Checks of the evaluation",
         table(checks, "check"),

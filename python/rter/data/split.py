@@ -31,6 +31,16 @@ class Split:
     def to(self, device: torch.device) -> "Split":
         return Split(self.pixels.to(device), self.y.to(device), self.levels)
 
+    def sample(self, count: int, seed: int) -> "Split":
+        """So many of the images, in their order: drawn by the seed within each class, and shared among the classes in
+        their proportions by Sainte-Lague's method. Those of a smaller count are among those of a larger one."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        sizes = self.y.cpu().bincount()
+        by_class = order[self.y.cpu()[order].argsort(stable=True)]
+        rank = torch.empty(len(self), dtype=torch.float64)
+        rank[by_class] = torch.cat([(torch.arange(int(n)) + 0.5) / n for n in sizes]).double()
+        return self[order[rank[order].argsort(stable=True)[:count]].sort().values.to(self.y.device)]
+
     def __getitem__(self, rows: Tensor | slice) -> "Split":
         return Split(self.pixels[rows], self.y[rows], self.levels)
 
