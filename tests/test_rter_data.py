@@ -1,8 +1,11 @@
 """Data sets: small files in the true formats are read as they are, and damaged ones are refused by file and byte."""
 
+import io
 import os
 import pickle
 import struct
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rter.__main__ import main
-from rter.data import Split, cifar10, load_data
+from rter.data import Split, cifar10, folders, load_data
 from rter.data.plain_pickle import read_pickle
 from rter.errors import UserError
 from scipy.io import savemat
@@ -305,6 +308,136 @@ def test_image_folder(tmp_path: Path) -> None:
     assert data.test.pixels[0, :, 0, 0].tolist() == [9, 18, 27]
     without_test = load_data("image-folder", 1, 0, str(tmp_path / "train"))
     assert without_test.official_test is None and without_test.test is without_test.held_out
+
+
+@pytest.mark.parametrize("names", [("train", name) for name in ("test", "testing", "val", "validation", "valid", "dev",
+    "eval", "Validation", "TEST")] + [("Train", "Val"), ("training", "testing")])  # fmt: skip
+def test_a_split_by_any_usual_name_is_the_test(tmp_path: Path, names: tuple[str, str]) -> None:
+    for part, count in zip(names, (3, 2), strict=True):
+        for i in range(count):
+            write_image(tmp_path / part / "cat" / f"{i}.png", 7)
+            write_image(tmp_path / part / "dog" / f"{i}.png", 9)
+    data = load_data("image-folder", 1, 0, str(tmp_path))
+    assert (len(data.train), data.num_classes) == (5, 2)
+    assert data.official_test is not None and data.test.y.tolist() == [0, 0, 1, 1]
+
+
+def test_no_split_is_passed_over_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(2):
+        write_image(tmp_path / "train" / "cat" / f"{i}.png", 7)
+    write_image(tmp_path / "test" / "0.png", 7)  # without classes, as in competitions
+    assert load_data("image-folder", 1, 0, str(tmp_path)).official_test is None
+    assert f"{tmp_path / 'test'} holds no folders of classes" in capsys.readouterr().err
+    write_image(tmp_path / "val" / "cat" / "0.png", 7)
+    assert load_data("image-folder", 1, 0, str(tmp_path)).official_test is not None
+    (tmp_path / "val").rename(tmp_path / "holdout")
+    message = "is no split by its name: expected one of test, testing, val, validation"
+    refused("image-folder", tmp_path, f"{tmp_path / 'holdout'} holds classes of", message, held_out=1)
+
+
+def test_classes_may_have_the_names_of_splits(tmp_path: Path) -> None:
+    for name in ("bus", "train", "Test"):
+        write_image(tmp_path / name / "a.png", 7)
+    data = load_data("image-folder", 1, 0, str(tmp_path))
+    assert data.num_classes == 3 and data.official_test is None
+
+
+def test_what_no_viewer_shows_is_passed_over(tmp_path: Path) -> None:
+    """The files that macOS adds to folders and archives, in every place where it puts them."""
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            for i in range(2):
+                write_image(tmp_path / part / name / f"{i}.png", 7)
+                (tmp_path / part / name / f"._{i}.png").write_bytes(b"\0\5\x16\7")
+            (tmp_path / part / name / ".DS_Store").write_bytes(b"\0")
+        for hidden in (".thumbnails", "__MACOSX"):
+            for folder in (tmp_path / part / hidden, tmp_path / hidden / part / "cat"):
+                folder.mkdir(parents=True)
+                (folder / "._0.png").write_bytes(b"\0\5\x16\7")
+    data = load_data("image-folder", 1, 0, str(tmp_path))
+    assert len(data.train) == 3 and len(data.test) == 4 and data.num_classes == 2
+    place = write_tiny_imagenet(tmp_path)
+    (place / "train" / "n01" / "images" / "._n01_0.JPEG").write_bytes(b"\0\5\x16\7")
+    assert len(load_data("tiny-imagenet", 1, 0, str(tmp_path)).train) == 5
+
+
+def sixteen_bit_png(colour: int, values: list[int]) -> bytes:
+    """One pixel; colour 0 is grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, colour, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + np.array(values, ">u2").tobytes()))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
+def saved(mode: str, value: Any, kind: str = "PNG", **options: Any) -> bytes:
+    file, image = io.BytesIO(), Image.new(mode, (1, 1), value)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 156, 20, 30])
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+GREY = (156, 156, 156)  # of 40000 in 65535, to rounding
+PICTURES = {
+    "16-bit grey": (sixteen_bit_png(0, [40000]), GREY),
+    "16-bit RGB": (sixteen_bit_png(2, [40000, 65535, 0]), (156, 255, 0)),
+    "16-bit grey and alpha": (sixteen_bit_png(4, [40000, 65535]), GREY),
+    "16-bit RGBA": (sixteen_bit_png(6, [40000, 65535, 0, 9]), (156, 255, 0)),
+    "16-bit PGM": (b"P5 1 1 65535\n" + (40000).to_bytes(2, "big"), GREY),
+    "10-bit PGM": (b"P5 1 1 1023\n" + (624).to_bytes(2, "big"), GREY),
+    "10-bit PPM": (b"P6 1 1 1023\n" + np.array([624, 1023, 0], ">u2").tobytes(), (156, 255, 0)),
+    "4-bit PGM": (b"P5 1 1 15\n" + bytes([5]), (85, 85, 85)),
+    "1": (saved("1", 1), (255, 255, 255)),
+    "1-bit PBM": (b"P4 1 1\n" + bytes([0]), (255, 255, 255)),
+    "L": (saved("L", 156), GREY),
+    "L with transparency": (saved("L", 156, transparency=156), GREY),
+    "LA": (saved("LA", (156, 9)), GREY),
+    "RGBA": (saved("RGBA", (156, 20, 30, 9)), (156, 20, 30)),
+    "palette": (saved("P", 1), (156, 20, 30)),
+    "palette with transparency": (saved("P", 1, transparency=bytes([255, 0])), (156, 20, 30)),
+    "GIF with transparency": (saved("P", 1, "GIF", transparency=1), (156, 20, 30)),
+    "CMYK": (saved("CMYK", (99, 235, 225, 0), "TIFF"), (156, 20, 30)),
+    "YCbCr": (saved("YCbCr", (255, 128, 128), "TIFF"), (255, 255, 255)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_every_range(name: str, tmp_path: Path) -> None:
+    content, expected = PICTURES[name]
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "a.png").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = load_data("image-folder", 1, 0, str(tmp_path)).train.pixels
+    assert pixels.dtype == torch.uint8 and tuple(pixels.flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "La", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr",
+                                  "HSV", "LAB", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"])  # fmt: skip
+def test_every_mode_becomes_rgb_or_is_refused_by_name(mode: str) -> None:
+    image = Image.new(mode, (2, 2))
+    try:
+        assert folders.to_rgb(Path("a.png"), image).mode == "RGB"
+    except UserError as error:
+        assert f"a.png is refused: its pixels are of Pillow's mode {mode} " in str(error)
+    else:
+        assert mode[0] not in "IF"
+
+
+@pytest.mark.parametrize(
+    ("content", "mode"),
+    [(saved("I", 40000, "TIFF"), "I"), (saved("F", 0.6, "TIFF"), "F"), (saved("I;16", 40000, "TIFF"), "I;16"),
+     (saved("I;16B", 40000, "TIFF"), "I;16B"), (b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 0.6), "F")],
+)  # fmt: skip
+def test_a_picture_without_a_known_range_is_refused(content: bytes, mode: str, tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "cat" / name).write_bytes(content)
+    refused("image-folder", tmp_path, f"a.png is refused: its pixels are of Pillow's mode {mode} in a ", held_out=1)
 
 
 def test_image_folder_refuses(tmp_path: Path) -> None:

@@ -3,17 +3,24 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from rter.console import say
 from rter.data.files import damaged, find_folder, missing, read_bytes
 from rter.data.split import Source, Split
 from rter.errors import UserError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
-TESTS = ("test", "val")
+TRAINS = ("train", "training")
+TESTS = ("test", "testing", "val", "validation", "valid", "dev", "eval")  # the first that is there
+SIXTEEN_BIT = ("PNG", "PPM")  # formats whose pictures of more than 8 bits Pillow gives as 0 to 65535
 
 
 def load_tiny_imagenet(folder: Path, image_size: int = 0) -> Source:
@@ -33,17 +40,39 @@ def load_tiny_imagenet(folder: Path, image_size: int = 0) -> Source:
 
 
 def load_image_folder(folder: Path, image_size: int = 0) -> Source:
-    """train/<class>/* and test/<class>/* or val/<class>/*, or <class>/* alone; classes by the order of their names."""
-    split = (folder / "train").is_dir()
-    train = folder / "train" if split else folder
-    test = next((folder / name for name in TESTS if split and (folder / name).is_dir()), None)
-    names = _classes(train)
+    """train/<class>/* and test/<class>/* or another of TESTS, or <class>/* alone; classes by the order of their names.
+
+    The names of the splits may be in any case. Hidden files and folders are passed over, and so is macOS's __MACOSX.
+    """
+    train = _split(folder, TRAINS)
+    test = _split(folder, TESTS) if train else None
+    names = _classes(train or folder)
     if not names:
-        raise UserError(f"{train} must hold a folder of images for each class, found none")
+        raise UserError(f"{folder} must hold a folder of images for each class, found none")
     unknown = set(_classes(test)) - set(names) if test else set()
     if unknown:
         raise UserError(f"{test} must have the classes of {train}, which holds no {', '.join(sorted(unknown))}")
-    return _source(_labelled(train, names), _labelled(test, names) if test else [], len(names), image_size)
+    if train and not test:
+        _demand_no_split(train, names)
+    tested = _labelled(test, names) if test else []
+    return _source(_labelled(train or folder, names), tested, len(names), image_size)
+
+
+def _split(folder: Path, names: Sequence[str]) -> Path | None:
+    """The folder of classes by the first of the names that is there, in this case or in another."""
+    found = sorted(_classes(folder), key=str.islower, reverse=True)
+    named = (folder / own for name in names for own in found if own.lower() == name)
+    return next((split for split in named if _classes(split)), None)
+
+
+def _demand_no_split(train: Path, names: list[str]) -> None:
+    """What lies beside `train` and cannot serve as the test images is not passed over in silence."""
+    for other in (train.parent / name for name in _classes(train.parent) if name != train.name):
+        if set(_classes(other)) & set(names):
+            raise UserError(f"{other} holds classes of {train} but is no split by its name: expected one of "
+                            f"{', '.join(TESTS)} for the test images, so rename it, or move it away")  # fmt: skip
+        if other.name.lower() in TESTS:
+            say(f"{other} holds no folders of classes, so its images have no labels: the test is on held-out images")
 
 
 def _labelled(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
@@ -51,12 +80,18 @@ def _labelled(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
     return [(path, i) for i, name in enumerate(names) if name in found for path in _images(folder / name)]
 
 
+def _shown(path: Path) -> bool:
+    """Whether a viewer shows the file or folder, which it does not what the system keeps for itself."""
+    return path.name[0] != "." and path.name != "__MACOSX"
+
+
 def _classes(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and _shown(p)) if folder.is_dir() else []
 
 
 def _images(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    shown = filter(_shown, folder.iterdir()) if folder.is_dir() else ()
+    found = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
     if not found:
         raise UserError(f"{folder} must hold images ({', '.join(SUFFIXES)}), found none")
     return found
@@ -93,12 +128,35 @@ def _read(path: Path, image_size: int) -> np.ndarray:
             try:
                 Image.open(file).verify()
                 file.seek(0)
-                image = Image.open(file).convert("RGB")
+                image: Image.Image = Image.open(file)
+                image.load()
             except Exception as error:  # Pillow raises many kinds on damaged bytes
                 stopped = f"stopped at byte {file.tell()} of {path.stat().st_size}"
                 raise damaged(path, f"{stopped}: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    image = to_rgb(path, image)
     if image_size:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.array(image)
+
+
+def to_rgb(path: Path, image: "Image.Image") -> "Image.Image":
+    """The picture in 0 to 255. Grey of 16 bits is divided by 257; transparency is left out, as torchvision leaves it.
+
+    Raises:
+        UserError: for values without a known range, such as those of whole or floating-point numbers of 32 bits.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I") and image.format in SIXTEEN_BIT:
+        image = Image.fromarray(((np.array(image, np.int64) + 128) // 257).astype(np.uint8))
+    if image.mode[0] in "IF":
+        raise UserError(f"{path} is refused: its pixels are of Pillow's mode {image.mode} in a {image.format} file, "
+                        "whose range is not known; expected 8 bits for each colour, or a PNG of 16")  # fmt: skip
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns of a palette with transparency
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise UserError(f"{path} is refused: its pixels are of Pillow's mode {image.mode} ({error})") from None
