@@ -1,6 +1,6 @@
 """Fast, memory-lean kernels for adversarially robust Mixture-of-Experts."""
 
-from moe_kernels.attacks import APGD, PGD, attack_mode
+from moe_kernels.attacks import APGD, PGD, ExpertAttack, JointAttack, RouterLogits, SoftBackward, attack_mode
 from moe_kernels.backends import build_info
 from moe_kernels.nn import (
     ExpertBatchNorm2d,
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APGD",
     "PGD",
+    "ExpertAttack",
     "ExpertBatchNorm2d",
     "ExpertConv2d",
     "ExpertLayerNorm",
@@ -40,8 +41,11 @@ __all__ = [
     "ExpertPreActResNet",
     "ExpertResNet18",
     "ExpertViT",
+    "JointAttack",
     "RobustMoE",
+    "RouterLogits",
     "Routing",
+    "SoftBackward",
     "attack_mode",
     "autotune",
     "build_info",

@@ -1,14 +1,17 @@
 """Attacks on mixtures find what ordinary attacks cannot see: another expert, behind a route that hides it."""
 
+import inspect
+import textwrap
+
 import pytest
 import torch
 from rter.data import Split
 from rter.models import RobustClassifier
 from torch import Tensor, nn
 
-from moe_kernels import APGD, RobustMoE
-from moe_kernels.attacks import ExpertAttack, JointAttack, RouterLogits, SoftBackward
-from moe_kernels.attacks.adaptive import every_expert
+import moe_kernels
+from moe_kernels import APGD, ExpertAttack, JointAttack, RobustMoE, RouterLogits, SoftBackward
+from moe_kernels.attacks import every_expert
 
 
 class Constant(nn.Module):
@@ -62,6 +65,18 @@ def test_the_router_alone() -> None:
     x, chosen = torch.full((3, 4), 0.4), torch.zeros(3, dtype=torch.int64)
     x_adv = APGD(RouterLogits(model), 0.15, 10, "margin", seed=0)(x, chosen)
     assert (model.route(x_adv).experts == 2).all()
+
+
+@pytest.mark.parametrize("attack", [ExpertAttack, JointAttack, RouterLogits, SoftBackward])
+def test_the_examples_run_and_others_than_mixtures_are_refused(attack: type) -> None:
+    """On the mixture with a hidden weakness each example breaks it, or flips its route."""
+    example = textwrap.dedent(inspect.cleandoc(attack.__doc__).split("Example:\n")[1]).replace("8/255", "3/20")
+    names = {"model": hidden_weakness(), "x": torch.full((3, 4), 0.4), "y": torch.zeros(3, dtype=torch.int64)}
+    exec(example, vars(moe_kernels) | names, names)
+    x_adv, model = names["x_adv"], names["model"]
+    assert (model.route(x_adv).experts == 2).all() and (model(x_adv).argmax(1) == 1).all()
+    with pytest.raises(ValueError, match=r"^model must be a mixture of experts, got Linear without num_experts$"):
+        attack(nn.Linear(4, 3))
 
 
 def test_on_a_trained_mixture(robust_digits: tuple[RobustClassifier, Split]) -> None:

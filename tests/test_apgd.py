@@ -33,7 +33,8 @@ def test_the_optimum_of_a_linear_model(norm: str, loss: str, random_start: bool)
     x, y = torch.randn(5, 3, 4, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1])
     up = (weight[1 - y] - weight[y]).view_as(x)  # the gradient of the margin
     direction = up.sign() if norm == "Linf" else up / up.flatten(1).norm(dim=1).view(5, 1, 1)
-    attack = APGD(lambda x: x.flatten(1) @ weight.T, 0.5, 40, loss, norm, random_start, bounds=WIDE)
+    options = {"bounds": WIDE, "attack_misclassified": True}
+    attack = APGD(lambda x: x.flatten(1) @ weight.T, 0.5, 40, loss, norm, random_start, **options)
     torch.testing.assert_close(attack(x, y), x + 0.5 * direction, rtol=0, atol=1e-4)
 
 
@@ -90,7 +91,7 @@ def test_restarts_keep_the_best_and_leave_the_fooled_alone() -> None:
     model, x, y = linear()
     rows: list[int] = []
     model.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
-    one, three = (APGD(model, 0.02, 3, restarts=n, seed=1) for n in (1, 3))
+    one, three = (APGD(model, 0.02, 3, restarts=n, seed=1, attack_misclassified=True) for n in (1, 3))
     margin = losses.margin
     assert (margin(model(three(x, y)), y) >= margin(model(one(x, y)), y)).all()
     rows.clear()
@@ -100,12 +101,22 @@ def test_restarts_keep_the_best_and_leave_the_fooled_alone() -> None:
     assert rows[:4] == [6] * 4 and rows[4] == 6 - fooled and 0 < fooled < 6
 
 
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_misread_samples_are_left_alone_and_as_many_withstand(restarts: int) -> None:
+    model, x, y = linear()
+    misread = model(x).argmax(1) != y
+    assert 0 < misread.sum() < 6
+    some, every = (APGD(model, 0.02, 5, restarts=restarts, seed=1, attack_misclassified=a)(x, y) for a in (False, True))
+    assert torch.equal(some[misread], x[misread]) and not torch.equal(every[misread], x[misread])
+    assert survivors(model, some, y) == survivors(model, every, y)
+
+
 def test_targets_are_the_likeliest_other_classes() -> None:
     model, x, _ = linear()
     rows: list[int] = []
     model.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
     APGD(model, 1e-9, 2, "dlr_targeted", n_target_classes=2)(x, model(x).argmax(1))
-    assert len(rows) == 1 + 1 + 2 * 3  # ours, the clean logits, and steps + 1 for each target
+    assert len(rows) == 1 + 2 + 2 * 3  # ours, two of the clean x, and steps + 1 for each target
     with pytest.raises(ValueError, match=r"^loss='dlr_targeted' must meet logits of at least 4 classes, got 3$"):
         APGD(lambda x: x[:, :3], loss="dlr_targeted")(torch.rand(2, 5), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"^loss='dlr' must meet logits of at least 3 classes, got 2$"):
@@ -115,7 +126,7 @@ def test_targets_are_the_likeliest_other_classes() -> None:
 def test_eps_per_sample_fractions_and_zero() -> None:
     model, x, y = linear(torch.float32)
     eps = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5], dtype=torch.float64)
-    x_adv = APGD(model, eps, 30, bounds=WIDE, restarts=2)(x, y)
+    x_adv = APGD(model, eps, 30, bounds=WIDE, restarts=2, attack_misclassified=True)(x, y)
     torch.testing.assert_close((x_adv - x).abs().flatten(1).amax(1), eps.float(), rtol=1e-4, atol=1e-6)
     assert torch.equal(x_adv[0], x[0])
     assert torch.equal(APGD(model, "8/255", 5, seed=0)(x, y), APGD(model, 8 / 255, 5, seed=0)(x, y))
@@ -172,9 +183,8 @@ def test_draws_average_a_random_model() -> None:
         return torch.cat([-noise * x.sum(1, keepdim=True), torch.zeros(len(x), 1)], 1)
 
     x, y = torch.full((200, 4), 0.5), torch.zeros(200, dtype=torch.int64)
-    right = [
-        (APGD(model, 0.1, 1, "margin", random_start=False, draws=n)(x, y) > 0.5).all(1).float().mean() for n in (1, 64)
-    ]
+    options = {"random_start": False, "attack_misclassified": True}
+    right = [(APGD(model, 0.1, 1, "margin", draws=n, **options)(x, y) > 0.5).all(1).float().mean() for n in (1, 64)]
     assert right[1] > right[0] + 0.1
 
 

@@ -75,11 +75,48 @@ def test_zero_eps_changes_nothing() -> None:
 
 
 def test_restarts_are_never_worse() -> None:
-    model, (x, y) = network(), images(64)
+    model, (x, _) = network().eval(), images(128)
+    y = model(x).argmax(1)
     for best_iterate in (True, False):
-        options = {"eps": 0.1, "alpha": 0.1, "steps": 2, "seed": 3, "best_iterate": best_iterate}
+        options = {"eps": 0.02, "alpha": 0.02, "steps": 2, "seed": 3, "best_iterate": best_iterate}
         one, five = (PGD(model, restarts=n, **options)(x, y) for n in (1, 5))
         assert at_least_as_strong(model, five, one, y).sum() > 16
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+@pytest.mark.parametrize("best_iterate", [True, False])
+def test_restarts_are_spent_on_samples_that_withstand(best_iterate: bool, loss: str) -> None:
+    model, (x, _) = network().eval(), images(64)
+    y = model(x).argmax(1)
+    y[:9] = (y[:9] + 1) % 4  # which the model misreads
+    options = {"eps": 0.03, "alpha": 0.01, "steps": 3, "seed": 3, "best_iterate": best_iterate, "loss": loss}
+    every = PGD(model, attack_misclassified=True, **options)(x, y)
+    sizes: list[int] = []
+    hook = model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    x_adv = PGD(model, restarts=4, **options)(x, y)
+    sizes, forwards = sizes[1:], 4 + (loss == "kl")
+    hook.remove()
+    runs = sizes[::forwards]
+    assert sizes == [n for n in runs for _ in range(forwards)] and runs[0] == 55 and runs == sorted(runs, reverse=True)
+    left = int((model(x_adv).argmax(1) == y).sum())
+    assert 55 > runs[1] > runs[3] >= left > 0
+    assert torch.equal(x_adv[:9], x[:9]) and not torch.equal(every[:9], x[:9])
+
+
+def test_what_belongs_to_the_whole_batch_is_given_the_whole_batch() -> None:
+    model, (x, y) = network(), images(8)
+    target = torch.rand(8)
+    x_adv = PGD(model, 0.1, 0.05, 2, loss=lambda logits, y: logits[:, 0] * target, restarts=3, seed=0)(x, y)
+    assert (x_adv != x).flatten(1).any(1).all()
+
+
+def test_a_target_that_is_reached_needs_no_attack() -> None:
+    model, (x, _) = network().eval(), images(16)
+    target = torch.full((16,), int(model(x).argmax(1)[0]))
+    reached = model(x).argmax(1) == target
+    x_adv = PGD(model, 0.1, 0.05, 3, targeted=True, restarts=2, seed=0)(x, target)
+    assert 0 < reached.sum() < 16 and torch.equal(x_adv[reached], x[reached])
+    assert not torch.equal(x_adv[~reached], x[~reached])
 
 
 @pytest.mark.parametrize("restarts", [1, 3])
@@ -247,7 +284,7 @@ def test_keywords_reach_the_model_and_their_graph_survives() -> None:
 
 @pytest.mark.parametrize(
     ("options", "forwards"),
-    [({}, 4), ({"best_iterate": False}, 3), ({"restarts": 2}, 8), ({"restarts": 2, "best_iterate": False}, 8)],
+    [({}, 4), ({"best_iterate": False}, 3), ({"restarts": 2}, 9), ({"restarts": 2, "best_iterate": False}, 9)],
 )
 def test_forwards(options: dict[str, Any], forwards: int) -> None:
     model, (x, y) = network(), images()

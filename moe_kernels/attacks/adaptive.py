@@ -18,6 +18,12 @@ from moe_kernels.attacks.losses import margin
 ENOUGH = 0.05  # a margin that is won; on the digits 1 left 236 images of 360 standing, 0.3 235, 0.1 to 0.01 230 to 233
 
 
+def check_mixture(model: Any) -> None:
+    missing = [name for name in ("num_experts", "route") if not hasattr(model, name)]
+    if missing:
+        raise ValueError(f"model must be a mixture of experts, got {type(model).__name__} without {missing[0]}")
+
+
 def every_expert(model: Any, x: Tensor) -> Tensor:
     """[E, B, C]: the logits of each expert alone, with weight 1, computed as one batch of E * B rows."""
     route = model.route(x)
@@ -36,12 +42,16 @@ class SoftBackward(nn.Module):
     Args:
         model: a mixture of experts.
         temperature: of the softmax; the higher, the more the experts that were not chosen count.
+
+    Example:
+        x_adv = APGD(SoftBackward(model, temperature=4.0), "8/255", loss="margin", seed=0)(x, y)
     """
 
     def __init__(self, model: nn.Module, temperature: float = 1.0) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
+        check_mixture(model)
         self.model: Any = model
         self.temperature = temperature
 
@@ -56,10 +66,17 @@ class SoftBackward(nn.Module):
 
 class RouterLogits(nn.Module):
     """A view of a mixture, for any attack: the router's logits [B, E]; with the chosen experts as labels, the attack is
-    on the route alone."""
+    on the route alone.
+
+    Example:
+        chosen = model.route(x).experts[:, 0].long()
+        x_adv = APGD(RouterLogits(model), "8/255", loss="margin", seed=0)(x, chosen)
+        flipped = model.route(x_adv).experts[:, 0] != chosen
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        check_mixture(model)
         self.model: Any = model
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,6 +96,9 @@ class ExpertAttack(APGD):
         eps, steps: as of `APGD`; `steps` for each expert.
         weight: of the route's term.
         options: the arguments of `APGD` but for loss.
+
+    Example:
+        x_adv = ExpertAttack(model, "8/255", steps=100, seed=0)(x, y)
     """
 
     def __init__(
@@ -89,6 +109,7 @@ class ExpertAttack(APGD):
         weight: float = 0.1,
         **options: Any,
     ) -> None:
+        check_mixture(model)
         super().__init__(model, eps, steps, "margin", **options)
         self.model: Any = model
         self.weight = weight
@@ -114,7 +135,11 @@ class ExpertAttack(APGD):
 
 class JointAttack(ExpertAttack):
     """Pushes each sample's route to its weakest expert, whose margin on the clean sample is least, and then attacks
-    that expert from there, holding the route: `steps` for each of the two. Arguments as of `ExpertAttack`."""
+    that expert from there, holding the route: `steps` for each of the two. Arguments as of `ExpertAttack`.
+
+    Example:
+        x_adv = JointAttack(model, "8/255", steps=100, seed=0)(x, y)
+    """
 
     def _goals(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Iterator[Callable[[Tensor], Any]]:
         with torch.no_grad():

@@ -27,8 +27,8 @@ class APGD(Attack):
 
     There is no step size to choose: each sample halves its own at fixed checkpoints where its loss has stalled, and
     goes on from its best point. The model is attacked in `attack_mode` and treated as by `PGD`; the host waits for the
-    device before and after a run of steps, never between them. A sample that is fooled takes no part in further
-    restarts and targets, unless keywords are given, which belong to the whole batch.
+    device before and after a run of steps, never between them. A sample that is misread as it is, or fooled, takes no
+    part in further runs, unless keywords or a callable loss are given, which may belong to the whole batch.
 
     Args:
         model: maps x to logits [B, C].
@@ -46,6 +46,8 @@ class APGD(Attack):
             neither read nor advanced.
         draws: forwards of a model that is random in eval mode, over which loss and gradient are averaged (expectation
             over transformation, Athalye et al. 2018); an attack succeeds where it does in most of them.
+        attack_misclassified: whether samples that are misread as they are take part in the first run, or are returned
+            unchanged; which samples withstand does not depend on it.
 
     Attributes:
         nan_gradients, zero_gradients: as of `PGD`.
@@ -68,6 +70,7 @@ class APGD(Attack):
         seed: int | None = None,
         *,
         draws: int = 1,
+        attack_misclassified: bool = False,
     ) -> None:
         if norm not in ("Linf", "L2"):
             raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}")
@@ -78,25 +81,20 @@ class APGD(Attack):
         self.loss = loss
         self.n_target_classes = check.count("n_target_classes", n_target_classes, 1)
         self.draws = check.count("draws", draws, 1)
+        self.attack_misclassified = attack_misclassified
 
     def _attack(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
         eps = torch.as_tensor(self.eps, dtype=x.dtype, device=x.device).expand(len(x))
         generator = self._generator(x)
-        rows = torch.arange(len(x), device=x.device)
-        best = Best(x)
-        for run, goal in enumerate(self._goals(x, y, kwargs)):
-            if run and not kwargs:
-                rows = (~best.success).nonzero().squeeze(1)
-            if len(rows) == 0:
-                break
-            start = self._uniform_start(x[rows], eps[rows], generator) if self.random_start else x[rows]
-            found = self._ascend(start, x[rows], eps[rows], goal(rows))
-            best.offer(
-                best.x.index_copy(0, rows, found.x),
-                best.objective.index_copy(0, rows, found.objective),
-                best.success.index_copy(0, rows, found.success),
-            )
-        return best.x
+
+        def ascent(goal: Callable[[Any], Any]) -> Callable[[Any], Best]:
+            def run(rows: Any) -> Best:
+                start = self._uniform_start(x[rows], eps[rows], generator) if self.random_start else x[rows]
+                return self._ascend(start, x[rows], eps[rows], goal(rows))
+
+            return run
+
+        return self._best_of(map(ascent, self._goals(x, y, kwargs)), x, y, kwargs)
 
     def _goals(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Iterator[Callable[[Tensor], Goal]]:
         """For each run, what the given rows of the batch ascend."""

@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from numbers import Integral
 from typing import Any
@@ -26,6 +26,8 @@ class Attack(ABC):
     """
 
     targeted = False
+    draws = 1
+    loss: Any = None
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Attack(ABC):
         self.eps = magnitude("eps", eps)
         self.norm = norm
         self.random_start = random_start
+        self.attack_misclassified = True
         self.bounds = bounds
         self.seed = None if seed is None else int(seed)
         self._counts = torch.zeros(3, dtype=torch.int64)
@@ -103,6 +106,30 @@ class Attack(ABC):
     def _attack(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The images that the attack finds for checked x and y, in attack mode."""
 
+    def _best_of(self, runs: Iterable[Callable[[Any], "Best"]], x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Each sample's best of several runs, each of which is given the rows of x that withstand so far.
+
+        Keywords and a callable loss may belong to the whole batch, so with them every run is given all rows.
+        """
+        whole = bool(kwargs) or callable(self.loss)
+        best = Best(x)
+        if not self.attack_misclassified and not whole:
+            best.success = self._succeeds(x, y)
+        for i, run in enumerate(runs):
+            rows: Any = slice(None)
+            if not whole and (i or not self.attack_misclassified):
+                rows = (~best.success).nonzero().squeeze(1)
+                if len(rows) == 0:
+                    break
+            best.offer_rows(rows, run(rows))
+        return best.x
+
+    def _succeeds(self, x: Tensor, y: Tensor) -> Tensor:
+        """[B]: whether the attack has succeeded at x, in most draws of a random model."""
+        with torch.no_grad():
+            each = [(self._logits(x, {}).argmax(1) == y) == self.targeted for _ in range(self.draws)]
+        return 2 * torch.stack(each).sum(0) > self.draws
+
     def _generator(self, x: Tensor) -> torch.Generator:
         generator = torch.Generator(x.device)
         generator.seed() if self.seed is None else generator.manual_seed(self.seed)
@@ -154,6 +181,12 @@ class Best:
         number = objective.nan_to_num(-math.inf, math.inf, -math.inf).to(self.objective.dtype)
         torch.where(better, number, self.objective, out=self.objective)
         self.success |= success
+
+    def offer_rows(self, rows: Any, found: "Best") -> None:
+        """What was found for some rows, an index or a slice."""
+        x, objective, success = self.x.clone(), self.objective.clone(), self.success.clone()
+        x[rows], objective[rows], success[rows] = found.x, found.objective, found.success
+        self.offer(x, objective, success)
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:

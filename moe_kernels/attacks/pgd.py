@@ -21,8 +21,8 @@ class PGD(Attack):
     The model is attacked in `attack_mode` and is left as it was, in whichever mode and under whichever grad mode the
     call is made. A callable that is no module (a lambda around one, say) is not frozen: enter `attack_mode(module)`
     around the call. Losses are per sample, in fp32 under autocast too, and summed, so that gradients do not shrink with
-    the batch and underflow in 16 bits. The host waits for the device only to check x and y at the start and to read the
-    NaN count at the end, never between steps.
+    the batch and underflow in 16 bits. The host waits for the device to check x and y, to see between restarts which
+    samples withstand, and to read the NaN count at the end, never between steps.
 
     Args:
         model: maps x to logits [B, C].
@@ -34,13 +34,17 @@ class PGD(Attack):
             max_{j != y} z_j - z_y (Carlini and Wagner 2017); or a callable (logits, y) -> [B].
         random_start: start uniformly in the ball, clamped to bounds; otherwise at x ("kl", whose gradient vanishes
             there, 0.001 N(0, 1) of the bounds' width away from it, within the ball).
-        restarts: random starts, of which each sample keeps its best.
+        restarts: random starts, of which each sample keeps its best. A sample that is fooled takes no part in further
+            ones, unless keywords or a callable loss are given, which may belong to the whole batch.
         targeted: y holds the classes to reach; the loss is descended.
         bounds: the least and the greatest value of x.
         seed: None starts from fresh entropy; a number makes every call repeat itself. The global random state is
             neither read nor advanced.
         best_iterate: return each sample's best iterate, successful ones before others, then by loss, at the price of
             one more forward per restart; False returns the last iterate (of its best restart, if there are several).
+        attack_misclassified: whether samples that are misread as they are (with `targeted`, read as the target already)
+            are attacked, or returned unchanged; which samples withstand does not depend on it. None attacks them in a
+            single run, as training needs it, and not with restarts.
         capture: "auto" records a step as a CUDA graph and replays it for the others, where x is on a GPU and the model
             can be recorded (nothing in it waits for the device), and does nothing elsewhere; False never does.
         freeze_routing: take the gradients under the route of the clean x, which `model.route(x)` gives and
@@ -70,6 +74,7 @@ class PGD(Attack):
         seed: int | None = None,
         *,
         best_iterate: bool = True,
+        attack_misclassified: bool | None = None,
         capture: str | bool = "auto",
         freeze_routing: bool = False,
     ) -> None:
@@ -88,6 +93,7 @@ class PGD(Attack):
         self.loss = loss
         self.targeted = targeted
         self.best_iterate = best_iterate
+        self.attack_misclassified = self.restarts == 1 if attack_misclassified is None else attack_misclassified
         self.capture = capture
         self.freeze_routing = freeze_routing
 
@@ -97,6 +103,17 @@ class PGD(Attack):
     def _attack(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
         eps, alpha = (torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x)) for v in (self.eps, self.alpha))
         generator = self._generator(x)
+
+        def run(rows: Any) -> Best:
+            return self._run(x[rows], y[rows], eps[rows], alpha[rows], generator, kwargs)
+
+        if self.restarts == 1 and self.attack_misclassified:
+            return run(slice(None)).x
+        return self._best_of([run] * self.restarts, x, y, kwargs)
+
+    def _run(
+        self, x: Tensor, y: Tensor, eps: Tensor, alpha: Tensor, generator: torch.Generator, kwargs: dict[str, Any]
+    ) -> Best:
         if isinstance(self.loss, str):
             loss = self._kl_to(x, kwargs) if self.loss == "kl" else LOSSES[self.loss]
         else:
@@ -105,26 +122,24 @@ class PGD(Attack):
         if self.freeze_routing:
             with torch.no_grad():
                 routed = {"routing": self.model.route(x)} | kwargs  # type: ignore[attr-defined]
-        best: Best | None = None
-        for _ in range(self.restarts):
-            x_adv = self.start(x, eps, generator)
-            best = best or Best(x_adv)
+        x_adv = self.start(x, eps, generator)
+        best = Best(x_adv)
 
-            def step(x_adv: Tensor = x_adv, best: Best = best) -> None:
-                leaf = x_adv.detach().requires_grad_()
-                objective, success = self._evaluate(leaf, y, loss, routed)
-                grad = self._gradient(objective, leaf)
-                if self.best_iterate and not self.freeze_routing:
-                    best.offer(x_adv, objective.detach(), success)
-                pgd_step_(x_adv, grad, x, eps, alpha, self.norm, self.bounds)
+        def step() -> None:
+            leaf = x_adv.detach().requires_grad_()
+            objective, success = self._evaluate(leaf, y, loss, routed)
+            grad = self._gradient(objective, leaf)
+            if self.best_iterate and not self.freeze_routing:
+                best.offer(x_adv, objective.detach(), success)
+            pgd_step_(x_adv, grad, x, eps, alpha, self.norm, self.bounds)
 
-            repeat(step, self.steps, capture=self.capture == "auto" and x.is_cuda)
-            if self.restarts == 1 and not self.best_iterate:
-                return x_adv
+        repeat(step, self.steps, capture=self.capture == "auto" and x.is_cuda)
+        if self.restarts == 1 and self.attack_misclassified and not self.best_iterate:
+            best.x = x_adv  # which spares a forward
+        else:
             with torch.no_grad():
                 best.offer(x_adv, *self._evaluate(x_adv, y, loss, kwargs))
-        assert best is not None
-        return best.x
+        return best
 
     def start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
         """Where a restart begins, eps being [B]; a subclass may begin elsewhere in the ball."""
