@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rter.__main__ import main
 from rter.checkpoint import open_run
 from rter.config import Config
@@ -153,6 +154,37 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
     assert main(command[3:]) == 0
     train(config, tmp_path / "whole")
     assert_same_run(run, tmp_path / "whole")
+
+
+def test_mkl_takes_the_threads_of_torch(tmp_path: Path) -> None:
+    """Else a fresh process rounds otherwise than one in which somebody has set the number of threads."""
+    script = f"""
+import ctypes, pathlib, torch
+from rter.config import Config
+from rter.train import train
+config = Config(method="standard", eval_every=1, epochs=0, num_experts=2, width=2, held_out=60)
+train(config, pathlib.Path({str(tmp_path / "run")!r}))
+library = ctypes.CDLL(torch.__path__[0] + "/lib/libtorch_cpu.so")
+print("MKL adjusts threads:", getattr(library, "mkl_serv_get_dynamic", int)())
+"""
+    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert out == "MKL adjusts threads: 0\n"
+
+
+def test_other_circumstances_are_said(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, threads = tmp_path / "run", torch.get_num_threads()
+    kill_at(6, CONFIG, run, monkeypatch)
+    try:
+        torch.set_num_threads(threads + 1)
+        train(CONFIG, run, resume=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().err == (
+        f"rter: the run in {run} began with threads {threads} and goes on with threads {threads + 1}, so its weights "
+        "will not be bit for bit those of an uninterrupted run\n"
+    )
 
 
 @pytest.mark.parametrize(

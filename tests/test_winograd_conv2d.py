@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from moe_kernels.nn import ExpertConv2d
 from moe_kernels.ops import expert_conv2d, winograd_conv2d
-from moe_kernels.testing import Source, check_threads
+from moe_kernels.testing import InOrder, Source, check_threads
 
 
 def arguments(channels: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -17,15 +17,14 @@ def arguments(channels: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return s.randn(5, channels, 6, 7), s.randn(3, 4, channels, 3, 3), s.randn(3, 4), s.offsets((2, 0, 3))
 
 
-def test_rounds_at_most_three_times_as_much_as_a_direct_convolution() -> None:
+def test_rounds_at_most_twice_as_much_as_a_direct_convolution() -> None:
     s = Source(torch.float32)
     x, weight, offsets = s.randn(2, 128, 16, 16), s.randn(1, 128, 128, 3, 3), s.offsets((2,))
     exact = F.conv2d(x.double(), weight[0].double(), None, 1, 1)
-    error, usual = (
-        (y - exact).square().mean()
-        for y in (winograd_conv2d(x, weight, None, offsets, 1), F.conv2d(x, weight[0], None, 1, 1))
-    )
-    assert error < 9 * usual
+    with InOrder():
+        direct = F.conv2d(x, weight[0], None, 1, 1)
+    error, usual = ((y - exact).square().mean() for y in (winograd_conv2d(x, weight, None, offsets, 1), direct))
+    assert error < 4 * usual
 
 
 def test_is_a_loop_of_convolutions() -> None:

@@ -1,4 +1,4 @@
-"""Grouped 3 x 3 convolution of step 1 by Winograd's algorithm: a quarter of the products, twice the rounding error."""
+"""Grouped 3 x 3 convolution of step 1 by Winograd's algorithm: fewer products, more rounding (docs/facts.md)."""
 
 from collections.abc import Sequence
 from typing import Any

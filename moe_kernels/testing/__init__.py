@@ -14,14 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_kernels import ops, reference
 from moe_kernels.testing.case import DTYPES, GROUPS, Case, Source
 from moe_kernels.testing.cases import CASES, cases
+from moe_kernels.testing.in_order import InOrder
 
 __all__ = [
     "CASES",
     "DTYPES",
     "GROUPS",
     "Case",
+    "InOrder",
     "Source",
     "as_tuple",
+    "assert_equals",
     "assert_matches",
     "cases",
     "check_gradcheck",
@@ -53,7 +56,8 @@ def to_double(args: Sequence[Any]) -> tuple[Any, ...]:
 def assert_matches(out: Any, low: Any, exact: Any, dtype: torch.dtype) -> None:
     """The tolerance rule: max|out - exact| <= 2 max|low - exact| + 2 eps(dtype) max|exact|; integers exactly.
 
-    `exact` is the reference in fp64 and `low` the reference in `dtype`; each a tensor or a tuple of tensors.
+    `exact` is the reference in fp64 and `low` the reference in `dtype`, computed under InOrder so that the bound is the
+    same on every CPU; each a tensor or a tuple of tensors.
     """
     for o, a, e in zip(as_tuple(out), as_tuple(low), as_tuple(exact), strict=True):
         assert o.shape == e.shape, f"shape {list(o.shape)}, expected {list(e.shape)}"
@@ -67,6 +71,13 @@ def assert_matches(out: Any, low: Any, exact: Any, dtype: torch.dtype) -> None:
         error, slack = (o - e).abs().max(), (a - e).abs().max()
         bound = 2 * slack + 2 * torch.finfo(dtype).eps * e.abs().max()
         assert error <= bound, f"error {error:.3e} beyond the bound {bound:.3e} (reference's own error {slack:.3e})"
+
+
+def assert_equals(out: Any, function: Callable[..., Any], args: Sequence[Any], dtype: torch.dtype) -> None:
+    """`out` is function(*args), a plain torch function of arguments in `dtype`, by the tolerance rule."""
+    exact = function(*to_double(args))
+    with InOrder():
+        assert_matches(out, function(*args), exact, dtype)
 
 
 def _leaves(args: Sequence[Any], needed: Sequence[int]) -> tuple[Any, ...]:
@@ -93,8 +104,8 @@ def gradients(
 def check_values(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """The operator equals its reference, by the tolerance rule."""
     function = getattr(reference, case.op)
-    out, low = (f(*case.arguments(dtype, device)) for f in (operator(case), function))
-    assert_matches(out, low, function(*to_double(case.arguments(dtype, device))), dtype)
+    out = operator(case)(*case.arguments(dtype, device))
+    assert_equals(out, function, case.arguments(dtype, device), dtype)
 
 
 def differentiable(args: Sequence[Any], buffers: Sequence[int] = ()) -> tuple[int, ...]:
@@ -111,7 +122,8 @@ def check_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> None
     every = differentiable(args, case.buffers)
     for needed in {every, *((i,) for i in every)}:
         out = gradients(operator(case), args, needed, grads)
-        low = gradients(function, args, needed, grads)
+        with InOrder():
+            low = gradients(function, args, needed, grads)
         exact = gradients(function, to_double(args), needed, to_double(grads))
         assert_matches(out, low, exact, dtype)
 

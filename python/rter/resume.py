@@ -15,7 +15,17 @@ from rter.errors import UserError
 from rter.models import RobustClassifier
 from rter.optimisation import RunningMean
 
-SCALARS = ("step", "best", "seconds", "processes")
+SCALARS = ("step", "best", "seconds")
+
+
+def circumstances() -> dict[str, int | str]:
+    """What rounds otherwise where it is different, though the configuration is the same."""
+    return {
+        "processes": num_processes(),
+        "threads": torch.get_num_threads(),
+        "CPU": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
 
 
 @dataclass
@@ -28,7 +38,7 @@ class State:
         best: greatest held-out accuracy so far.
         seconds: time spent in training steps.
         records: the loss terms of the steps of the epoch that is not finished.
-        processes: number of processes that have computed it; those of another number round otherwise.
+        began: the circumstances in which the run began, or, where others went on with it, in which those did.
     """
 
     model: RobustClassifier
@@ -38,7 +48,7 @@ class State:
     best: float = -1.0
     seconds: float = 0.0
     records: list[dict[str, Tensor]] = field(default_factory=list)
-    processes: int = field(default_factory=num_processes)
+    began: dict[str, int | str] = field(default_factory=circumstances)
 
     def save(self, path: Path) -> None:
         tensors = {f"{part}/{name}": t for part, module in self._modules() for name, t in module.state_dict().items()}
@@ -47,7 +57,8 @@ class State:
             tensors |= {f"optimizer/{i}/{name}": value for name, value in moments.items() if value is not None}
         if self.records:
             tensors |= {f"records/{name}": torch.stack([r[name] for r in self.records]) for name in self.records[0]}
-        scalars = {name: getattr(self, name) for name in SCALARS} | {"groups": optimizer["param_groups"]}
+        scalars = {name: getattr(self, name) for name in SCALARS}
+        scalars |= {"began": self.began, "groups": optimizer["param_groups"]}
         save_tensors(path, tensors, {"state": json.dumps(scalars)})
 
     def load(self, path: Path) -> None:
@@ -70,6 +81,7 @@ class State:
             raise UserError(f"{path} is damaged or not of this run: {' '.join(str(error).split())}") from None
         for name in SCALARS:
             setattr(self, name, scalars[name])
+        self.began |= scalars.get("began", {})
         where = next(self.model.parameters()).device
         columns = [[(name, value) for value in values.to(where).unbind()] for name, values in parts["records"].items()]
         self.records = [dict(record) for record in zip(*columns, strict=True)]

@@ -25,7 +25,7 @@ from rter.checkpoint import (
 from rter.config import Config
 from rter.data import Data, Split, load_data
 from rter.data.augment import make_augment
-from rter.distributed import Share, device, is_first, num_processes, processes, wait_for_all
+from rter.distributed import Share, device, is_first, processes, wait_for_all
 from rter.errors import NonFiniteError, UserError
 from rter.evaluate import quick_accuracies
 from rter.methods import METHODS
@@ -34,7 +34,7 @@ from rter.methods.update import update
 from rter.models import build_model
 from rter.models.initial import load_initial
 from rter.optimisation import RunningMean, make_optimizer, running_statistics, set_rate
-from rter.resume import State
+from rter.resume import State, circumstances
 from rter.tensorboard import Board
 
 
@@ -51,6 +51,8 @@ def train(
     Raises:
         UserError: if the folder cannot be used, or if the loss is no number.
     """
+    # Until a process says how many threads it wants, MKL takes as many as it thinks best, call by call, and rounds so.
+    torch.set_num_threads(torch.get_num_threads())
     data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes())
@@ -98,10 +100,8 @@ class _Training:
                 return False
         if is_first():
             keep_lines(out / "metrics.jsonl", state.step // self.steps)
-            if state.processes != num_processes():
-                print(f"rter: {state.processes} processes began the run in {out} and {num_processes()} go on, so its "
-                      "weights will not be bit for bit those of an uninterrupted run", file=sys.stderr)  # fmt: skip
-        state.processes = num_processes()
+            _note_differences(state.began, circumstances(), out)
+        state.began = circumstances()
         if total == 0 and is_first():
             self._keep_initial()
         progress = tqdm(
@@ -189,6 +189,14 @@ class _Training:
         if self.board:
             self.board.add(metrics)
         return {name: f"{metrics[name]:.3f}" for name in ("loss", "sa", "ra") if name in metrics}
+
+
+def _note_differences(before: dict[str, int | str], now: dict[str, int | str], out: Path) -> None:
+    other = [name for name in now if before[name] != now[name]]
+    if other:
+        began, goes_on = (", ".join(f"{name} {found[name]}" for name in other) for found in (before, now))
+        print(f"rter: the run in {out} began with {began} and goes on with {goes_on}, so its weights will not be bit "
+              "for bit those of an uninterrupted run", file=sys.stderr)  # fmt: skip
 
 
 def _means(records: Sequence[dict[str, Tensor]]) -> dict[str, float]:

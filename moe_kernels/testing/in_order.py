@@ -1,0 +1,86 @@
+"""Products whose sums are taken one after the other, so that they round alike on every machine."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+class InOrder(TorchDispatchMode):
+    """Inside, matrix products and convolutions, and their gradients, are the textbook's sum: y = 0; y = y + a[k] b[k].
+
+    Every product and every sum is rounded to float32, in float32 and in the 16-bit types, whose results are rounded
+    once more. A vendor's kernel sums up in as many parts as its registers have lanes, another number on another CPU,
+    and so its error is no measure for anybody else's.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        ours = _PRODUCTS.get(func)
+        if ours is None or args[0].dtype == torch.float64:
+            return func(*args, **(kwargs or {}))
+        out = ours(*(a.float() if isinstance(a, Tensor) else a for a in args), **(kwargs or {}))
+        rounded = [y if y is None else y.to(args[0].dtype) for y in (out if isinstance(out, tuple) else (out,))]
+        return tuple(rounded) if isinstance(out, tuple) else rounded[0]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """[..., M, K] and [..., K, N] to [..., M, N]"""
+    y = a.new_zeros(*a.shape[:-1], b.shape[-1])
+    for k in range(a.shape[-1]):
+        y += a[..., k : k + 1] * b[..., k : k + 1, :]
+    return y
+
+
+def _sum_and_product(y: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    return beta * y + alpha * _product(a, b)
+
+
+def _columns(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """[C kh kw, N pixels]"""
+    return F.unfold(x, weight.shape[2:], dilation, padding, stride).transpose(0, 1).flatten(1)
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, *rest: Any
+) -> Tensor:
+    if rest[0] or rest[2] != 1 or x.ndim != 4:
+        raise NotImplementedError("plain two-dimensional convolutions only")
+    like = F.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding, dilation)
+    y = _product(weight.flatten(1), _columns(x, weight, stride, padding, dilation))
+    y = y.view(*like.transpose(0, 1).shape).transpose(0, 1)
+    return y if bias is None else y + bias[:, None, None]
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    if rest[0] or rest[2] != 1 or x.ndim != 4:
+        raise NotImplementedError("plain two-dimensional convolutions only")
+    needed = rest[3]
+    g = grad.transpose(0, 1).flatten(1)  # [O, N pixels]
+    dx = dweight = None
+    if needed[0]:
+        columns = _product(weight.flatten(1).T, g)
+        columns = columns.view(len(columns), x.shape[0], math.prod(grad.shape[2:])).transpose(0, 1)
+        dx = F.fold(columns, x.shape[2:], weight.shape[2:], dilation, padding, stride)
+    if needed[1]:
+        dweight = _product(g, _columns(x, weight, stride, padding, dilation).T).reshape(weight.shape)
+    return dx, dweight, grad.sum((0, 2, 3)) if needed[2] else None
+
+
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
+    aten.mm.default: _product,
+    aten.bmm.default: _product,
+    aten.mv.default: lambda a, x: _product(a, x[:, None])[:, 0],
+    aten.dot.default: lambda x, y: _product(x[None], y[:, None])[0, 0],
+    aten.addmm.default: _sum_and_product,
+    aten.baddbmm.default: _sum_and_product,
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
+}
