@@ -57,7 +57,7 @@ install: $(READY)
 $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch numpy setuptools pybind11 ninja
-	$(BIN)/pip install -q --no-build-isolation -e '.[rter,test,lint]'
+	$(BIN)/pip install -q --no-build-isolation -e '.[rter,test,lint,transformers]'
 	$(BIN)/pip install -q --no-deps torchattacks foolbox eagerpy  # beside which ours are timed and tested
 	@touch $@
 

@@ -1,5 +1,8 @@
 """The expert MLP beyond the common contract: what it keeps, threads, what a gate needs, compilation, errors."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -125,3 +128,29 @@ def test_bad_input_says_what_was_expected() -> None:
             expert_mlp_output(*args)
     with pytest.raises(ValueError, match="recompute must be one of none, activations, all, got 'some'"):
         RobustMoE(4, 4, 2, recompute="some")
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_function_is_an_activation_too(combined: bool) -> None:
+    z, weight, bias, weights = (Source(torch.float64).randn(*shape) for shape in ((6, 4), (E, 2, 2), (E, 2), (3, K)))
+    order, position, offsets = group_by_expert(torch.tensor([[0, 2], [2, 0], [0, 2]]), E)
+    route = (position, order // K) if combined else (None, None)
+
+    def output(activation: Any, *inputs: Tensor) -> Tensor:
+        return expert_mlp_output(*inputs[:3], offsets, activation, inputs[3] if combined else None, *route)
+
+    def swiglu(z: Tensor) -> Tensor:
+        assert z.shape[1] == 4
+        return torch.nn.functional.silu(z[:, :2]) * z[:, 2:]
+
+    inputs = [t.requires_grad_() for t in (z, weight, bias, weights)][: 3 + combined]
+    results = []
+    for activation in (swiglu, "swiglu"):
+        y = output(activation, *inputs)
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    torch.testing.assert_close(*results)
+    assert torch.autograd.gradgradcheck(partial(output, swiglu), inputs)
+    for one in inputs:  # each alone, all else frozen
+        frozen = [t if t is one else t.detach() for t in inputs]
+        named, own = (torch.autograd.grad(output(a, *frozen).square().sum(), one) for a in ("swiglu", swiglu))
+        torch.testing.assert_close(own, named)

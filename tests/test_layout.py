@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "moe_kernels/ops": (
         "moe_kernels._checks",
         "moe_kernels._library",
+        "moe_kernels._recipes",
         "moe_kernels.backends",
         "moe_kernels.ops",
         "moe_kernels.reference",
@@ -32,6 +33,12 @@ MAY_IMPORT = {
         "moe_kernels._recipes",
         "moe_kernels.attacks",
         "moe_kernels.backends",
+        "moe_kernels.ops",
+    ),
+    "moe_kernels/integrations": (
+        "moe_kernels._checks",
+        "moe_kernels.backends",
+        "moe_kernels.nn",
         "moe_kernels.ops",
     ),
     "python/rter": ("moe_kernels", "rter"),

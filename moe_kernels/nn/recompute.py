@@ -53,7 +53,7 @@ class Again:
         self.active = self.active and not inside_checkpoint()
         self.recipes = Recipes(AsNow(module) if self.active else nullcontext())
 
-    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         y = function(*inputs)
         if self.active and y.requires_grad:
             self.recipes.record(y, function, inputs)

@@ -4,6 +4,7 @@ j = position[t, i] is a sorted row of expert e. The backward keeps z and the ind
 act(z) is computed again, and the gate's gradient is <weight[e].T @ dout[t], act(z[j])>, so y[j] is not needed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from moe_kernels import _checks as check
 from moe_kernels import backends, reference
 from moe_kernels._library import define, vjp
+from moe_kernels._recipes import autocast_as_now
 from moe_kernels.ops.combine import _combine, combine_input_grad, combine_weight_grad
 from moe_kernels.ops.expert_linear import _expert_linear, _weight_grad
 from moe_kernels.reference.expert_mlp import GATED, activate
@@ -25,7 +27,7 @@ def expert_mlp_output(
     weight: Tensor,
     bias: Tensor | None,
     offsets: Tensor,
-    activation: str,
+    activation: str | Callable[[Tensor], Tensor],
     weights: Tensor | None = None,
     position: Tensor | None = None,
     rows: Tensor | None = None,
@@ -35,12 +37,13 @@ def expert_mlp_output(
     """Activates a batch sorted by expert, applies expert e's linear map to its rows and, with `weights`, combines them.
 
     Args:
-        z: [N, n] pre-activations, rows sorted by expert; [N, 2 n] of a gated activation.
+        z: [N, n] pre-activations, rows sorted by expert; [N, 2 n] of a gated activation; [N, m] of a function.
         weight: [E, d, n].
         bias: [E, d] or None.
         offsets: int32 [E + 1]; rows offsets[e] to offsets[e + 1] belong to expert e.
         activation: relu, gelu (exact), silu, relu2 (squared relu), or gated: swiglu, geglu, which multiply the
-            activation of z's first half by its second half.
+            activation of z's first half by its second half; or any differentiable function of z, row by row, that has
+            no parameters, which the backward calls again.
         weights: [T, k] with T * k = N, or None for sorted rows as the result.
         position: int32 [T, k], the sorted place of each slot; with weights.
         rows: int32 [N], the row t that sorted row j belongs to: position's inverse divided by k; with weights.
@@ -52,13 +55,16 @@ def expert_mlp_output(
     Raises:
         ValueError: if the activation is unknown, or a shape, dtype or device does not match.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     check.ndim("z", z, 2)
-    width = z.shape[1] // 2 if activation in GATED else z.shape[1]
     check.ndim("weight", weight, 3)
-    check.shape("weight", weight, (None, None, width), "[E, d, n] with n the width of act(z)")
-    check.shape("z", z, (None, 2 * width if activation in GATED else width), "[N, 2 n] of a gated activation")
+    if not callable(activation):
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, or a function of z, got {activation!r}"
+            )
+        width = z.shape[1] // 2 if activation in GATED else z.shape[1]
+        check.shape("weight", weight, (None, None, width), "[E, d, n] with n the width of act(z)")
+        check.shape("z", z, (None, 2 * width if activation in GATED else width), "[N, 2 n] of a gated activation")
     check.same_kind("weight", weight, "z", z)
     if bias is not None:
         check.shape("bias", bias, tuple(weight.shape[:2]), "[E, d]")
@@ -79,6 +85,8 @@ def expert_mlp_output(
         raise ValueError("weights must be given with position and rows, got None")
     z, weight, bias = check.autocast(z, weight, bias)
     function = backends.choose("expert_mlp_output", backend, z)
+    if callable(activation) and backend is None:
+        function = _OutputOfFunction.apply
     return function(z, weight, bias, offsets, activation, weights, position, rows)
 
 
@@ -87,7 +95,7 @@ def _output(
     weight: Tensor,
     bias: Tensor | None,
     offsets: Tensor,
-    activation: str,
+    activation: str | Callable[[Tensor], Tensor],
     weights: Tensor | None,
     position: Tensor | None,
     rows: Tensor | None,
@@ -147,7 +155,8 @@ def _output_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if z_needs or weight_needs or weights_needs:
         da = _expert_linear(grad, weight.transpose(1, 2), None, offsets, rows)
         needed = (z_needs, weight_needs, weights_needs)
-        dz, weighted_a, ds = expert_mlp_hidden_grad(da, z, s, ctx.activation, *needed)
+        hidden_grad = _hidden_grad_of_function if callable(ctx.activation) else expert_mlp_hidden_grad
+        dz, weighted_a, ds = hidden_grad(da, z, s, ctx.activation, *needed)
         if weight_needs:
             dweight = _weight_grad(weighted_a, grad, offsets, rows).transpose(1, 2)
         if weights_needs:
@@ -157,6 +166,42 @@ def _output_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if bias_needs:
         dbias = _weight_grad(s.unsqueeze(1).to(grad.dtype), grad, offsets, rows).squeeze(1)
     return dz if z_needs else None, dweight, dbias, None, None, dweights, None, None
+
+
+def _hidden_grad_of_function(
+    da: Tensor, z: Tensor, weights: Tensor, activation: Any, z_needs: bool, weight_needs: bool, weights_needs: bool
+) -> tuple[Tensor | None, ...]:
+    """As `expert_mlp_hidden_grad`, by autograd."""
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaf = z if twice and z.requires_grad else z.detach().requires_grad_()
+        a = activation(leaf)
+    s = weights[:, None].to(da.dtype)
+    dz = torch.autograd.grad(a, leaf, s * da, create_graph=twice)[0] if z_needs else None
+    a = a if twice else a.detach()
+    weighted = s * a if weight_needs else None
+    return dz, weighted, (da.to(weights.dtype) * a.to(weights.dtype)).sum(1) if weights_needs else None
+
+
+class _OutputOfFunction(torch.autograd.Function):
+    """The operator with a function as its activation, which torch's operators cannot take."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        function, autocast = inputs[4], autocast_as_now(inputs[0].device.type)
+
+        def activation(z: Tensor) -> Tensor:
+            with autocast():
+                return function(z)
+
+        inputs = (*inputs[:4], activation, *inputs[5:])
+        output = _output(*inputs)
+        _output_setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _output_backward(ctx, grad)
 
 
 _expert_mlp_output = define(

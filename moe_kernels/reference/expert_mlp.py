@@ -1,6 +1,7 @@
 """Behind an expert MLP's first linear map: y[j] = weight[e] @ act(z[j]) + bias[e]; its gradients at z and the gate."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from moe_kernels.reference.expert_linear import expert_linear
 GATED = {"swiglu": "silu", "geglu": "gelu"}
 
 
-def activate(z: Tensor, activation: str) -> Tensor:
+def activate(z: Tensor, activation: str | Callable[[Tensor], Tensor]) -> Tensor:
+    if callable(activation):
+        return activation(z)
     if activation in GATED:
         first, second = z.chunk(2, dim=-1)
         return activate(first, GATED[activation]) * second
@@ -33,7 +36,7 @@ def expert_mlp_output(
     weight: Tensor,
     bias: Tensor | None,
     offsets: Tensor,
-    activation: str,
+    activation: str | Callable[[Tensor], Tensor],
     weights: Tensor | None = None,
     position: Tensor | None = None,
     rows: Tensor | None = None,

@@ -1,0 +1,1 @@
+"""Doors to libraries that are imported only when asked for."""

@@ -1,0 +1,221 @@
+"""The experts of transformers' mixtures through this package's operators: `experts_implementation="moe_kernels"`.
+
+y[t] = sum over i of weights[t, i] * down[e](gate(up[e](x[t]))), e = experts[t, i]; an id e >= E adds nothing
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_kernels import _checks as check
+from moe_kernels.backends import is_implemented
+from moe_kernels.nn.recompute import Again, check_recompute
+from moe_kernels.ops import combine, expert_linear, group_by_expert
+from moe_kernels.ops.expert_mlp import activate, expert_mlp_output
+from moe_kernels.ops.expert_sum import index_sum
+
+NAME = "moe_kernels"
+NEEDED = (5, 24)
+RECOMPUTE = ("activations", "all")
+# The operators' own activations, by the class or function that a model calls; any other is called as it is.
+NAMES: dict[Any, str] = {F.silu: "silu", F.gelu: "gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
+GATED: dict[Any, str] = {"silu": "swiglu", "gelu": "geglu"}
+
+
+def register(recompute: str = "activations") -> None:
+    """Makes `experts_implementation="moe_kernels"` known to transformers.
+
+    Weights that are frozen cost no gradient, and nothing is kept for one.
+
+    Args:
+        recompute: "activations" keeps the result of each slot's first linear map but neither its activation nor the
+            expert's output; "all" keeps the hidden states of the rows alone and computes that linear map again.
+
+    Example:
+        register()
+        model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moe_kernels")
+        model.set_experts_implementation("moe_kernels")  # or later
+
+    Raises:
+        ImportError: if transformers is not installed or older than 5.24.
+        ValueError: if recompute is unknown.
+    """
+    check_recompute(recompute, RECOMPUTE)
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("transformers >= 5.24 must be installed: pip install 'moe_kernels[transformers]'") from error
+    if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < NEEDED:
+        raise ImportError(f"transformers must be 5.24 or newer, got {transformers.__version__}")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, functools.partial(experts_forward, recompute=recompute))
+
+
+Routes = dict[str, tuple[Tensor, Tensor]]  # by the name of a mixture's experts: experts and weights, both [T, k]
+
+
+class SoftPrompt(nn.Module):
+    """A causal language model as a function of a prompt's embeddings, to be attacked: x [B, P, H], then the embeddings
+    of `tokens`, to the logits [B, V] of the next token.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: int64 [S], what follows the prompt in every sample; None for nothing.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Tensor | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("tokens", tokens, persistent=False)
+
+    def route(self, x: Tensor) -> Routes:
+        """Where the mixtures of the model send x.
+
+        Raises:
+            ValueError: if the model has no mixture that uses transformers' interface for experts.
+        """
+        routes: Routes = {}
+
+        def read(name: str, x: Tensor, experts: Tensor, weights: Tensor) -> None:
+            routes[name] = experts, weights
+
+        with _before_experts(self.model, read):
+            self(x)
+        return routes
+
+    def forward(self, x: Tensor, routing: Routes | None = None) -> Tensor:
+        """The logits; with `routing`, which `route` gave for as many rows, of mixtures that send their rows there."""
+        embed = self.model.get_input_embeddings()  # type: ignore[operator]
+        x = x.to(embed.weight.dtype)
+        if self.tokens is not None:
+            x = torch.cat([x, embed(self.tokens).expand(len(x), -1, -1)], 1)
+
+        def force(name: str, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            forced = routing[name]  # type: ignore[index]
+            if forced[0].shape != experts.shape:
+                raise ValueError(f"routing must be for {len(experts)} rows, got {len(forced[0])}")
+            return x, *forced
+
+        with nullcontext() if routing is None else _before_experts(self.model, force):
+            return self.model(inputs_embeds=x, use_cache=False).logits[:, -1]
+
+
+@contextmanager
+def _before_experts(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """Inside, hook(name, hidden states, experts, weights) sees, or replaces, what each mixture hands to its experts."""
+    modules = [(name, module) for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
+    if not modules:
+        found = type(model).__name__
+        raise ValueError(f"model must have mixtures that use transformers' interface for experts, got {found}")
+    with ExitStack() as stack:
+        for name, module in modules:
+            handle = module.register_forward_pre_hook(lambda _, args, name=name: hook(name, *args))
+            stack.callback(handle.remove)
+        yield
+
+
+def experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, recompute: str = "activations"
+) -> Tensor:
+    """A mixture's experts on hidden_states [T, H], with top_k_index and top_k_weights [T, k] -> [T, H].
+
+    `self` is a module that transformers' `use_experts_implementation` decorates. What the operators cannot compute runs
+    in the model's own code, with one warning that says why.
+    """
+    reason = _unsupported(self, hidden_states)
+    if reason is not None:
+        _warn(type(self).__name__, reason)
+        return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+    with Again(self, recompute == "all") as again:
+        if not _may_be_foreign(self, top_k_index):
+            y = _mixture(self, again, hidden_states, top_k_index, top_k_weights)
+        else:
+            num_rows, k = top_k_index.shape
+            slots = (top_k_index.flatten() < self.num_experts).nonzero().squeeze(1)
+            rows = (slots // k).int()
+            experts, weights = (x.flatten().index_select(0, slots)[:, None] for x in (top_k_index, top_k_weights))
+            y = index_sum(_mixture(self, again, hidden_states, experts, weights, rows), rows, num_rows)
+    return y.to(hidden_states.dtype)
+
+
+def _mixture(
+    self: Any, again: Again, x: Tensor, experts: Tensor, weights: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """x [T, H], experts and weights [S, k] -> [S, H], row s reading x[rows[s]], or x[s] where rows is None."""
+    order, position, offsets = group_by_expert(experts, self.num_experts)
+    row = order // experts.shape[1]
+    source = row if rows is None else rows.index_select(0, row)
+    up, up_bias = _map(self, "gate_up_proj" if self.has_gate else "up_proj")
+    down, down_bias = _map(self, "down_proj")
+    z = again(lambda x, up, up_bias: expert_linear(x, up, up_bias, offsets, source), x, up, up_bias)
+    activation = _activation(self)
+    if self.has_post_expert_norm or _learns(self, activation):
+        y = expert_linear(activate(z, activation), down, down_bias, offsets)
+        return combine(self.post_expert_norm(y) if self.has_post_expert_norm else y, weights, position)
+    return expert_mlp_output(z, down, down_bias, offsets, activation, weights, position, row)
+
+
+def _map(self: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight [E, out, in] and bias [E, out] of a linear map per expert."""
+    weight = getattr(self, name)
+    bias = getattr(self, f"{name}_bias") if self.has_bias else None
+    return weight.transpose(1, 2) if self.is_transposed else weight, bias
+
+
+def _activation(self: Any) -> str | Callable[[Tensor], Tensor]:
+    """What stands between the two linear maps: an operator's name for it, or the model's own function."""
+    from transformers import activations
+    from transformers.integrations.moe import _default_apply_gate
+
+    if not self.has_gate or type(self)._apply_gate is _default_apply_gate:
+        function = self.act_fn
+        if isinstance(function, activations.GELUActivation):
+            function = function.act
+        known = NAMES | {activations.SiLUActivation: "silu", activations.ReLUSquaredActivation: "relu2"}
+        name = known.get(type(function) if isinstance(function, nn.Module) else function)
+        if self.has_gate:
+            name = GATED.get(name)
+        if name is not None:
+            return name
+    return self._apply_gate if self.has_gate else self.act_fn
+
+
+def _learns(self: Any, activation: str | Callable[[Tensor], Tensor]) -> bool:
+    """Whether the activation has parameters that are trained."""
+    function = getattr(self, "act_fn", None)
+    parameters = function.parameters() if isinstance(function, nn.Module) else ()
+    return callable(activation) and any(p.requires_grad for p in parameters)
+
+
+def _may_be_foreign(self: Any, experts: Tensor) -> bool:
+    """Whether slots may belong to other processes' experts; on a GPU, which is not waited for, as transformers says."""
+    if check.may_read(experts):
+        return bool((experts >= self.num_experts).any())
+    return self._is_expert_parallel
+
+
+def _unsupported(self: Any, x: Tensor) -> str | None:
+    weight = self.gate_up_proj if self.has_gate else self.up_proj
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"the weights are of type {type(weight).__name__}"
+    if x.device.type != "meta" and not is_implemented("expert_linear", x.device.type):
+        return f"there are no kernels for {x.device.type} in this build"
+    if check.autocast_dtype(weight) != check.autocast_dtype(x):
+        return f"the weights are {weight.dtype} and the hidden states {x.dtype}"
+    if not weight.is_floating_point() or weight.itemsize == 1:
+        return f"the weights are {weight.dtype}"
+    if x.is_cuda and x.dtype == torch.float64:
+        return "float64 has no kernels on a GPU"
+    return None
+
+
+@functools.cache
+def _warn(name: str, reason: str) -> None:
+    warnings.warn(f"{name} runs without moe_kernels: {reason}", RuntimeWarning, stacklevel=4)

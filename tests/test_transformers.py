@@ -1,0 +1,385 @@
+"""transformers' mixtures through our operators: every family that the installed version has, beside their own code."""
+
+import copy
+import importlib
+import importlib.util
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_kernels import PGD, attack_mode
+from moe_kernels.testing import Source, assert_matches
+from moe_kernels.testing.saved import saved_bytes
+
+SPEC = importlib.util.find_spec("transformers")
+pytestmark = pytest.mark.skipif(SPEC is None, reason="transformers is not installed")
+
+T, H, WIDTH, E, K = 13, 6, 5, 4, 2
+CONFIG = {
+    **dict.fromkeys(["hidden_size", "moe_hidden_size"], H),
+    **dict.fromkeys(["intermediate_size", "moe_intermediate_size"], WIDTH),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], E),
+    **dict.fromkeys(["hidden_act", "hidden_activation"], "silu"),
+    **dict.fromkeys(["mlp_gate_softcap", "mlp_up_softcap"], 2.0),
+    "mlp_hidden_act": "relu2",
+    "moe_latent_size": None,
+    "swiglu_limit": 0.7,
+    "swiglu_alpha": 1.702,
+    "post_norm_eps": 1e-6,
+}
+
+
+class Names(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name.removeprefix("moe_kernels::"))
+        return func(*args, **kwargs or {})
+
+
+def operators(function: Callable[[], Any]) -> set[str]:
+    with Names() as recorder:
+        function()
+    return recorder.names
+
+
+def families() -> list[tuple[str, str]]:
+    """Module and class of all experts that transformers' interface for experts reaches."""
+    if SPEC is None or SPEC.origin is None:
+        return []
+    found = []
+    for path in sorted(Path(SPEC.origin).parent.glob("models/*/modeling_*.py")):
+        for name in re.findall(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text(), re.MULTILINE):
+            found.append((f"transformers.models.{path.parent.name}.{path.stem}", name))
+    return found
+
+
+def experts_of(module: str, name: str, dtype: torch.dtype, **config: Any) -> nn.Module:
+    settings = SimpleNamespace(**CONFIG | config, _experts_implementation="eager")
+    experts = getattr(importlib.import_module(module), name)(settings)
+    source = Source(torch.float64)
+    for p in experts.parameters():
+        p.data = source.randn(*p.shape).to(torch.bfloat16).to(dtype)
+    return experts
+
+
+def rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, experts, of which the last gets none, and weights that are exact in every dtype."""
+    source = Source(torch.float64, seed=1)
+    x, weights = (t.to(torch.bfloat16).to(dtype) for t in (source.randn(T, H), source.rand(T, K)))
+    return x, torch.stack([torch.randperm(E - 1)[:K] for _ in range(T)]), weights
+
+
+def results(experts: nn.Module, implementation: str, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """The output, and the gradients of the hidden states, the weights and all parameters that are not frozen."""
+    experts.config._experts_implementation = implementation
+    leaves = [x.detach().requires_grad_(), weights.detach().requires_grad_()]
+    y = experts(leaves[0], index, leaves[1])
+    grad = Source(torch.float64, seed=2).randn(*y.shape).to(y.dtype)
+    leaves += [p for p in experts.parameters() if p.requires_grad]
+    return y.detach(), *torch.autograd.grad(y, leaves, grad)
+
+
+def check(experts: nn.Module, dtype: torch.dtype, index: Tensor | None = None) -> None:
+    x, own, weights = rows(dtype)
+    index = own if index is None else index
+    out, low = (results(experts, name, x, index, weights) for name in ("moe_kernels", "eager"))
+    exact = results(copy.deepcopy(experts).double(), "eager", x.double(), index, weights.double())
+    assert_matches(out, low, exact, dtype)
+
+
+@pytest.fixture(autouse=True, params=["activations"])
+def registered(request: pytest.FixtureRequest) -> None:
+    from moe_kernels.integrations import transformers
+
+    transformers.register(request.param)
+
+
+@pytest.mark.filterwarnings("error:.*without moe_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("module", "name"), families())
+@pytest.mark.parametrize("registered", ["activations", "all"], indirect=True)
+def test_every_family_equals_its_own_code(module: str, name: str, dtype: torch.dtype) -> None:
+    check(experts_of(module, name, dtype), dtype)
+
+
+QWEN = ("transformers.models.qwen2_moe.modeling_qwen2_moe", "Qwen2MoeExperts")
+GPT_OSS = ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts")
+NEMOTRON = ("transformers.models.nemotron_h.modeling_nemotron_h", "NemotronHExperts")
+NORMED = ("transformers.models.muse_spark.modeling_muse_spark", "MuseSparkExperts")
+
+
+@pytest.mark.parametrize("all_foreign", [False, True])
+@pytest.mark.parametrize("family", [QWEN, GPT_OSS, NEMOTRON, NORMED])
+@pytest.mark.parametrize("registered", ["activations", "all"], indirect=True)
+def test_slots_of_foreign_experts_add_nothing(family: tuple[str, str], all_foreign: bool) -> None:
+    experts = experts_of(*family, torch.float32)
+    x, index, weights = rows(torch.float32)
+    foreign = torch.zeros(T, K, dtype=torch.bool)
+    foreign[::3, 0], foreign[4:6], foreign[:] = True, True, foreign | all_foreign
+    out = results(experts, "moe_kernels", x, torch.where(foreign, E + torch.arange(K), index), weights)
+    # Of an expert whose weight is 0 no gradient but the weight's own remains.
+    index, weights = index.masked_fill(foreign, 0), weights.masked_fill(foreign, 0)
+    low = results(experts, "eager", x, index, weights)
+    exact = results(experts.double(), "eager", x.double(), index, weights.double())
+    low, exact = ((*r[:2], r[2].masked_fill(foreign, 0), *r[3:]) for r in (low, exact))
+    assert_matches(out, low, exact, torch.float32)
+    assert not out[0][foreign.all(1)].any()
+
+
+def test_foreign_slots_are_those_of_transformers_own_code() -> None:
+    _, index, _ = rows(torch.float32)
+    index[::3, 0], index[5] = E, E
+    check(experts_of(*QWEN, torch.float32), torch.float32, index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "relu", "quick_gelu", "xielu", "prelu"])
+def test_every_activation(act: str, dtype: torch.dtype) -> None:
+    check(experts_of(*QWEN, dtype, hidden_act=act).to(dtype), dtype)
+
+
+def test_known_activations_are_the_operators_own() -> None:
+    from moe_kernels.integrations.transformers import _activation
+
+    names = {act: _activation(experts_of(*QWEN, torch.float32, hidden_act=act)) for act in ("silu", "gelu", "swish")}
+    assert names == {"silu": "swiglu", "gelu": "geglu", "swish": "swiglu"}
+    assert _activation(experts_of(*NEMOTRON, torch.float32)) == "relu2"
+    assert callable(_activation(experts_of(*GPT_OSS, torch.float32)))
+    assert callable(_activation(experts_of(*QWEN, torch.float32, hidden_act="relu")))
+
+
+@pytest.mark.parametrize("family", [QWEN, GPT_OSS])
+def test_frozen_experts_cost_no_weight_gradient(family: tuple[str, str]) -> None:
+    experts = experts_of(*family, torch.float32)
+    experts.config._experts_implementation = "moe_kernels"
+    x, index, weights = rows(torch.float32)
+
+    def step() -> None:
+        experts(x.requires_grad_(), index, weights.requires_grad_()).sum().backward()
+
+    sums = {"expert_linear_weight_grad"} | ({"expert_sum"} if experts.has_bias else set())
+    assert sums <= operators(step)
+    trained = saved_bytes(lambda: experts(x, index, weights), apart_from=experts)
+    experts.requires_grad_(False)
+    frozen = operators(step)
+    assert "expert_linear" in frozen and not sums & frozen
+    kept = saved_bytes(lambda: experts(x, index, weights), apart_from=experts)
+    assert trained - kept == x.nbytes  # which the gradient of the first map's weight reads
+
+
+@pytest.mark.parametrize("registered", ["activations", "all"], indirect=True)
+def test_under_autocast_the_family_equals_its_own_code(registered: None) -> None:
+    experts = experts_of(*GPT_OSS, torch.float32)
+    x, index, weights = rows(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, low = (results(experts, name, x, index, weights) for name in ("moe_kernels", "eager"))
+    exact = results(experts.double(), "eager", x.double(), index, weights.double())
+    assert [y.dtype for y in out] == [y.dtype for y in low]
+    assert_matches(out, low, exact, torch.bfloat16)
+
+
+def test_what_has_no_kernel_runs_in_the_models_own_code_with_one_warning() -> None:
+    experts = experts_of(*QWEN, torch.float32)
+    experts.gate_up_proj.data = experts.gate_up_proj.data.half()
+    experts.down_proj.data = experts.down_proj.data.half()
+    x, index, weights = rows(torch.float16)
+    experts.config._experts_implementation = "moe_kernels"
+    said = pytest.warns(RuntimeWarning, match="Qwen2MoeExperts runs without moe_kernels: the weights are .*float16")
+    with said, pytest.raises(RuntimeError):  # which their own code raises, too
+        experts(x.float(), index, weights)
+    with warnings.catch_warnings(), pytest.raises(RuntimeError):
+        warnings.simplefilter("error", RuntimeWarning)
+        experts(x.float(), index, weights)
+    results(experts, "moe_kernels", x, index, weights)
+
+
+TINY = {
+    "vocab_size": 17,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12},
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8},
+    "Olmoe": {"num_experts": 4},
+    "DeepseekV3": {
+        **{"n_routed_experts": 8, "moe_intermediate_size": 12, "n_group": 4, "topk_group": 2, "n_shared_experts": 1},
+        **{"first_k_dense_replace": 1, **LATENT},
+    },
+    "GptOss": {"num_local_experts": 4, "head_dim": 8},
+    "GraniteMoe": {"num_local_experts": 4},
+}
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    settings = getattr(transformers, f"{family}Config")(**TINY | MODELS[family] | config)
+    model = getattr(transformers, f"{family}ForCausalLM")(settings).to(torch.bfloat16).to(dtype).eval()
+    for name, p in model.named_parameters():  # so that routes are clear and no gate is flat
+        if p.ndim > 1:
+            p.data = (p.data * 10).to(dtype)
+        elif "bias" in name:
+            p.data = torch.randn(p.shape).to(dtype)
+    return model
+
+
+def prompt(dtype: torch.dtype = torch.float32, samples: int = 3) -> Tensor:
+    return Source(torch.float64, seed=3).randn(samples, 5, TINY["hidden_size"]).to(torch.bfloat16).to(dtype)
+
+
+def of_model(model: nn.Module, implementation: str, x: Tensor, routing: Any = None) -> tuple[Tensor, ...]:
+    """Logits, and the gradients of the embeddings and of every parameter that has one."""
+    from moe_kernels.integrations.transformers import SoftPrompt
+
+    model.set_experts_implementation(implementation)
+    x = x.detach().requires_grad_()
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    y = SoftPrompt(model)(x, routing)
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y).cumsum(1) / 10, allow_unused=True)
+    return y.detach(), *(g for g in grads if g is not None)
+
+
+@pytest.mark.filterwarnings("error:.*without moe_kernels")
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_equals_itself_with_its_own_code(family: str) -> None:
+    model = model_of(family)
+    out, low = (of_model(model, name, prompt()) for name in ("moe_kernels", "eager"))
+    exact = of_model(model.double(), "eager", prompt(torch.float64))
+    assert_matches(out, low, exact, torch.float32)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_in_bf16_equals_itself_under_one_route(family: str) -> None:
+    from moe_kernels.integrations.transformers import SoftPrompt
+
+    model = model_of(family, torch.bfloat16)
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        routing = SoftPrompt(model).route(prompt(torch.bfloat16))
+    out, low = (of_model(model, name, prompt(torch.bfloat16), routing) for name in ("moe_kernels", "eager"))
+    exact = of_model(model.double(), "eager", prompt(torch.float64), routing)
+    assert_matches(out, low, exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_an_attack_has_the_gradient_of_their_own_code_and_computes_none_of_a_weight(family: str) -> None:
+    from moe_kernels.integrations.transformers import SoftPrompt
+
+    model = SoftPrompt(model_of(family))
+    grads = []
+
+    def gradient() -> None:
+        x = prompt().requires_grad_()
+        with attack_mode(model):
+            grads.append(torch.autograd.grad(model(x).logsumexp(1).sum(), [x])[0])
+
+    for implementation in ("eager", "moe_kernels"):
+        model.model.set_experts_implementation(implementation)
+        ran = operators(gradient)
+    assert "expert_linear" in ran and "expert_linear_weight_grad" not in ran
+    model.double()
+    model.model.set_experts_implementation("eager")
+    x = prompt(torch.float64).requires_grad_()
+    (exact,) = torch.autograd.grad(model(x).logsumexp(1).sum(), [x])
+    assert_matches(grads[1], grads[0], exact, torch.float32)
+
+
+@pytest.mark.parametrize("registered", ["all"], indirect=True)
+def test_an_attack_keeps_at_most_half_of_what_theirs_keep(registered: None) -> None:
+    size = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = model_of("Mixtral", **size, num_local_experts=8)
+    x = Source(torch.float32).randn(2, 32, 256).requires_grad_()
+    kept = {}
+    with attack_mode(model):
+        for implementation in ("eager", "grouped_mm", "moe_kernels"):
+            model.set_experts_implementation(implementation)
+            kept[implementation] = saved_bytes(lambda: model(inputs_embeds=x).logits, apart_from=model)
+    assert kept["moe_kernels"] <= min(kept["eager"], kept["grouped_mm"]) / 2, kept
+
+
+def test_pgd_on_a_prompt_and_under_a_forced_route() -> None:
+    from moe_kernels.integrations.transformers import SoftPrompt
+
+    lm = model_of("Mixtral")
+    lm.set_experts_implementation("moe_kernels")
+    model, x = SoftPrompt(lm, torch.tensor([3, 1, 4])), prompt(samples=8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+        routing = model.route(x)
+        assert torch.equal(model(x, routing=routing), model(x))
+    losses = {}
+    for freeze in (False, True):
+        attack = PGD(model, 0.5, 0.1, 10, bounds=(-math.inf, math.inf), seed=0, freeze_routing=freeze)
+        x_adv = attack(x, y)
+        assert (x_adv - x).abs().max() <= 0.5 + 1e-6
+        with torch.no_grad():
+            losses[freeze] = nn.functional.cross_entropy(model(x_adv), y)
+    with torch.no_grad():
+        clean = nn.functional.cross_entropy(model(x), y)
+    assert min(losses.values()) > 2 * clean, (losses, clean)
+
+    leaf = x.clone().requires_grad_()
+    with attack_mode(model):
+        operators_run = operators(lambda: torch.autograd.grad(model(leaf, routing=routing).sum(), [leaf]))
+    assert "combine_weight_grad" not in operators_run  # a forced route has no gradient
+    with pytest.raises(ValueError, match=r"routing must be for 24 rows, got 64"):
+        model(x[:3], routing=routing)
+
+
+def test_a_model_without_mixtures_says_so() -> None:
+    from moe_kernels.integrations.transformers import SoftPrompt
+
+    model = SoftPrompt(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"model must have mixtures .* got Linear"):
+        model.route(torch.randn(1, 2))
+
+
+def test_old_or_missing_transformers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    from moe_kernels.integrations.transformers import register
+
+    with pytest.raises(ValueError, match="recompute must be one of activations, all, got 'none'"):
+        register("none")
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(ImportError, match=r"transformers must be 5\.24 or newer, got 4\.57\.1"):
+        register()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'moe_kernels\[transformers\]'"):
+        register()
+
+
+@pytest.mark.parametrize("registered", ["all"], indirect=True)
+def test_a_weight_that_changes_before_the_backward_is_an_error(registered: None) -> None:
+    experts = experts_of(*GPT_OSS, torch.float32).requires_grad_(False)
+    experts.config._experts_implementation = "moe_kernels"
+    x, index, weights = rows(torch.float32)
+    y = experts(x.requires_grad_(), index, weights)
+    experts.gate_up_proj_bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
