@@ -1,14 +1,19 @@
 """PGD's steps as one recorded graph, and under a frozen route; on a CPU the recording is played by a stand-in."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from cuda_stand_in import Cuda, install
 from torch import Tensor, nn
 
 from moe_kernels import PGD, RobustMoE
+from moe_kernels.attacks import pgd
 from moe_kernels.attacks.capture import repeat
 from moe_kernels.testing import Source
 
@@ -21,35 +26,151 @@ def moe() -> RobustMoE:
     return RobustMoE.from_experts(experts, nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), gate="hard")
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_step_is_recorded_once_or_called_every_time(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
+@pytest.fixture(params=[True, False], ids=["torch-2.11", "later"])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """A stand-in for CUDA in which PGD's images are on cuda:1 while cuda:0 is current."""
+    cuda = Cuda(index=1, old=request.param)
+    install(monkeypatch, cuda)
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(pgd, "repeat", lambda step, times, _: repeat(step, times, device if cuda.entered else None))
+    return cuda
 
-    class Graph:
-        def replay(self) -> None:
-            calls.append("replayed")
 
-    @contextmanager
-    def record(graph: Graph, stream: Any) -> Iterator[None]:
-        recorded = len(calls)
-        yield
-        del calls[recorded:]  # a recording runs nothing
-        if fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
+class Model(nn.Module):
+    """Calls `visit(x)`, with the number of its calls in `calls`, before it answers."""
 
-    class Stream:
-        def wait_stream(self, other: "Stream") -> None: ...
+    def __init__(self, visit: Callable[[Tensor], object] = lambda x: None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 4))
+        self.visit, self.calls = visit, 0
 
-    for name, value in {
-        "CUDAGraph": Graph,
-        "graph": record,
-        "Stream": Stream,
-        "current_stream": Stream,
-        "stream": lambda s: nullcontext(),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    repeat(lambda: calls.append("called"), 5, capture=True)
-    assert calls == ["called", *["called" if fails else "replayed"] * 4]
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.visit(x)
+        return self.layers(x)
+
+
+OPTIONS: dict[str, Any] = {"eps": 0.3, "alpha": 0.1, "steps": 6, "seed": 0}
+
+
+def found(model: nn.Module, **options: Any) -> Tensor:
+    s = Source(torch.float32)
+    return PGD(model, **OPTIONS | options)(s.rand(5, 3, 2, 2), s.randint(4, 5).long())
+
+
+def found_on(cuda: Cuda, model: nn.Module, **options: Any) -> Tensor:
+    """What PGD finds on the stand-in; checks that it leaves everything as it was."""
+    try:
+        with cuda:
+            return found(model, **options)
+    finally:
+        assert_restored(cuda)
+
+
+def assert_restored(cuda: Cuda) -> None:
+    assert cuda.device == 0 and cuda.current == cuda.default and cuda.sync_mode == 0
+    assert not cuda.recordings
+    with cuda:
+        torch.cuda.empty_cache()  # in which torch asserts that nothing is recorded
+        torch.rand(2)  # which a generator that records refuses
+    assert all(stream.waited_for for stream in cuda.default[1:])  # work on the side stream is over before ours
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "L2", "restarts": 2, "eps": 0.01}, {"loss": "kl", "best_iterate": False}]
+)
+def test_a_recorded_attack_finds_what_its_steps_find(options: dict[str, Any], cuda: Cuda) -> None:
+    restarts = options.get("restarts", 1)
+    assert torch.equal(found_on(cuda, Model(), **options), found(Model(), **options))
+    assert (cuda.begun, cuda.replays) == (restarts, 4 * restarts)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_few_steps_are_not_recorded(steps: int, cuda: Cuda) -> None:
+    with cuda:
+        on_cuda = found(Model(), steps=steps)
+    assert torch.equal(on_cuda, found(Model(), steps=steps))
+    assert cuda.begun == 0
+
+
+def test_a_model_that_waits_for_the_device_is_never_recorded(cuda: Cuda) -> None:
+    def model() -> Model:
+        return Model(lambda x: bool(x.sum() > 0))
+
+    with pytest.warns(RuntimeWarning, match=r"the host waits for the device in .*test_capture\.py:\d+ \(.*x\.sum\(\)"):
+        on_cuda = found_on(cuda, model(), restarts=2)
+    assert torch.equal(on_cuda, found(model(), restarts=2))
+    assert cuda.begun == 0
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda x: random.random(), lambda x: np.random.rand(), lambda x: torch.default_generator.seed()]
+)
+def test_a_model_that_draws_on_the_host_is_never_recorded(draw: Callable[[Tensor], object], cuda: Cuda) -> None:
+    with pytest.warns(RuntimeWarning, match="draw random numbers on the host"):
+        found_on(cuda, Model(draw))
+    assert cuda.begun == 0
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_kernels_of_the_first_two_steps_are_loaded_before_the_recording(call: int, cuda: Cuda) -> None:
+    model = Model()
+    model.visit = lambda x: cuda.prohibited() if model.calls == call else None
+    assert torch.equal(found_on(cuda, model), found(Model()))
+    assert cuda.replays == 4
+
+
+def test_a_recording_that_fails(cuda: Cuda) -> None:
+    """Memory is allocated while the third step is recorded: nothing of the failed recording stays."""
+    model = Model()
+    model.visit = lambda x: cuda.prohibited() if model.calls == 3 else None
+    with pytest.warns(
+        RuntimeWarning, match=r"the recording failed in .*test_capture\.py:\d+ .*: CUDA error: operation"
+    ):
+        on_cuda = found_on(cuda, model)
+    assert torch.equal(on_cuda, found(Model()))
+    assert cuda.replays == 0
+    assert torch.equal(found_on(cuda, Model()), on_cuda)  # the next attack is recorded
+    assert cuda.replays == 4
+
+
+@pytest.mark.parametrize("fault", [ValueError("a fault"), KeyboardInterrupt()])
+@pytest.mark.parametrize("invalidates", [False, True])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_other_faults_of_a_step_are_raised(call: int, invalidates: bool, fault: BaseException, cuda: Cuda) -> None:
+    model = Model()
+
+    def visit(x: Tensor) -> None:
+        if model.calls == call:
+            if invalidates:
+                with suppress(RuntimeError):
+                    cuda.prohibited()
+            raise fault
+
+    model.visit = visit
+    with pytest.raises(type(fault)):
+        found_on(cuda, model)
+
+
+def test_another_thread_may_pin_memory_meanwhile(cuda: Cuda) -> None:
+    def pin(x: Tensor) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(cuda.prohibited).result()
+
+    found_on(cuda, Model(pin))
+    assert cuda.replays == 4
+
+
+def test_the_stand_in_fails_as_cuda_does(cuda: Cuda) -> None:
+    """What the attack has to make good: torch.cuda.graph alone leaves its stream, and before 2.12 more than that."""
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="previous error"), cuda, torch.cuda.graph(graph):
+        cuda.prohibited()
+    assert cuda.current[0] is not cuda.default[0]
+    assert (cuda.generator_records, len(cuda.underway)) == ((True, 1) if cuda.old else (False, 0))
+    with pytest.raises(RuntimeError, match="without a preceding successful capture"):
+        graph.replay()
 
 
 def test_every_step_writes_in_place() -> None:

@@ -45,8 +45,9 @@ class PGD(Attack):
         attack_misclassified: whether samples that are misread as they are (with `targeted`, read as the target already)
             are attacked, or returned unchanged; which samples withstand does not depend on it. None attacks them in a
             single run, as training needs it, and not with restarts.
-        capture: "auto" records a step as a CUDA graph and replays it for the others, where x is on a GPU and the model
-            can be recorded (nothing in it waits for the device), and does nothing elsewhere; False never does.
+        capture: "auto" records the third step as a CUDA graph and replays it for the others, where x is on a GPU, and
+            does nothing elsewhere; False never does. A model that waits for the device, or draws random numbers on the
+            host, cannot be recorded: its steps run one by one, and a warning says which line it is.
         freeze_routing: take the gradients under the route of the clean x, which `model.route(x)` gives and
             `model(x, routing=...)` takes, and judge the last iterate of each restart, alone, under its own route. A
             weaker attack, since it never aims at the route: for training, not for evaluation.
@@ -133,7 +134,7 @@ class PGD(Attack):
                 best.offer(x_adv, objective.detach(), success)
             pgd_step_(x_adv, grad, x, eps, alpha, self.norm, self.bounds)
 
-        repeat(step, self.steps, capture=self.capture == "auto" and x.is_cuda)
+        repeat(step, self.steps, x.device if self.capture == "auto" and x.is_cuda else None)
         if self.restarts == 1 and self.attack_misclassified and not self.best_iterate:
             best.x = x_adv  # which spares a forward
         else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,21 @@ class ExpertList(nn.ModuleList):
         bounds = list(pairwise(offsets.tolist()))
         outputs = [expert(x[a:b]) for expert, (a, b) in zip(self, bounds, strict=True) if b > a]
         return torch.cat(outputs) if outputs else self[0](x)
+
+
+class _Gather(torch.autograd.Function):
+    """The row behind each sorted slot. Its adjoint is `combine` with weights of 1, which sums in fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, source: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
+        return rows.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (position,) = ctx.saved_tensors
+        ones = grad.new_ones(position.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+        return combine(grad, ones, position), None, None
 
 
 class RobustMoE(nn.Module, HubMixin):
@@ -145,7 +161,7 @@ class RobustMoE(nn.Module, HubMixin):
         if getattr(self.experts, "combines", False):
             y = self.experts(rows, offsets, source, routing.weights, position)
         else:
-            y = combine(self.experts(rows.index_select(0, source), offsets), routing.weights, position)
+            y = combine(self.experts(_Gather.apply(rows, source, position), offsets), routing.weights, position)
         return y.reshape(*lead, *y.shape[1:])
 
     def unsaveable(self) -> str | None:

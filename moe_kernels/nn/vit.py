@@ -11,26 +11,13 @@ from moe_kernels.nn.experts import ExpertLinear
 from moe_kernels.nn.grouped import GroupedNetwork
 from moe_kernels.nn.recompute import check_recompute
 from moe_kernels.nn.resnet import ExpertConv2d
-from moe_kernels.ops.expert_sum import expert_of_row, expert_sum
+from moe_kernels.ops.expert_sum import of_each_row
 
 
-def of_each_row(parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
+def for_each_row(parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """The part of parameter [E, ...] that belongs to each row's expert, [rows, ...]."""
     (parameter,) = check.autocast(parameter)
-    return _OfEachRow.apply(parameter.flatten(1), offsets, rows).unflatten(1, parameter.shape[1:])
-
-
-class _OfEachRow(torch.autograd.Function):
-    """An index whose gradient is a sum in fixed order on every device; a one-hot product would spread a NaN."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(offsets)
-        return parameter.index_select(0, expert_of_row(offsets, rows))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return expert_sum(grad, *ctx.saved_tensors), None, None
+    return of_each_row(parameter.flatten(1), offsets, rows).unflatten(1, parameter.shape[1:])
 
 
 def over_tokens(layer: ExpertLinear, x: Tensor, offsets: Tensor) -> Tensor:
@@ -67,7 +54,7 @@ class ExpertLayerNorm(nn.Module):
         check.offsets(offsets, num_experts, x)
         if check.may_read(offsets):
             check.ranges(offsets.tolist(), len(x))
-        weight, bias = (of_each_row(p, offsets, len(x))[:, None] for p in (self.weight, self.bias))
+        weight, bias = (for_each_row(p, offsets, len(x))[:, None] for p in (self.weight, self.bias))
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * weight + bias
 
     def extra_repr(self) -> str:
@@ -180,8 +167,8 @@ class ExpertViT(GroupedNetwork):
         if x.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(f"x must be [N, C, {self.image_size}, {self.image_size}], got {list(x.shape)}")
         h = self.patch_embed["proj"](x, offsets).flatten(2).transpose(1, 2)
-        first = of_each_row(self.cls_token, offsets, len(x)).squeeze(1)  # [N, 1, width]
-        h = torch.cat([first, h], 1) + of_each_row(self.pos_embed, offsets, len(x)).squeeze(1)
+        first = for_each_row(self.cls_token, offsets, len(x)).squeeze(1)  # [N, 1, width]
+        h = torch.cat([first, h], 1) + for_each_row(self.pos_embed, offsets, len(x)).squeeze(1)
         for block in self.blocks:
             h = block(h, offsets)
         return self.head(self.norm(h[:, :1], offsets)[:, 0], offsets)

@@ -14,6 +14,38 @@ def expert_of_row(offsets: Tensor, num_rows: int) -> Tensor:
     return torch.searchsorted(offsets[1:].contiguous(), row, right=True, out_int32=True)
 
 
+class _Gather(torch.autograd.Function):
+    """x[index]; the gradient of torch's own is summed in any order on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return index_sum(grad, *ctx.saved_tensors, ctx.num_rows), None
+
+
+class _OfEachRow(torch.autograd.Function):
+    """As `_Gather`, of indices that are sorted; a one-hot product would spread a NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(offsets)
+        return x.index_select(0, expert_of_row(offsets, num_rows))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return expert_sum(grad, *ctx.saved_tensors), None, None
+
+
+def of_each_row(x: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+    """[num_rows, D]: the row of x [E, D] that belongs to the expert of each sorted row."""
+    return _OfEachRow.apply(x, offsets, num_rows)
+
+
 def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, offsets = inputs
     ctx.num_rows = x.shape[0]
@@ -22,7 +54,7 @@ def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (offsets,) = ctx.saved_tensors
-    return grad.index_select(0, expert_of_row(offsets, ctx.num_rows)), None
+    return of_each_row(grad, offsets, ctx.num_rows), None
 
 
 expert_sum = define(
@@ -39,7 +71,7 @@ def _index_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _index_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (index,) = ctx.saved_tensors
-    return grad.index_select(0, index), None, None
+    return _Gather.apply(grad, index), None, None
 
 
 index_sum = define(

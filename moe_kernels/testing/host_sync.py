@@ -41,12 +41,12 @@ class HostSyncs(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if _waits(func, args, kwargs or {}, out):
+        if waits(func, args, kwargs or {}, out):
             self.calls.append(str(func))
         return out
 
 
-def _waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
+def waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
     operation = func.overloadpacket
     if operation in WAITING:
         return True
