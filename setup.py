@@ -1,33 +1,125 @@
-"""Builds the kernels: `moe_kernels._C` for the CPU always, `moe_kernels._cuda` where nvcc is found."""
+"""Builds the kernels: `moe_kernels._C` for the CPU always, `moe_kernels._cuda` for a torch built with CUDA.
 
+Environment variables: MOE_KERNELS_CUDA=1 demands the CUDA library, for a CPU build of torch too, and 0 leaves it out;
+TORCH_CUDA_ARCH_LIST names its architectures, as for torch's own extensions; MAX_JOBS bounds the compilers at work.
+"""
+
+import math
 import os
 import platform
+import re
+import runpy
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
-CUDA_ARCHS = ("80", "90a", "100")
-STABLE_ABI = "0x020a000000000000"  # torch 2.10: one build serves every later torch
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0+PTX")
+# The oldest torch, of which pyproject.toml speaks: a library built with any later one serves it too.
+OLDEST_TORCH = re.search(r"torch>=(\d+)\.(\d+)", (ROOT / "pyproject.toml").read_text())
+STABLE_ABI = f"0x{int(OLDEST_TORCH[1]):02x}{int(OLDEST_TORCH[2]):02x}000000000000"
+SECONDS_TO_COMPILE = 5  # a CUDA file for one architecture, on one core of an AMD EPYC (Zen 5)
 
 
-def find_nvcc() -> str | None:
-    """Path of nvcc, or None to build without CUDA. MOE_KERNELS_CUDA: 1 demands it, 0 skips it."""
-    wanted = os.environ.get("MOE_KERNELS_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"MOE_KERNELS_CUDA must be 0, 1 or unset, got {wanted!r}")
-    if wanted == "0":
+def refuse(message: str) -> NoReturn:
+    raise SystemExit(f"moe_kernels: {message}")
+
+
+def say(message: str) -> None:
+    print(f"moe_kernels: {message}", flush=True)
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The installed torch, read from its files: nothing of it is run, and pip's isolated build environment hides it."""
+
+    folder: Path
+    version: str
+    cuda: str | None  # the toolkit it was built with
+
+    @classmethod
+    def find(cls) -> "Torch | None":
+        for packages in [*sys.path, *site.getsitepackages(), site.getusersitepackages()]:
+            if (file := Path(packages) / "torch/version.py").is_file():
+                facts = runpy.run_path(str(file))
+                found = cls(file.parent, facts["__version__"], facts["cuda"])
+                if version(found.version) < version(OLDEST_TORCH[0]):
+                    refuse(f"{OLDEST_TORCH[0]} is needed, {file.parent} is {found.version}")
+                return found
         return None
-    cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{cuda_home}/bin")
-    if wanted == "1" and nvcc is None:
-        raise SystemExit("MOE_KERNELS_CUDA=1, but nvcc is neither on PATH nor in CUDA_HOME/bin")
-    return nvcc
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """The CUDA toolkit to build with."""
+
+    nvcc: str
+    release: str  # "13.0"
+
+    @classmethod
+    def find(cls, torch: Torch | None) -> "Toolkit | None":
+        """None to build for the CPU alone. A toolkit fits a torch of the same major version of CUDA, or of none."""
+        wanted = os.environ.get("MOE_KERNELS_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            refuse(f"MOE_KERNELS_CUDA must be 0, 1 or unset, got {wanted!r}")
+        if wanted == "0" or torch is None or (wanted == "" and torch.cuda is None):
+            return None
+        unfit = f"torch {torch.version} was built with CUDA {torch.cuda}" if torch.cuda else "MOE_KERNELS_CUDA=1"
+        remedy = "set CUDA_HOME to a fitting toolkit, or MOE_KERNELS_CUDA=0 to build for the CPU alone"
+        home = os.environ.get("CUDA_HOME")
+        places = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+        nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
+        if nvcc is None:
+            unfit += (
+                f", but nvcc is not in {places[0]}" if home else ", but nvcc is neither on PATH nor in CUDA_HOME/bin"
+            )
+        else:
+            answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+            release = re.search(r"release (\d+\.\d+)", answer)[1]
+            if torch.cuda is None or version(torch.cuda)[0] == version(release)[0]:
+                return cls(nvcc, release)
+            unfit += f", but {nvcc} is of CUDA {release}"
+        if wanted == "1":
+            refuse(f"{unfit}; {remedy}")
+        say(f"no CUDA library: {unfit}; {remedy}")
+        return None
+
+    def architectures(self) -> list[str]:
+        """Those of TORCH_CUDA_ARCH_LIST, else the default ones that this nvcc knows: "9.0a", "10.0+PTX"."""
+        listing = subprocess.run([self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+        known = set(re.findall(r"sm_(\d+)", listing))
+        named = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; "))
+        if named == [""]:
+            return [a for a in DEFAULT_ARCHITECTURES if number(a).rstrip("af") in known]
+        for a in named:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", a) or number(a).rstrip("af") not in known:
+                refuse(f"TORCH_CUDA_ARCH_LIST must hold architectures that {self.nvcc} knows, such as 9.0a, got {a!r}")
+        return named
+
+
+def number(architecture: str) -> str:
+    """ "90a" for "9.0a" and "9.0a+PTX"."""
+    return architecture.removesuffix("+PTX").replace(".", "")
+
+
+def jobs() -> int:
+    """Compilers at work at a time."""
+    wanted = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+    if not wanted.isdecimal() or int(wanted) < 1:
+        refuse(f"MAX_JOBS must be a positive integer, got {wanted!r}")
+    return int(wanted)
 
 
 def simd_flags() -> list[str]:
@@ -35,89 +127,97 @@ def simd_flags() -> list[str]:
     return ["-march=x86-64-v3"] if platform.machine() in ("x86_64", "AMD64") else []
 
 
+def sources(folder: str, suffix: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+
+
 class NinjaBuild(build_ext):
-    """Compiles each extension through one generated ninja file: parallel and incremental."""
+    """Compiles each extension through one generated ninja file: parallel, and incremental in a work tree."""
 
     def build_extension(self, ext: Extension) -> None:
         from ninja.ninja_syntax import Writer
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = (Path(self.build_temp) / ext.name).resolve()
-        build_dir.mkdir(parents=True, exist_ok=True)
+        folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / ext.name
+        folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        cuda = ext.name.endswith("._cuda")
-        compiler, flags, link = self.cuda_toolchain() if cuda else self.cpu_toolchain()
-        objects = {s: str(build_dir / (Path(s).name + ".o")) for s in ext.sources}
-        with open(build_dir / "build.ninja", "w") as file:
-            n = Writer(file, width=200)
+        with open(folder / "build.ninja", "w") as file:
+            ninja = Writer(file, width=200)
             deps = "-MMD -MF $out.d"
-            n.rule("compile", f"{compiler} {deps} {' '.join(flags)} -c $in -o $out", depfile="$out.d", deps="gcc")
-            n.rule("link", f"{os.environ.get('CXX', 'g++')} -shared $in -o $out {' '.join(link)}")
-            for source, obj in objects.items():
-                n.build(obj, "compile", str((ROOT / source).resolve()))
-            n.build(str(target), "link", list(objects.values()))
-            n.default(str(target))
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir)], check=True)
+            ninja.rule(
+                "compile",
+                f"$compiler {deps} $flags $defines -c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
+                description="compile $in",
+            )
+            ninja.rule("link", "$linker -shared $in -o $out $libraries", description="link $out")
+            (self.cuda_rules if ext.name.endswith("._cuda") else self.cpu_rules)(ninja, ext.sources, str(target))
+            ninja.default(str(target))
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(jobs())], check=True)
 
-    def torch_paths(self) -> tuple[list[str], list[str]]:
-        import torch
-
-        base = Path(torch.__file__).parent
-        return [f"-I{ROOT / 'csrc'}", f"-isystem {base / 'include'}"], [f"-L{base / 'lib'}", "-ltorch_cpu"]
-
-    def cpu_toolchain(self) -> tuple[str, list[str], list[str]]:
+    def cpu_rules(self, n: Any, files: list[str], target: str) -> None:
         import pybind11
-        import torch
 
-        include, link = self.torch_paths()
-        include = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}", *include]
         facts = {
             "SIMD": " ".join(simd_flags()),
-            "TORCH": torch.__version__,
-            "CUDA_OPERATORS": " ".join(Path(s).stem for s in sources("cuda", ".cu")) if find_nvcc() else "",
-            "CUDA_ARCHS": " ".join(f"sm_{a}" for a in CUDA_ARCHS) if find_nvcc() else "",
+            "CUDA": toolkit.release if toolkit else "",
+            "CUDA_OPERATORS": " ".join(Path(s).stem for s in sources("cuda", ".cu")) if toolkit else "",
+            "CUDA_ARCHS": " ".join(f"sm_{number(a)}" for a in toolkit.architectures()) if toolkit else "",
         }
-        defines = [f"""-DMOE_KERNELS_{name}='"{value}"'""" for name, value in facts.items()]
-        flags = [
-            "-O3",
-            "-std=c++17",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-fopenmp-simd",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-        ]
-        warn = ["-Wall", "-Wextra", "-Werror=return-type"]
-        abi = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-        return os.environ.get("CXX", "g++"), [*flags, *simd_flags(), *warn, *abi, *defines, *include], link
+        flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno"]
+        flags += ["-fno-trapping-math", *simd_flags(), "-Wall", "-Wextra", "-Werror=return-type"]
+        include = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
+        n.variable("compiler", os.environ.get("CXX", "g++"))
+        n.variable("linker", "$compiler")
+        n.variable("flags", " ".join([*flags, *self.torch_flags(), *include]))
+        n.variable("libraries", self.link_flags())
+        for file in files:
+            defines = facts if Path(file).name == "module.cpp" else {}
+            values = {"defines": " ".join(f"""-DMOE_KERNELS_{key}='"{value}"'""" for key, value in defines.items())}
+            n.build(self.object(file), "compile", str(ROOT / file), variables=values)
+        n.build(target, "link", [self.object(file) for file in files])
 
-    def cuda_toolchain(self) -> tuple[str, list[str], list[str]]:
-        nvcc = find_nvcc()
-        assert nvcc is not None
-        include, link = self.torch_paths()
-        cuda_lib = Path(nvcc).resolve().parent.parent / "lib64"
-        if not cuda_lib.is_dir():  # nvcc may be a wrapper script outside the toolkit
-            cuda_lib = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "lib64"
-        archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
-        ptx = [f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"]
-        flags = ["-O3", "-std=c++17", "-Xcompiler -fPIC,-fvisibility=hidden", "--threads 2"]
-        abi = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
-        link = [*link, f"-L{cuda_lib}", "-lcudart"]
-        return nvcc, [*flags, *archs, *ptx, *abi, *include], link
+    def cuda_rules(self, n: Any, files: list[str], target: str) -> None:
+        architectures = toolkit.architectures()
+        codes = [f"-gencode=arch=compute_{number(a)},code=sm_{number(a)}" for a in architectures]
+        codes += [f"-gencode=arch=compute_{number(a)},code=compute_{number(a)}" for a in architectures if "+" in a]
+        at_once = min(len(files), jobs())
+        seconds = math.ceil(len(files) / at_once) * len(architectures) * SECONDS_TO_COMPILE
+        say(
+            f"compiling {len(files)} CUDA files for {', '.join(f'sm_{number(a)}' for a in architectures)} with CUDA "
+            f"{toolkit.release}: about {seconds} s, {at_once} at a time (MOE_KERNELS_CUDA=0 leaves them out)"
+        )
+        flags = ["-O3", "-std=c++17", "-Xcompiler -fPIC,-fvisibility=hidden", f"--threads {jobs() // at_once}"]
+        n.variable("compiler", toolkit.nvcc)
+        n.variable("linker", f"{toolkit.nvcc} -cudart=shared")
+        n.variable("flags", " ".join([*flags, *codes, "-DUSE_CUDA", *self.torch_flags()]))
+        # -z defs: a symbol that none of these libraries has is an error here, not where the library is loaded.
+        n.variable("libraries", f"-Xlinker=-z,defs -L. -ltorch_cuda {self.link_flags()}")
+        n.rule("stub", f"{os.environ.get('CXX', 'g++')} -shared -fPIC -Wl,-soname,$out $in -o $out")
+        n.build("libtorch_cuda.so", "stub", str(ROOT / "csrc/common/torch_cuda_stub.cpp"))
+        for file in files:
+            n.build(self.object(file), "compile", str(ROOT / file))
+        n.build(target, "link", [self.object(file) for file in files], implicit="libtorch_cuda.so")
+
+    def torch_flags(self) -> list[str]:
+        # The version stands in every command, so that another torch in the same place compiles everything anew.
+        defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"""-DMOE_KERNELS_TORCH='"{torch.version}"'"""]
+        return [*defines, f"-I{ROOT / 'csrc'}", f"-isystem {torch.folder / 'include'}"]
+
+    def link_flags(self) -> str:
+        # libtorch_cpu exports parts of the C++ library that it was linked with; ours come from the system's.
+        return f"-lstdc++ -L{torch.folder / 'lib'} -ltorch_cpu"
+
+    @staticmethod
+    def object(source: str) -> str:
+        return Path(source).name + ".o"
 
 
-def sources(folder: str, suffix: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
-
-
-def torch_pin() -> list[str]:
-    """The torch of constraints.txt, for pip's isolated build environment, where the user's torch is not seen."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return [line for line in lines if line.startswith("torch==")]
-
-
-extensions = [Extension("moe_kernels._C", ["csrc/module.cpp", *sources("cpu", ".cpp")])]
-if find_nvcc():
-    extensions.append(Extension("moe_kernels._cuda", sources("cuda", ".cu")))
-
-setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild}, setup_requires=torch_pin())
+if __name__ == "__main__":
+    torch = Torch.find()
+    toolkit = Toolkit.find(torch)
+    extensions = [Extension("moe_kernels._C", ["csrc/module.cpp", *sources("cpu", ".cpp")])]
+    if toolkit:
+        extensions.append(Extension("moe_kernels._cuda", sources("cuda", ".cu")))
+    setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild}, setup_requires=[] if torch else [OLDEST_TORCH[0]])

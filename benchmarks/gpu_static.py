@@ -160,12 +160,11 @@ def triton_kernel(name: str, launch: Launch, arch: int) -> list[Report]:
 
 def cuda_file(path: Path, arch: int) -> list[Report]:
     torch_include = Path(torch.__file__).parent / "include"
-    abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
     target = f"-gencode=arch=compute_{CUDA_TARGETS[arch]},code=sm_{CUDA_TARGETS[arch]}"
     include = [f"-I{ROOT / 'csrc'}", "-isystem", str(torch_include)]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = ["nvcc", "-cubin", "-O3", "-std=c++17", target, *abi, *include, str(path), "-o", str(cubin)]
+        command = ["nvcc", "-cubin", "-O3", "-std=c++17", target, "-DUSE_CUDA", *include, str(path), "-o", str(cubin)]
         subprocess.run(command, check=True)
         return inspect(cubin, arch, partial(demangled, path.stem), ASSUMED_WARPS)
 

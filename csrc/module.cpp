@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = std::string("g++ ") + __VERSION__;
   m.attr("simd") = MOE_KERNELS_SIMD;
   m.attr("built_with_torch") = MOE_KERNELS_TORCH;
+  m.attr("built_with_cuda") = MOE_KERNELS_CUDA;  // of the CUDA library, if there is one
   m.attr("cuda_operators") = MOE_KERNELS_CUDA_OPERATORS;
   m.attr("cuda_archs") = MOE_KERNELS_CUDA_ARCHS;
 }

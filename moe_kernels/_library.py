@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 NAMESPACE = "moe_kernels"
 OPERATORS: dict[str, Callable[..., Any]] = {}  # by name, as this package calls them
 TRITON: dict[str, str] = {}  # operator: the file of triton_kernels that computes it on a GPU
+cuda_problem = ""  # why a CUDA build of torch has no CUDA library
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -95,16 +97,36 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def load() -> None:
-    """Loads the CPU library and, under a CUDA build of torch, the CUDA library."""
+    """Loads the CPU library and, under a CUDA build of torch, the CUDA library, or warns that it cannot be loaded."""
+    global cuda_problem
     try:
-        from moe_kernels import _C  # type: ignore[attr-defined]  # noqa: F401
+        from moe_kernels import _C  # type: ignore[attr-defined]
     except ImportError as error:
         raise ImportError(f"the kernels are not built ({error}); run `pip install -e .` in the repository") from error
-    cuda = cuda_library()
-    if torch.version.cuda is not None and cuda is not None:
-        torch.ops.load_library(str(cuda))
+    if torch.version.cuda is None:
+        return
+    if (library := cuda_library()) is None:
+        cuda_problem = "the CUDA library was not built"
+        return
+    if _C.built_with_cuda.split(".")[0] != torch.version.cuda.split(".")[0]:
+        cuda_problem = f"the CUDA library is for CUDA {_C.built_with_cuda}, this torch for CUDA {torch.version.cuda}"
+    else:
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            cuda_problem = f"the CUDA library cannot be loaded: {error}"
+    if cuda_problem:
+        warnings.warn(
+            f"moe_kernels: {cuda_problem}. Operators work on the CPU, but not on a GPU; for this torch, run "
+            "`MOE_KERNELS_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation .` in the repository, "
+            f"with nvcc of CUDA {torch.version.cuda.split('.')[0]}",
+            stacklevel=2,
+        )
 
 
 def cuda_library() -> Path | None:
-    """The built CUDA library, if there is one."""
-    return next(iter(sorted(Path(__file__).parent.glob("_cuda*.so"))), None)
+    """The CUDA library that was built together with the CPU library, if one was."""
+    from moe_kernels import _C  # type: ignore[attr-defined]
+
+    library = Path(_C.__file__).with_name(Path(_C.__file__).name.replace("_C", "_cuda", 1))
+    return library if _C.built_with_cuda and library.exists() else None

@@ -20,7 +20,8 @@ def choose(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
         raise ValueError(f'backend must be None or "reference", got {backend!r}')
     device = x.device.type
     if device != "meta" and not is_implemented(op, device):
-        raise RuntimeError(f'{op} has no {device} implementation in this build; backend="reference" computes it')
+        why = f" ({_library.cuda_problem})" if device == "cuda" and _library.cuda_problem else ""
+        raise RuntimeError(f'{op} has no {device} implementation in this build{why}; backend="reference" computes it')
     return _library.OPERATORS[op]
 
 
@@ -37,11 +38,12 @@ def _has_kernel(op: str, device: str) -> bool:
 
 
 def _implementation(op: str, device: str) -> str:
-    """What computes `op` on a device; the CUDA library counts as built even where this torch cannot load it."""
+    """What computes `op` on a device; under a CPU build of torch, what the CUDA library would compute."""
     from moe_kernels import _C  # type: ignore[attr-defined]
 
     if device == "cuda":
-        return "Triton" if op in _library.TRITON else "CUDA C++" if op in _C.cuda_operators.split() else "none"
+        built = op in _C.cuda_operators.split() and not _library.cuda_problem
+        return "Triton" if op in _library.TRITON else "CUDA C++" if built else "none"
     names = [name for name in (op, f"{op}_forward") if hasattr(torch.ops.moe_kernels, name)]
     return "C++" if any(is_implemented(name, device) for name in names) else "none"
 
@@ -51,14 +53,15 @@ def build_info() -> dict[str, Any]:
     import moe_kernels
     from moe_kernels import _C, ops  # type: ignore[attr-defined]
 
-    cuda_library = _library.cuda_library()
+    library = _library.cuda_library()
+    cuda = f"{library.name} of CUDA {_C.built_with_cuda} for {_C.cuda_archs}" if library else "not built"
     return {
         "moe_kernels": moe_kernels.__version__,
         "torch": torch.__version__,
         "built_with_torch": _C.built_with_torch,
         "compiler": _C.compiler,
         "simd": _C.simd,
-        "cuda_library": "not built" if cuda_library is None else f"{cuda_library.name} for {_C.cuda_archs}",
+        "cuda_library": f"{cuda}; not loaded: {_library.cuda_problem}" if library and _library.cuda_problem else cuda,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": {
             op: {

@@ -36,3 +36,8 @@ def test_planted_faults(kernel: str, message: str) -> None:
     done = build.run("self_test", kernel)
     assert done.returncode != 0
     assert re.search(message, done.stderr), done.stderr
+
+
+def test_a_library_for_other_gpus_says_so() -> None:
+    done = build.run("self_test", "built_for_another_gpu")
+    assert re.search("combine: no kernel image.*built for other GPUs.*TORCH_CUDA_ARCH_LIST", done.stderr), done.stderr

@@ -17,7 +17,6 @@ inline Tensor view_at(const Tensor& t, int64_t offset, const Shape& sizes, const
   void* data = const_cast<void*>(t.const_data_ptr());
   return torch::stable::from_blob(data, sizes, strides, t.device(), t.scalar_type(), offset);
 }
-inline Shape strides(const Tensor& t) { return {t.strides().begin(), t.strides().end()}; }
 
 // t[begin : begin + count]
 inline Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) {

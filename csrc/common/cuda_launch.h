@@ -11,7 +11,14 @@
 namespace moe {
 
 inline void cuda_check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  std::string message = std::string(what) + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+    message +=
+        "; moe_kernels was built for other GPUs (`python -m moe_kernels` lists them): build it again with this"
+        " GPU's architecture in TORCH_CUDA_ARCH_LIST";
+  }
+  throw std::runtime_error(message);
 }
 
 // One-dimensional grid of `blocks` blocks of `threads` threads; no blocks, no launch.

@@ -11,10 +11,10 @@ namespace moe {
 
 // t with the strides of `layout`, which has its shape: t itself where they agree, else a copy.
 inline Tensor laid_out_like(const Tensor& t, const Tensor& layout) {
-  if (t.strides() == layout.strides()) return t;
-  const Shape strides(layout.strides().begin(), layout.strides().end());
+  const Shape steps = strides(layout);
+  if (strides(t) == steps) return t;
   Tensor out =
-      call_aten("aten::new_empty_strided", "", t, shape(t), strides, std::optional<ScalarType>(),
+      call_aten("aten::new_empty_strided", "", t, shape(t), steps, std::optional<ScalarType>(),
                 std::optional<torch::stable::Layout>(), std::optional<torch::stable::Device>(), std::optional<bool>());
   return torch::stable::copy_(out, t);
 }

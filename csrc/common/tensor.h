@@ -40,6 +40,7 @@ template <class... Parts>
   } while (0)
 
 inline Shape shape(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+inline Shape strides(const Tensor& t) { return {t.strides().begin(), t.strides().end()}; }
 
 inline Tensor new_tensor(const Tensor& like, const Shape& sizes, std::optional<ScalarType> dtype = std::nullopt) {
   return torch::stable::new_empty(like, sizes, dtype);
@@ -50,7 +51,7 @@ template <size_t n_out = 1, class... Args>
 auto call_aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
   static_assert(n_out <= sizeof...(Args));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   if constexpr (n_out == 1) {
     return torch::stable::detail::to<Tensor>(stack[0]);
   } else {
@@ -100,14 +101,14 @@ inline void store(T& to, acc_t<T> value) {
 // The fewest items of `work` element operations each that are worth a thread.
 inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); }
 
-// The string argument of an operator. torch's own conversion to std::string (2.10 to 2.13) leaks a copy in every call.
+// The string argument of an operator. torch's own conversion to std::string (2.11 to 2.13) leaks a copy in every call.
 inline std::string take_string(StringHandle handle) {
   const char* chars;
   size_t length;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &chars));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &chars));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
   std::string out(chars, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   return out;
 }
 
