@@ -4,13 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BENCH ?= .benchmarks/latest.json
 JOBS ?= 2
+ENVIRONMENTS ?= .versions
 RUN ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
 SOURCES := $(shell find csrc -type f)
 READY := $(VENV)/.ready
+CUDA := $(if $(shell command -v nvcc),$(VENV)/.cuda)
 
-.PHONY: run test lint format bench gpu gpu-static install clean
+.PHONY: run test lint format bench gpu gpu-static versions install clean
 
 run: $(READY)  ## train RT-ER on the embedded digits and write a report
 	$(BIN)/rter demo --out $(RUN)
@@ -18,7 +20,7 @@ run: $(READY)  ## train RT-ER on the embedded digits and write a report
 # Two threads in each process, so that work is shared among threads, and none spins while it waits for another.
 test: export OMP_NUM_THREADS := 2
 test: export OMP_WAIT_POLICY := passive
-test: $(READY)  ## all tests, JOBS at a time
+test: $(READY) $(CUDA)  ## all tests, JOBS at a time
 	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(READY)  ## style, types, layout
@@ -45,6 +47,9 @@ bench: $(READY)  ## speed and memory beside plain PyTorch, as ratios in one run
 gpu-static: $(READY)  ## every GPU kernel compiled for every architecture: registers, shared memory, spills, tensor cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_static.py
 
+versions: $(READY)  ## build, load, test and compile with each supported torch, into docs/versions.md
+	$(BIN)/python benchmarks/versions.py --environments $(ENVIRONMENTS)
+
 # On the machine's own Python, which has a CUDA torch; builds offline, where that was not done yet.
 gpu:  ## on a machine with a GPU: all cases, compute-sanitizer, graphs, benchmarks, into benchmarks/results
 	$(PYTHON) -c "from moe_kernels import _library; assert _library.cuda_library()" 2>/dev/null || \
@@ -57,8 +62,14 @@ install: $(READY)
 $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch numpy setuptools pybind11 ninja
+	$(BIN)/python setup.py -q build_ext --inplace  # pip, which would hide what it says, finds it done
 	$(BIN)/pip install -q --no-build-isolation -e '.[rter,test,lint,transformers]'
 	$(BIN)/pip install -q --no-deps torchattacks foolbox eagerpy  # beside which ours are timed and tested
+	@touch $@
+
+# Of no use to a CPU build of torch but for the tests that look at it.
+$(VENV)/.cuda: $(READY)
+	MOE_KERNELS_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 clean:
