@@ -12,7 +12,7 @@ from moe_kernels import RobustMoE
 from moe_kernels.testing import Source
 
 README = Path(__file__).parent.parent / "README.md"
-LAYER, ATTACK, IDEA = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+LAYER, ATTACK, _, IDEA = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
 S = Source(torch.float32)
 
 

@@ -180,3 +180,31 @@ def test_bad_input_names_the_argument() -> None:
         wrong(torch.randn(5, 6))
     with pytest.raises(ValueError, match=r"x must have 6 features, got shape \[5, 7\]"):
         moe(torch.randn(5, 7))
+
+
+def test_shared_experts_are_added_to_every_row() -> None:
+    moe = RobustMoE(6, 10, 4, shared_experts=2)
+    assert moe.shared is not None and moe.shared.up.weight.shape == (1, 20, 6)
+    x, shared = torch.randn(3, 5, 6), moe.shared
+    dense = nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 6))
+    dense.load_state_dict(
+        {"0.weight": shared.up.weight[0], "0.bias": shared.up.bias[0]}
+        | {"2.weight": shared.down.weight[0], "2.bias": shared.down.bias[0]}
+    )
+    both = moe(x)
+    moe.shared = None
+    torch.testing.assert_close(both, moe(x) + dense(x))
+
+
+def test_the_bias_against_the_load_evens_it() -> None:
+    moe = RobustMoE(6, 10, 4, top_k=1, gate="sigmoid", balance_bias=True)
+    with torch.no_grad():
+        moe.router.weight[0] += 1  # which most rows prefer at first
+    x = torch.randn(400, 6) + 0.5
+    first = moe.route(x).load.max()
+    for _ in range(300):
+        moe.update_bias(moe.route(x).load, rate=0.01)
+    assert first > 0.5 and moe.route(x).load.max() < 0.3
+    assert "expert_bias" in moe.state_dict()
+    with pytest.raises(ValueError, match="update_bias needs a layer with balance_bias=True"):
+        RobustMoE(6, 10, 4).update_bias(torch.ones(4))

@@ -141,3 +141,55 @@ def test_backward_op_equals_autograd_of_the_reference() -> None:
             (expected,) = torch.autograd.grad(weights, logits, cotangent)
             out = reference.topk_route_backward(cotangent, logits, experts, gate, renormalize)
             torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("groups", [None, (4, 2), (2, 2), (8, 3)])
+def test_choosing_by_bias_and_groups(gate: str, renormalize: bool, groups: tuple[int, int] | None) -> None:
+    logits, bias, k = torch.randn(33, 8, dtype=torch.float64, requires_grad=True), torch.randn(8).double() / 3, 3
+    weights, experts = topk_route(logits, k, gate, renormalize, bias=bias, groups=groups, scale=2.5)
+    scores = logits.sigmoid() if gate == "sigmoid" else logits.softmax(-1)
+    for t, row in enumerate((scores + bias).tolist()):  # DeepSeek-V3, 2.1.2, row by row
+        n, m = groups or (1, 1)
+        members = [range(g * 8 // n, (g + 1) * 8 // n) for g in range(n)]
+        best = sorted(members, key=lambda group: -sum(sorted((row[e] for e in group), reverse=True)[:2]))[:m]
+        chosen = sorted((e for group in best for e in group), key=lambda e: -row[e])[:k]
+        assert experts[t].tolist() == chosen
+    expected = scores.gather(1, experts.long())
+    expected = 2.5 * (expected / expected.sum(1, keepdim=True) if renormalize else expected)
+    torch.testing.assert_close(weights, expected)
+    cotangent = torch.randn_like(weights)
+    grads = [torch.autograd.grad(w, logits, cotangent, retain_graph=True)[0] for w in (weights, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_bias_of_zero_and_one_group_change_nothing() -> None:
+    logits = torch.randn(9, 6)
+    for gate in ("softmax", "sigmoid", "hard", "straight_through"):
+        for k in (1, 3):
+            expected = topk_route(logits, k, gate)
+            for options in ({"bias": torch.zeros(6)}, {"groups": (1, 1)}, {"groups": (3, 3)}, {"scale": 1.0}):
+                torch.testing.assert_close(topk_route(logits, k, gate, **options), expected)
+
+
+def test_a_bias_chooses_no_masked_expert() -> None:
+    logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]])
+    weights, experts = topk_route(logits, 2, "sigmoid", bias=torch.tensor([9.0, 0, 0, 9]))
+    assert experts.tolist() == [[2, 1]]
+    weights, experts = topk_route(logits, 2, "sigmoid", False, groups=(2, 1))
+    assert experts.tolist() == [[2, 3]] and weights[0, 1] == 0
+
+
+def test_errors_of_bias_and_groups() -> None:
+    logits = torch.randn(3, 4)
+    for groups in ((3, 1), (2, 3), (4, 1)):
+        with pytest.raises(
+            ValueError, match=r"groups must be \(n, m\) with n dividing E = 4, m <= n and k = 2 experts"
+        ):
+            topk_route(logits, 2, groups=groups)
+    with pytest.raises(ValueError, match=r"bias must be \[E\], here \[4\], got shape \[3\]"):
+        topk_route(logits, 2, bias=torch.zeros(3))
+    logits[1, 2] = math.nan
+    with pytest.raises(ValueError, match=r"logits must be free of NaN .* row 1 has maximum nan"):
+        topk_route(logits, 2, bias=torch.zeros(4))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_kernels import PGD, attack_mode
+from moe_kernels import PGD, RobustMoE, attack_mode
 from moe_kernels.testing import Source, assert_matches
 from moe_kernels.testing.saved import saved_bytes
 
@@ -383,3 +383,48 @@ def test_a_weight_that_changes_before_the_backward_is_an_error(registered: None)
     experts.gate_up_proj_bias.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_the_router_of_deepseek_v3_is_a_layer_here() -> None:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    settings = TINY | MODELS["DeepseekV3"] | {"routed_scaling_factor": 2.5, "norm_topk_prob": True}
+    config = DeepseekV3Config(**settings, experts_implementation="eager")
+    theirs = DeepseekV3MoE(config)
+    for p in (*theirs.parameters(), *theirs.buffers()):
+        p.data.normal_()
+    options: dict[str, Any] = {"shared_experts": 1, "balance_bias": True, "groups": (4, 2), "scale": 2.5}
+    ours = RobustMoE(16, 12, 8, activation="swiglu", bias=False, gate="sigmoid", **options)
+    state = theirs.state_dict()
+    gate, up, down = (state[f"shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    ours.load_state_dict(
+        {
+            "experts.up.weight": state["experts.gate_up_proj"],
+            "experts.down.weight": state["experts.down_proj"],
+            "router.weight": state["gate.weight"],
+            "expert_bias": state["gate.e_score_correction_bias"],
+            "shared.up.weight": torch.cat([gate, up])[None],
+            "shared.down.weight": down[None],
+        }
+    )
+    x = torch.randn(2, 40, 16)
+
+    def run(moe: nn.Module, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        x = x.requires_grad_()
+        y = moe(x)
+        return y.detach(), *torch.autograd.grad(y, [x, *parameters], torch.ones_like(y).cumsum(0))
+
+    out = run(ours, x, ours.experts.up.weight, ours.router.weight)
+    low = run(theirs, x, theirs.experts.gate_up_proj, theirs.gate.weight)
+    ours.double()
+    exact = run(ours, x.detach().double(), ours.experts.up.weight, ours.router.weight)
+    assert_matches(out, low, exact, torch.float32)
+
+
+def test_the_page_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs/transformers.md").read_text()
+    example = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1]
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["moved"] < 0.2 and names["held"] > names["moved"] + 0.15

@@ -1,18 +1,19 @@
 """The robust Mixture-of-Experts layer: route, sort by expert, run all experts at once, combine."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_kernels import _checks as check
 from moe_kernels.nn.experts import ExpertMLP
 from moe_kernels.nn.hub import HubMixin
 from moe_kernels.nn.routing import Routing
 from moe_kernels.ops.combine import combine
 from moe_kernels.ops.group_by_expert import group_by_expert
-from moe_kernels.ops.topk_route import GATES
+from moe_kernels.ops.topk_route import GATES, check_groups
 
 
 class ExpertList(nn.ModuleList):
@@ -61,10 +62,19 @@ class RobustMoE(nn.Module, HubMixin):
         renormalize: whether the top_k weights are divided by their sum; None means top_k > 1.
         router: a module that maps x to logits [..., E]; None for a linear map without bias.
         recompute: "none", "activations" or "all": what the backward computes again, see `moe_kernels.ExpertMLP`.
+        shared_experts: experts that every row reaches with weight 1 beside its top_k, as one MLP of that many times
+            hidden_dim (DeepSeekMoE).
+        balance_bias: whether there is a buffer `expert_bias` [E], zero at first, that is added to the gate's scores
+            where experts are chosen and that `update_bias` moves against the load (DeepSeek-V3).
+        groups: (n, m): each row chooses from m of n groups of neighbouring experts; see `moe_kernels.topk_route`.
+        scale: multiplies the weights of the top_k experts.
 
     Raises:
         ValueError: if a size, top_k or an option is out of range.
     """
+
+    shared: ExpertMLP | None
+    expert_bias: Tensor | None
 
     def __init__(
         self,
@@ -81,6 +91,10 @@ class RobustMoE(nn.Module, HubMixin):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         recompute: str = "activations",
+        shared_experts: int = 0,
+        balance_bias: bool = False,
+        groups: Sequence[int] | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.dim: int | None = dim
@@ -88,7 +102,10 @@ class RobustMoE(nn.Module, HubMixin):
         experts = ExpertMLP(num_experts, dim, hidden_dim, activation, bias, device, dtype, recompute=recompute)
         if router is None:
             router = nn.Linear(dim, num_experts, bias=False, device=device, dtype=dtype)
-        self._assemble(experts, router, top_k, gate, renormalize)
+        self._assemble(experts, router, top_k, gate, renormalize, balance_bias, groups, scale)
+        if check.count("shared_experts", shared_experts, 0):
+            width = shared_experts * hidden_dim
+            self.shared = ExpertMLP(1, dim, width, activation, bias, device, dtype, recompute=recompute)
 
     @classmethod
     def from_experts(
@@ -98,6 +115,10 @@ class RobustMoE(nn.Module, HubMixin):
         top_k: int = 1,
         gate: str = "softmax",
         renormalize: bool | None = None,
+        *,
+        balance_bias: bool = False,
+        groups: Sequence[int] | None = None,
+        scale: float = 1.0,
     ) -> "RobustMoE":
         """A MoE of any experts.
 
@@ -106,7 +127,7 @@ class RobustMoE(nn.Module, HubMixin):
                 run one after the other, each on its own rows.
             router: maps x to logits [..., E]; the leading dimensions of the logits are those that are routed, so a
                 router that returns [B, E] sends whole images.
-            top_k, gate, renormalize: as for `RobustMoE`.
+            top_k, gate, renormalize, balance_bias, groups, scale: as for `RobustMoE`.
         """
         if not isinstance(experts, nn.Module) or type(experts) is nn.ModuleList:
             experts = ExpertList(experts)
@@ -118,10 +139,20 @@ class RobustMoE(nn.Module, HubMixin):
         moe = cls.__new__(cls)
         nn.Module.__init__(moe)
         moe.dim = None
-        moe._assemble(experts, router, top_k, gate, renormalize)
+        moe._assemble(experts, router, top_k, gate, renormalize, balance_bias, groups, scale)
         return moe
 
-    def _assemble(self, experts: nn.Module, router: nn.Module, top_k: int, gate: str, renormalize: bool | None) -> None:
+    def _assemble(
+        self,
+        experts: nn.Module,
+        router: nn.Module,
+        top_k: int,
+        gate: str,
+        renormalize: bool | None,
+        balance_bias: bool,
+        groups: Sequence[int] | None,
+        scale: float,
+    ) -> None:
         self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
         if not 1 <= top_k <= self.num_experts:
             raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k}")
@@ -131,6 +162,13 @@ class RobustMoE(nn.Module, HubMixin):
             raise ValueError(f'top_k must be num_experts = {self.num_experts} with gate="soft", got {top_k}')
         self.experts, self.router = experts, router
         self.top_k, self.gate, self.renormalize = top_k, gate, renormalize
+        if groups is not None:
+            check_groups(groups, self.num_experts, top_k)
+        self.groups, self.scale = groups, scale
+        self.shared = None
+        parameter = next(chain(router.parameters(), experts.parameters()), None)
+        device = None if parameter is None else parameter.device
+        self.register_buffer("expert_bias", torch.zeros(self.num_experts, device=device) if balance_bias else None)
 
     def route(self, x: Tensor, top_k: int | None = None) -> Routing:
         """Where x goes: the routing that forward(x) would take, or the one to `top_k` experts."""
@@ -139,7 +177,18 @@ class RobustMoE(nn.Module, HubMixin):
         logits = self.router(x)
         if logits.shape[-1] != self.num_experts:
             raise ValueError(f"router must return logits [..., {self.num_experts}], got shape {list(logits.shape)}")
-        return Routing.from_logits(logits, self.top_k if top_k is None else top_k, self.gate, self.renormalize)
+        k = self.top_k if top_k is None else top_k
+        options: dict[str, Any] = {"bias": self.expert_bias, "groups": self.groups, "scale": self.scale}
+        return Routing.from_logits(logits, k, self.gate, self.renormalize, **options)
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor, rate: float = 1e-3) -> None:
+        """Lowers by `rate` the bias of experts whose load [E] is above the mean and raises that of those below it, as
+        DeepSeek-V3 does after each training step; `load` is that of the batch, over all processes."""
+        if self.expert_bias is None:
+            raise ValueError("update_bias needs a layer with balance_bias=True")
+        check.shape("load", load, (self.num_experts,), "[E]")
+        self.expert_bias += rate * (load.mean() - load).sign()
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """Routes x, or sends it where `routing` says: x [..., dim] -> [..., dim], images [B, ...] -> [B, out].
@@ -162,6 +211,8 @@ class RobustMoE(nn.Module, HubMixin):
             y = self.experts(rows, offsets, source, routing.weights, position)
         else:
             y = combine(self.experts(_Gather.apply(rows, source, position), offsets), routing.weights, position)
+        if self.shared is not None:
+            y = y + self.shared(rows, len(rows) * torch.arange(2, dtype=torch.int32, device=rows.device))
         return y.reshape(*lead, *y.shape[1:])
 
     def unsaveable(self) -> str | None:
@@ -171,4 +222,5 @@ class RobustMoE(nn.Module, HubMixin):
         return "a router of its own" if self.router_given else None
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate!r}, renormalize={self.renormalize}"
+        options = f"gate={self.gate!r}, renormalize={self.renormalize}, groups={self.groups}, scale={self.scale}"
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, {options}"

@@ -18,7 +18,7 @@ class Routing:
     Args:
         logits: [..., E], the leading sizes multiplying to T.
         weights: [T, k].
-        experts: int32 [T, k], by falling logit unless forced.
+        experts: int32 [T, k], by falling logit, or score and bias, unless forced.
     """
 
     logits: Tensor
@@ -26,11 +26,22 @@ class Routing:
     experts: Tensor
 
     @classmethod
-    def from_logits(cls, logits: Tensor, k: int, gate: str = "softmax", renormalize: bool | None = None) -> "Routing":
+    def from_logits(
+        cls,
+        logits: Tensor,
+        k: int,
+        gate: str = "softmax",
+        renormalize: bool | None = None,
+        *,
+        bias: Tensor | None = None,
+        groups: Sequence[int] | None = None,
+        scale: float = 1.0,
+    ) -> "Routing":
         """Routes each row of logits [..., E] to its k largest; see `moe_kernels.topk_route`."""
         if logits.ndim == 0 or logits.shape[-1] == 0:
             raise ValueError(f"logits must be [..., E] with E >= 1, got shape {list(logits.shape)}")
-        return cls(logits, *topk_route(logits.reshape(-1, logits.shape[-1]), k, gate, renormalize))
+        rows = logits.reshape(-1, logits.shape[-1])
+        return cls(logits, *topk_route(rows, k, gate, renormalize, bias=bias, groups=groups, scale=scale))
 
     @classmethod
     def cat(cls, routings: Sequence["Routing"]) -> "Routing":

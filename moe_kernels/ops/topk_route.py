@@ -1,5 +1,6 @@
 """Top-k routing: w[t, i] = gate(logits[t])[e] for the experts e = experts[t, i] with the k largest logits of row t."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ def topk_route(
     gate: str = "softmax",
     renormalize: bool | None = None,
     *,
+    bias: Tensor | None = None,
+    groups: Sequence[int] | None = None,
+    scale: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chooses each row's k experts and weighs them.
@@ -31,11 +35,16 @@ def topk_route(
             straight_through: 1, with the gradient of softmax; soft: softmax with k = E.
         renormalize: whether a row's weights are divided by their sum; None means k > 1, because a single weight
             divided by itself gives the router no gradient.
+        bias: [E] or None: added to the gate's scores where experts are chosen, not where they are weighed, which
+            balances the load without a loss (Wang et al., 2024; DeepSeek-V3).
+        groups: (n, m): the experts form n groups of neighbours, and each row chooses from the m groups whose two
+            largest entries have the largest sum (DeepSeek-V3); None for all experts.
+        scale: multiplies the weights.
         backend: None for the fastest on logits' device, or "reference".
 
     Returns:
-        weights [T, k], fp32 (fp64 for fp64 logits), and experts, int32 [T, k], by falling logit; the lowest index wins
-        ties.
+        weights [T, k], fp32 (fp64 for fp64 logits), and experts, int32 [T, k], by falling logit, or by falling score
+        plus bias; the lowest index wins ties. A choice by bias or groups is made of torch's operators on every device.
 
     Raises:
         ValueError: if an argument is out of range or, on the CPU, a row holds NaN, +inf or nothing but -inf.
@@ -53,9 +62,33 @@ def topk_route(
         gate = "softmax"
     if gate == "hard":
         logits = logits.detach()
-    return backends.choose("topk_route", backend, logits)(
-        logits, k, gate, k > 1 if renormalize is None else renormalize
-    )
+    renormalize = k > 1 if renormalize is None else renormalize
+    if bias is None and groups is None:
+        weights, experts = backends.choose("topk_route", backend, logits)(logits, k, gate, renormalize)
+        return weights if scale == 1 else scale * weights, experts
+    if bias is not None:
+        check.floating("bias", bias)
+        check.shape("bias", bias, (num_experts,), "[E]")
+        check.same_device("bias", bias, "logits", logits)
+    if groups is not None:
+        check_groups(groups, num_experts, k)
+    if check.may_read(logits):
+        highest = logits.detach().amax(1)  # NaN where there is one
+        bad = (~highest.isfinite()).nonzero()
+        if len(bad):
+            raise ValueError(
+                "logits must be free of NaN and +inf, with a finite entry in every row; "
+                f"row {int(bad[0])} has maximum {float(highest[bad[0]])}"
+            )
+    return reference.topk_route(logits, k, gate, renormalize, bias, groups, scale)
+
+
+def check_groups(groups: Sequence[int], num_experts: int, k: int) -> None:
+    """(n, m), with k experts in m of n equal groups."""
+    n, m = check.pair("groups", groups, 1)
+    if num_experts % n or not m <= n or k > m * (num_experts // n):
+        wanted = f"n dividing E = {num_experts}, m <= n and k = {k} experts in m groups"
+        raise ValueError(f"groups must be (n, m) with {wanted}, got {tuple(groups)}")
 
 
 def _fake(logits: Tensor, k: int, gate: str, renormalize: bool) -> tuple[Tensor, Tensor]:

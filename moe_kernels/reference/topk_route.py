@@ -1,5 +1,7 @@
 """The k largest logits of each row; their weights are exp of the gate's log-probabilities, or a softmax of these."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,15 +12,40 @@ def _weights(wide: Tensor, experts: Tensor, gate: str, renormalize: bool) -> Ten
     return log_p.softmax(-1) if renormalize else log_p.exp()  # the softmax divides exp(log_p) by its sum
 
 
-def topk_route(logits: Tensor, k: int, gate: str = "softmax", renormalize: bool | None = None) -> tuple[Tensor, Tensor]:
+def _choice(wide: Tensor, gate: str, bias: Tensor | None, groups: Sequence[int] | None) -> Tensor:
+    """[T, E], of which the k largest are chosen: the gate's scores plus the bias; -inf outside the row's groups, which
+    are those whose two largest entries have the largest sum (DeepSeek-V3, 2.1.2, for two experts of a row in a group).
+    """
+    scores = torch.sigmoid(wide) if gate == "sigmoid" else wide.softmax(-1)
+    scores = scores if bias is None else scores + bias
+    choice = scores.masked_fill(wide == -torch.inf, torch.finfo(scores.dtype).min)
+    if groups is None:
+        return choice
+    of_group = scores.unflatten(-1, (groups[0], -1))
+    best = of_group.topk(min(2, of_group.shape[-1]), -1).values.sum(-1)
+    outside = best.argsort(dim=-1, descending=True, stable=True)[:, groups[1] :]
+    inside = torch.ones_like(best, dtype=torch.bool).scatter(-1, outside, False)
+    return choice.masked_fill(~inside.repeat_interleave(of_group.shape[-1], -1), -torch.inf)
+
+
+def topk_route(
+    logits: Tensor,
+    k: int,
+    gate: str = "softmax",
+    renormalize: bool | None = None,
+    bias: Tensor | None = None,
+    groups: Sequence[int] | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     renormalize = k > 1 if renormalize is None else renormalize
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    experts = wide.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    choice = wide if bias is None and groups is None else _choice(wide.detach(), gate, bias, groups)
+    experts = choice.argsort(dim=-1, descending=True, stable=True)[:, :k]
     weights = _weights(wide, experts, gate, renormalize)
     if gate in ("hard", "straight_through"):
         one = torch.full_like(weights, 1 / k if renormalize else 1)
         weights = one if gate == "hard" else one + (weights - weights.detach())
-    return weights, experts.int()
+    return scale * weights, experts.int()
 
 
 def topk_route_backward(grad: Tensor, logits: Tensor, experts: Tensor, gate: str, renormalize: bool) -> Tensor:
