@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from rter.__main__ import main
+from rter.attack import make_attack
 from rter.checkpoint import load_tensors, read_lines
 from rter.config import Config
 from rter.data import load_data
 from rter.distributed import Share
-from rter.methods.step import Step, make_attack
+from rter.methods.step import Step
 from rter.models import build_model
 from runs import assert_same_run
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rter import alpha
 from rter.__main__ import main
-from rter.alpha import alpha_curve
+from rter.alpha import alpha_curve, alpha_flags
 from rter.config import Config
 from rter.data import Data, Split
 from rter.methods.step import Step
@@ -92,7 +92,8 @@ def test_the_curve_counts_every_attack_and_measures_from_the_line(monkeypatch: p
 
     monkeypatch.setattr(alpha, "ALPHAS", (0.0, 0.5, 1.0))
     model: Any = Fake()
-    curve = alpha_curve(model, images, lambda model: images.x + 10 * (model.alpha == 0.5), predict)
+    flags = alpha_flags(model, images.x, images.y, lambda model: images.x + 10 * (model.alpha == 0.5), predict)
+    curve = alpha_curve(flags)
     assert model.alpha == 0.25
     assert [point[:3] for point in curve["points"]] == [[0, 1, 0], [0.5, 1, 0.75], [1, 0.5, 0.5]]
     # the line from (1, 0) to (0.5, 0.5); (1, 0.75) lies 0.75 / sqrt(2) beyond it

@@ -1,5 +1,6 @@
 """An evaluation: the union of attacks, its certificates against closed forms, and its checks on models that hide."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,12 +10,14 @@ from rter.autoattack import auto_attack
 from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.config import Config
 from rter.data import Split
-from rter.evaluate import measure, sanity
+from rter.evaluate import examples, measure, strength_of
+from rter.evaluation import Evaluation
 from rter.intervals import wilson
 from rter.models import DualClassifier, Normalize, RobustClassifier
 from rter.plots import accuracy
 from rter.report import verdict
-from rter.suite import Tally, apgd_attacks, is_deterministic
+from rter.sanity import Seen, sanity
+from rter.suite import apgd_attacks, is_deterministic
 from torch import Tensor, nn
 
 from moe_kernels import RobustMoE
@@ -36,6 +39,10 @@ def config(**settings: Any) -> Config:
     return Config(**({"method": "pgd-at", "eps": 0.02} | settings))
 
 
+def evaluation(model: nn.Module, images: Split, **options: Any) -> Evaluation:
+    return Evaluation(model, images, strength_of(config(), **{"steps": 3, "queries": 20} | options))
+
+
 @pytest.mark.parametrize("kind", ["one expert", "soft", "dual"])
 def test_every_kind_of_model_is_measured(kind: str) -> None:
     if kind == "soft":
@@ -45,25 +52,40 @@ def test_every_kind_of_model_is_measured(kind: str) -> None:
     if kind == "dual":
         model = DualClassifier(classifier()[0], model, alpha=0.7).eval()
         images = Split(images.x, model(images.x).argmax(1))
-    report, x_adv = measure(model, config(), images, steps=3, restarts=2, suite="full", queries=20)
+    own = evaluation(model, images, restarts=2)
+    report, found = measure(own), examples(own)
     assert report["sa"] == 1 and report["verdict"] <= min(report["attacks"].values())
     assert report["aa"] == report["attacks"]["autoattack"] <= report["attacks"]["square"] <= 1
-    assert x_adv.shape == images.x.shape and len(report["ra_e"]) == model.num_experts
+    assert (found["x_adv"] - found["x"]).abs().max() <= 0.02 and len(report["ra_e"]) == model.num_experts
+    assert found["label"].tolist() == sorted(set(images.y.tolist()))
     assert (report["ra_r"] is None) == (report["route_radius"] is None) == (kind == "one expert")
     assert ("joint" in report["attacks"]) == (kind != "one expert") and report["checks"]["deterministic"]["passed"]
     assert "withstand every attack of the full suite" in verdict(report | {"suite": "full"})
 
 
-def test_the_tally_is_the_union_of_the_attacks() -> None:
+def test_the_verdict_is_the_union_of_the_attacks_and_what_is_broken_is_left_alone() -> None:
     model, images = classifier()
-    tally = Tally(model, images)
+    images.y[11] = (images.y[11] + 1) % 5  # misread as it is
+    own = evaluation(model, images)
     others = images.x[(images.y[:, None] != images.y).int().argmax(1)]  # for each image, one of another class
-    first, second = images.x.clone(), images.x.clone()
-    first[:2], second[1:4] = others[:2], others[1:4]
-    tally.add("first", first)
-    tally.add("second", second)
-    assert tally.robust.tolist() == [False] * 4 + [True] * 8
-    assert tally.worst == "second" and tally.accuracies() == {"first": 10 / 12, "second": 9 / 12}
+    tried: list[int] = []
+
+    def breaking(*rows: int) -> Any:
+        def find(x: Tensor, y: Tensor) -> Tensor:
+            tried.append(len(x))
+            chosen = (x[:, None] == images.x[list(rows)]).flatten(2).all(2).any(1)
+            other = others[(x[:, None] == images.x).flatten(2).all(2).int().argmax(1)]
+            return torch.where(chosen[:, None, None, None], other, x)
+
+        return find
+
+    own.find("first", breaking(0, 1))
+    own.find("second", breaking(1, 2, 3))
+    assert tried == [11, 9] and own.standing.tolist() == [False] * 4 + [True] * 7 + [False]
+    assert [(r.name, r.attacked, r.broken, r.accuracy) for r in own.results] == [
+        ("first", 11, 2, 9 / 12),
+        ("second", 9, 2, 7 / 12),
+    ]
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -128,10 +150,12 @@ def test_a_hidden_gradient_is_noticed() -> None:
     model, images = classifier(1)
     rounded = Rounded(model)
     images = Split(images.x, rounded(images.x).argmax(1))
-    white, square, flags = auto_attack(rounded, images, "Linf", 0.1, seed=0, queries=100)
-    left = rounded(white).argmax(1) == images.y, rounded(square).argmax(1) == images.y
-    assert (left[0] & ~left[1]).sum() > 2 and any("zero gradient" in flag for flag in flags)
-    checks = sanity(rounded, config(), images, 3, white.new_zeros(12).bool(), None, None, left, flags, True)
+    own = evaluation(rounded, images, queries=100)
+    own.strength = dataclasses.replace(own.strength, eps=0.1)
+    ensemble, white, square, flags = auto_attack(own)
+    assert (white & ~square).sum() > 2 and any("zero gradient" in flag for flag in flags)
+    assert torch.equal(ensemble, white & square)
+    checks = sanity(own, Seen(ensemble, gradients=white, square=square, flags=flags))
     assert not checks["at most 0.2 % of the images, or one, fall to Square only"]["passed"]
     assert not checks["AutoAttack raises no flag"]["passed"]
 
@@ -142,7 +166,8 @@ def test_gradients_are_compared_with_square() -> None:
     rows = torch.arange(12)
     left = rows < 2, (rows >= 2) & (rows < 9)
     for these, more in ((left, 5), (left[::-1], -5)):
-        checks = sanity(model, config(), images, 3, rows < 0, None, None, these, None, False)
+        seen = Seen(rows < 0, gradients=these[0], square=these[1])
+        checks = sanity(evaluation(model, images, suite="quick"), seen)
         assert checks["gradients break at least as many images as Square"] == {"passed": more > 0, "value": more}
         others = checks["at most 0.2 % of the images, or one, fall to Square only"]
         assert others == {"passed": False, "value": 2 if more > 0 else 7}
@@ -155,9 +180,10 @@ def test_a_random_model_is_attacked_through_draws() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1)[:, :5] + 0.1 * torch.randn(len(x), 5)
 
-    x = torch.rand(4, 1, 6, 6)
-    assert not is_deterministic(Noisy(), x) and is_deterministic(nn.Flatten(), x)
-    assert apgd_attacks(Noisy(), config(), Split(x, torch.zeros(4).long()), 3, True)["apgd-ce"].draws == 20
+    images = Split(torch.rand(4, 1, 6, 6), torch.zeros(4).long())
+    own = evaluation(Noisy(), images)
+    assert not is_deterministic(own) and is_deterministic(evaluation(classifier(1)[0], images))
+    assert apgd_attacks(own)["apgd-ce"].draws == 20  # type: ignore[attr-defined]
 
 
 def test_the_interval_is_wilsons() -> None:

@@ -148,7 +148,7 @@ def _add_strength(parser: argparse.ArgumentParser, suite: str) -> None:
 
 def _strength(args: argparse.Namespace) -> tuple[int, int, str]:
     """Steps, restarts and suite."""
-    from rter.suite import RESTARTS
+    from rter.evaluation import RESTARTS
 
     return args.steps, args.restarts or RESTARTS[args.suite], args.suite
 

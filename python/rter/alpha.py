@@ -7,25 +7,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rter.data import Split
 from rter.models import DualClassifier
 
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)  # F_R's logits are the smaller
 
 
-def alpha_curve(
+def alpha_flags(
     model: DualClassifier,
-    images: Split,
+    x: Tensor,
+    y: Tensor,
     attack: Callable[[nn.Module], Tensor],
     predict: Callable[[nn.Module, Tensor], Tensor],
-) -> dict[str, Any]:
+) -> Tensor:
     """Attacks the model at each alpha, and counts an image as robust that withstands what was found at every alpha.
 
     Args:
         model: F_D, whose alpha is put back.
-        images: images and labels.
+        x, y: images and labels.
         attack: model -> adversarial images [n, C, H, W] of all images.
         predict: (model, images) -> classes [n].
+
+    Returns:
+        [n, alphas, 2] bool: whether each image is read rightly, and whether it is robust.
+    """
+    own = model.alpha
+    try:
+        found = [x]
+        for model.alpha in ALPHAS:
+            found.append(attack(model))
+        flags = []
+        for model.alpha in ALPHAS:
+            right = torch.stack([predict(model, images) == y for images in found])  # [1 + alphas, n]
+            flags.append(torch.stack([right[0], right.all(0)], 1))
+    finally:
+        model.alpha = own
+    return torch.stack(flags, 1)
+
+
+def alpha_curve(flags: Tensor) -> dict[str, Any]:
+    """The curve of all images from their flags [n, alphas, 2].
 
     Returns:
         points, one [alpha, SA, RA, above] for each alpha: above is the point's distance in the plane of SA and RA from
@@ -34,17 +54,7 @@ def alpha_curve(
         the ends; greatest, that of a model as robust as the better end and without an error on clean images, which no
         point passes whose RA is not above both ends', where F_S is at least as accurate as F_R.
     """
-    own = model.alpha
-    try:
-        found = [images.x]
-        for model.alpha in ALPHAS:
-            found.append(attack(model))
-        points = []
-        for model.alpha in ALPHAS:
-            right = torch.stack([predict(model, x) == images.y for x in found])  # [1 + alphas, n]
-            points.append((right[0].double().mean().item(), right.all(0).double().mean().item()))
-    finally:
-        model.alpha = own
+    points = [(sa, ra) for sa, ra in flags.double().mean(0).tolist()]
     start, end = points[0], points[-1]
     above = [_above(point, start, end) for point in points]
     curve = [[alpha, *point, distance] for alpha, point, distance in zip(ALPHAS, points, above, strict=True)]

@@ -7,50 +7,71 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_kernels.attacks import attack_mode
-from rter.data import Split
+from moe_kernels import attack_mode
 from rter.errors import UserError
-from rter.suite import predict
+from rter.evaluation import Evaluation, says
+from rter.journal import Found
 
-QUERIES = 5000  # of Square, as in the standard ensemble
 
+def auto_attack(evaluation: Evaluation) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Runs APGD-CE, APGD-T and FAB-T, each on what is left by those before it, and Square; records each, and them all.
 
-def auto_attack(
-    model: nn.Module, images: Split, norm: str, eps: float, seed: int, queries: int = QUERIES
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Runs APGD-CE, APGD-T and FAB-T, each on what is left by those before it, and Square.
+    With fewer than four classes, where targeted DLR is not defined, APGD-CE, FAB and Square run.
 
     Returns:
-        the images [n, C, H, W] after the three white-box attacks, those of Square by itself, and the flags raised. The
-        ensemble is the union of the two: Square's run on what the three leave is that of the ensemble, and what they
-        break it attacks in a run of its own, for comparison. With fewer than four classes, where targeted DLR is not
-        defined, APGD-CE, FAB and Square run.
+        which images withstand the ensemble, which its three white-box attacks, and which Square by itself [n], and the
+        flags raised. Square is tried on what the three have broken only where it has broken others: otherwise it
+        cannot have broken more than they did.
     """
+    with torch.no_grad():
+        num_classes = evaluation.model(evaluation.x[:1]).shape[1]
+    white = ["apgd-ce", "apgd-t", "fab-t"] if num_classes >= 4 else ["apgd-ce", "fab"]
+    left, flags = evaluation.clean.clone(), set[str]()
+
+    def run(name: str, tried: Tensor, label: str = "") -> Tensor:
+        right, rows = evaluation.clean.clone(), tried.nonzero()[:, 0]
+        parts = evaluation.batches(
+            f"autoattack {name}{label}", rows, lambda part: _batch(evaluation, name, part, num_classes)
+        )
+        for part, found in parts:
+            right[part] = found["right"]
+            flags.update(found["flags"])
+        return right
+
+    for name in [*white, "square"]:
+        tried = left.clone()
+        right = run(name, tried)
+        label = "square" if name == "square" else f"autoattack {name}"
+        evaluation.record(label, tried, right, among=tried, parts=f"autoattack {name}/")
+        if name != "square":
+            left &= right
+    square, ensemble = right, left & right
+    if not square.equal(evaluation.clean):
+        square = square & run("square", evaluation.clean & ~left, " on the others")
+    evaluation.record("autoattack", evaluation.clean, ensemble, parts="autoattack ")
+    return ensemble, left, square, sorted(flags)
+
+
+def _batch(evaluation: Evaluation, name: str, part: Tensor, num_classes: int) -> Found:
+    """One attack of the ensemble on one batch of images that the model reads rightly."""
     try:
         from pyautoattack import AutoAttack
     except ImportError:
         raise UserError(
             "the full suite must find the package pyautoattack: install it, or give --suite quick"
         ) from None
-    with attack_mode(model), _flags() as flags:
-        ensemble: Any = AutoAttack(model, norm=norm, eps=eps, seed=seed, device=images.x.device)
-        with torch.no_grad():
-            num_classes = model(images.x[:1]).shape[1]
+    strength, x, y = evaluation.strength, evaluation.x[part], evaluation.y[part]
+    seed = strength.seed_for("autoattack") % 2**31
+    with attack_mode(evaluation.model), _flags() as flags:
+        ensemble: Any = AutoAttack(evaluation.model, norm=strength.norm, eps=strength.eps, seed=seed, device=x.device)
         targets = min(ensemble.apgd_targeted.n_target_classes, num_classes - 1)
         ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = targets
-        ensemble.square.n_queries = queries
-        ensemble.attacks_to_run = ["apgd-ce", "apgd-t", "fab-t"] if num_classes >= 4 else ["apgd-ce", "fab"]
-        white = ensemble.run_standard_evaluation(images.x, images.y, batch_size=512)[0]
-        left = predict(model, white) == images.y
-        broken = (predict(model, images.x) == images.y) & ~left
-        square = images.x.clone()
-        ensemble.attacks_to_run = ["square"]
-        for rows in (left, broken):
-            if rows.any():
-                square[rows] = ensemble.run_standard_evaluation(images.x[rows], images.y[rows], batch_size=512)[0]
-    return white, square, sorted(set(flags))
+        ensemble.square.n_queries = strength.queries
+        ensemble.attacks_to_run = [name]
+        x_adv = ensemble.run_standard_evaluation(x, y, batch_size=len(x))[0]
+    return {"right": says(evaluation.model, x_adv, y), "flags": sorted(set(flags))}
 
 
 @contextmanager

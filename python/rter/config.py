@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import sys
@@ -24,6 +23,7 @@ from rter.models import parse_normalize
 from rter.models.networks import NETWORKS
 from rter.models.routers import ROUTERS
 from rter.optimisation import OPTIMIZERS, SCHEDULES
+from rter.seeds import seed_for
 
 GATES = ("hard", "sigmoid", "softmax", "soft", "straight_through")
 NORMS = ("Linf", "L2", "L1")
@@ -161,8 +161,7 @@ class Config:
 
     def seed_for(self, *purpose: str | int) -> int:
         """A seed of its own for each purpose, such as ("attack", step), so that no draw depends on earlier ones."""
-        digest = hashlib.sha256(repr((self.seed, *purpose)).encode()).digest()
-        return int.from_bytes(digest[:7], "little")
+        return seed_for(self.seed, *purpose)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

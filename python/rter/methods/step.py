@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import Routing
-from moe_kernels.attacks import PGD
+from rter.attack import make_attack
 from rter.distributed import Share
 from rter.models import DualClassifier, RobustClassifier, View
 
@@ -95,37 +94,6 @@ class Step:
         if self.share:
             self.share.mean_([load])
         return {"balance": self.config.balance_weight * routing.balance_loss(load)}
-
-
-def make_attack(
-    model: nn.Module,
-    config: Config,
-    eps: float | Tensor,
-    steps: int,
-    *purpose: str | int,
-    alpha_ratio: float | None = None,
-    share: Share | None = None,
-    **options: Any,
-) -> PGD:
-    """PGD, on the cross-entropy unless `options` say otherwise; its random start is drawn for `purpose` alone, and for
-    the joint batch of a share."""
-    alpha = (config.alpha_ratio if alpha_ratio is None else alpha_ratio) * eps
-    pgd = PGD if share is None or share.alone else functools.partial(SharedPGD, share)
-    return pgd(model, eps, alpha, steps, norm=config.norm, seed=config.seed_for(*purpose), **options)
-
-
-class SharedPGD(PGD):
-    """PGD on a share of a joint batch, from the starts that it has there."""
-
-    def __init__(self, share: Share, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.share = share
-
-    def start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
-        rows, ours = self.share.joint_rows(len(x))
-        joint_x, joint_eps = x.new_zeros(rows, *x.shape[1:]), eps.new_zeros(rows)
-        joint_x[ours], joint_eps[ours] = x, eps
-        return super().start(joint_x, joint_eps, generator)[ours]
 
 
 def partly_forced(model: RobustClassifier, own: Routing | None, forced: Routing) -> View:

@@ -1,0 +1,170 @@
+"""The evaluation of anybody's model."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rter.data import Split
+from rter.errors import UserError
+from rter.evaluate import JOURNAL, examples, measure
+from rter.evaluation import BATCH, QUERIES, RESTARTS, Evaluation, Strength, eval_mode
+from rter.measured import Report
+from rter.models.adapted import adapt
+
+NORMS = ("Linf", "L2", "L1")
+
+
+def evaluate_model(
+    model: Callable[..., Any],
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str,
+    norm: str = "Linf",
+    suite: str = "full",
+    bounds: tuple[float, float] = (0, 1),
+    batch_size: int = BATCH,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool = True,
+    steps: int = 50,
+    restarts: int | None = None,
+    queries: int = QUERIES,
+    about: dict[str, Any] | None = None,
+) -> Report:
+    """Attacks a model by PGD, APGD and AutoAttack, and its route, where it has one, by the attacks that know routes.
+
+    Args:
+        model: maps images [B, C, H, W] to logits [B, classes], or to an object with an attribute `logits`. A module is
+            evaluated in eval mode and is left as it was. Its route is attacked if it offers `num_experts`, `route(x)`
+            and `forward(x, routing=...)`, as `moe_kernels.RobustMoE` does, or has one RobustMoE inside that routes
+            whole images.
+        x: images [n, C, H, W] within bounds, floats.
+        y: classes [n], integers.
+        eps: radius of the perturbation in units of x: a number, or a fraction such as "8/255".
+        norm: "Linf", "L2" or "L1".
+        suite: "quick", or "full", which adds AutoAttack and every attack on the route.
+        bounds: the least and the greatest value of an image.
+        batch_size: images that are attacked at a time.
+        seed: of all random starts; the same seed gives the same report, bit for bit, on the same machine.
+        out: a folder for report.json and examples.safetensors. Until they are written, it holds every finished batch
+            of every attack, and the same call goes on where a killed one was.
+        progress: show a bar for each attack, on a terminal.
+        steps: of PGD and APGD.
+        restarts: of PGD on the whole model; None for 5, in the full suite 20.
+        queries: of AutoAttack's Square.
+        about: entries of report.json that say more of the model and its data, such as "method" and "data".
+
+    Raises:
+        UserError: naming the argument, if one does not fit, or if `out` holds the half evaluation of another model.
+    """
+    strength = _strength(eps, norm, suite, bounds, batch_size, seed, steps, restarts, queries)
+    x, y = _images(x, y, bounds)
+    like = next(model.parameters(), x) if isinstance(model, nn.Module) else x
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    x, y = x.to(like.device, dtype), y.to(like.device)
+    width = bounds[1] - bounds[0]
+    unit = x if tuple(bounds) == (0, 1) else ((x - bounds[0]) / width).clamp(0, 1)
+    with eval_mode(model):
+        adapted, routes = adapt(model, unit[:2], (bounds[0], bounds[1]))
+        with torch.no_grad():
+            classes = adapted(unit[:1]).shape[1]
+        if int(y.max()) >= classes:
+            raise UserError(f"y must be less than the {classes} classes of the model's logits, got {int(y.max())}")
+        file = None if out is None else Path(out) / JOURNAL
+        evaluation = Evaluation(adapted, Split(unit, y), strength, file, progress)
+        figures = measure(evaluation)
+        found = examples(evaluation)
+    for key in ("x", "x_adv"):
+        found[key] = bounds[0] + width * found[key]
+    figures["eps_curve"] = [[width * radius, accuracy] for radius, accuracy in figures["eps_curve"]]
+    report = Report(
+        {
+            "method": type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "model"),
+            "data": None,
+            "seed": seed,
+            "norm": norm,
+            "eps": width * strength.eps,
+            "bounds": list(bounds),
+            "num_experts": evaluation.num_experts,
+            "routes": routes,
+            "epochs": 0,
+            "train_seconds": None,
+            "weights": None,
+            "split": "given",
+            "held_out": len(y),
+            "sample": None,
+            **(about or {}),
+            **figures,
+        },
+        found,
+    )
+    if out is not None:
+        report.save(out)
+        evaluation.journal.finish()
+    return report
+
+
+def _strength(
+    eps: float | str,
+    norm: str,
+    suite: str,
+    bounds: tuple[float, float],
+    batch_size: int,
+    seed: int,
+    steps: int,
+    restarts: int | None,
+    queries: int,
+) -> Strength:
+    if norm not in NORMS:
+        raise UserError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if suite not in RESTARTS:
+        raise UserError(f"suite must be one of {', '.join(RESTARTS)}, got {suite!r}")
+    try:
+        low, high = map(float, bounds)
+        valid = low < high
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise UserError(f"bounds must be (low, high) with low < high, got {bounds!r}")
+    try:
+        radius = float(Fraction(eps)) if isinstance(eps, str) else float(eps)
+        valid = 0 < radius < float("inf")
+    except (TypeError, ValueError, ZeroDivisionError):
+        valid = False
+    if not valid:
+        raise UserError(f"eps must be a number above 0 or a fraction such as 8/255, got {eps!r}")
+    if norm == "Linf" and radius > high - low:
+        raise UserError(
+            f"eps must be at most {high - low:g}, the width of bounds {bounds}, got {eps}: is 8/255 meant by 8?"
+        )
+    for name, count in (("batch_size", batch_size), ("steps", steps), ("restarts", restarts), ("queries", queries)):
+        if count is not None and not (isinstance(count, int) and count > 0):
+            raise UserError(f"{name} must be a whole number above 0, got {count!r}")
+    if not isinstance(seed, int) or seed < 0:
+        raise UserError(f"seed must be a whole number, at least 0, got {seed!r}")
+    radius /= high - low
+    return Strength(radius, norm, suite, steps, restarts, 0.25, queries, batch_size, seed)
+
+
+def _images(x: Any, y: Any, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    try:
+        x, y = torch.as_tensor(x), torch.as_tensor(y)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"x and y must be tensors: {' '.join(str(error).split())}") from None
+    if x.ndim != 4 or not len(x):
+        raise UserError(f"x must be images [n, C, H, W], at least one, got shape {list(x.shape)}")
+    if not x.is_floating_point():
+        raise UserError(f"x must be floats within bounds {bounds}, got {x.dtype}: divide levels by 255")
+    if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
+        raise UserError(f"y must be {len(x)} integer classes, one for each image, got {y.dtype} {list(y.shape)}")
+    least, greatest = x.aminmax()
+    if not (least >= bounds[0] and greatest <= bounds[1]):
+        raise UserError(f"x must lie within bounds {bounds}, got values from {least:.9g} to {greatest:.9g}")
+    if y.min() < 0:
+        raise UserError(f"y must be classes, at least 0, got {int(y.min())}")
+    return x, y.long()

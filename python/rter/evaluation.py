@@ -1,0 +1,285 @@
+"""An evaluation: a model, its images and the strength of its attacks, and what these have found."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rter.attack import make_attack
+from rter.data import Split
+from rter.journal import Found, Journal
+from rter.seeds import seed_for
+
+RESTARTS = {"quick": 5, "full": 20}  # of PGD on the whole model, in each suite
+BATCH = 512
+QUERIES = 5000  # of Square, as in AutoAttack's standard ensemble
+
+Find = Callable[[Tensor, Tensor], Tensor]  # x [B, C, H, W], y [B] -> x_adv
+Judge = Callable[[Tensor, Tensor], Found]  # x_adv [B, C, H, W], its rows [B] -> what to keep of each
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How a model is attacked.
+
+    Args:
+        eps: radius of the perturbation of images in [0, 1].
+        norm: "Linf", "L2" or "L1".
+        suite: "quick" or "full", see rter.suite.
+        steps: of PGD and APGD.
+        restarts: of PGD on the whole model; None for those of the suite.
+        alpha_ratio: step of PGD, in eps.
+        queries: of AutoAttack's Square.
+        batch_size: images that are attacked at a time; what is found depends on it, as random starts do.
+        seed: of all draws.
+    """
+
+    eps: float
+    norm: str = "Linf"
+    suite: str = "full"
+    steps: int = 50
+    restarts: int | None = None
+    alpha_ratio: float = 0.25
+    queries: int = QUERIES
+    batch_size: int = BATCH
+    seed: int = 0
+
+    def seed_for(self, *purpose: str | int) -> int:
+        return seed_for(self.seed, *purpose)
+
+    @property
+    def full(self) -> bool:
+        return self.suite == "full"
+
+    @property
+    def whole_restarts(self) -> int:
+        return self.restarts or RESTARTS[self.suite]
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What one attack did.
+
+    Args:
+        name: of the attack.
+        attacked: how many images it was tried on.
+        broken: how many of them it broke; new, how many of these no earlier attack had broken.
+        accuracy: the part of all images that it leaves standing: of those that are read rightly, for an attack that
+            gives a figure of its own, and otherwise of those that stood before.
+        seconds: how long it took, in all of its parts.
+    """
+
+    name: str
+    attacked: int
+    broken: int
+    new: int
+    accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What PGD did to a model or a part of it.
+
+    Args:
+        tried: [n] bool, the images that were attacked.
+        robust: [n] bool, those of them of which the target says y all the same.
+        judged: what the judge says of the images that were found, [n, ...] by name; zero where there is none.
+    """
+
+    tried: Tensor
+    robust: Tensor
+    judged: dict[str, Tensor]
+
+
+class Evaluation:
+    """Attacks a model, and tallies which images withstand everything so far.
+
+    Every attack runs batch by batch, and every batch of every restart is kept in the journal. An image that is misread
+    as it is, or broken, is not attacked again: only the attacks that give a figure of their own, on the whole model or
+    on a part of it, are tried on all images that their target reads rightly.
+
+    Args:
+        model: in eval mode; with experts if its attribute `num_experts` is above 0, and then with `route(x)` and
+            `forward(x, routing=None)`.
+        images: images in [0, 1] and labels.
+        file: where finished parts are kept, so that an evaluation that was killed goes on; None keeps nothing.
+        progress: show a bar for each attack, on a terminal.
+
+    Attributes:
+        clean: [n] bool, images that the model reads rightly.
+        standing: [n] bool, those among them that no attack has broken so far.
+        results: of each attack so far.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Split, strength: Strength, file: Path | None = None, progress: bool = False
+    ) -> None:
+        self.model, self.strength, self.progress = model, strength, progress
+        self.x, self.y = images.x, images.y
+        self.num_experts = int(model.num_experts)  # type: ignore[arg-type]
+        self.journal = Journal(file, self._identity() if file else {}, strength.seed, self.x.device)
+        said = self.of_each("clean", self.everything, lambda part: {"class": predict(model, self.x[part])})
+        self.clean = said["class"] == self.y
+        self.standing = self.clean.clone()
+        self.results: list[AttackResult] = []
+
+    def _identity(self) -> dict[str, Any]:
+        weights, images = hashlib.sha256(), hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            if isinstance(value, Tensor):
+                weights.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+                weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        with torch.random.fork_rng():
+            torch.manual_seed(self.strength.seed)  # for models that are random
+            weights.update(predict(self.model, self.x[:64]).cpu().numpy().tobytes())
+        for tensor in (self.x, self.y):
+            images.update(f"{tensor.dtype} {list(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
+        hashes = {"model": weights.hexdigest(), "images": images.hexdigest()}
+        return hashes | asdict(self.strength) | {"torch": torch.__version__}
+
+    @property
+    def everything(self) -> Tensor:
+        """All rows."""
+        return torch.arange(len(self.y), device=self.y.device)
+
+    @property
+    def images(self) -> Split:
+        return Split(self.x, self.y)
+
+    @property
+    def several(self) -> bool:
+        """Whether there is a route to attack."""
+        return self.num_experts > 1
+
+    def batches(self, name: str, rows: Tensor, compute: Callable[[Tensor], Found]) -> Iterator[tuple[Tensor, Found]]:
+        """For each batch of the rows what it computes; `name` and the number of the batch name the part."""
+        parts = rows.split(self.strength.batch_size) if len(rows) else ()
+        with tqdm(
+            total=len(rows), desc=name, unit="image", leave=False, disable=None if self.progress else True
+        ) as bar:
+            for i, part in enumerate(parts):
+                found = self.journal.part(f"{name}/{i}", lambda part=part: compute(part))  # type: ignore[misc]
+                yield part, {key: v.to(self.x.device) if isinstance(v, Tensor) else v for key, v in found.items()}
+                bar.update(len(part))
+
+    def of_each(self, name: str, rows: Tensor, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What is computed of each row, [n, ...] by name; zero for the other rows."""
+        result: dict[str, Tensor] = {}
+        for part, found in self.batches(name, rows, compute):
+            _put(result, part, found, len(self.y))
+        return result
+
+    def pgd(
+        self,
+        target: nn.Module,
+        name: str,
+        *,
+        eps: float | None = None,
+        steps: int | None = None,
+        restarts: int = 1,
+        y: Tensor | None = None,
+        among: Tensor | None = None,
+        judge: Judge | None = None,
+    ) -> Attacked:
+        """PGD on a model or a part of it; each further start is spent only on the images that withstand so far.
+
+        Args:
+            eps, steps: the strength's, unless others are given.
+            y: labels [n] of the target; the images' own if None.
+            among: [n] bool, images to attack; those that the target reads rightly if None.
+            judge: what else to keep of the images that are found.
+        """
+        y = self.y if y is None else y
+        eps, steps = self.strength.eps if eps is None else eps, self.strength.steps if steps is None else steps
+        if among is None:
+            right = self.of_each(f"{name}/clean", self.everything, lambda p: {"right": says(target, self.x[p], y[p])})
+            among = right["right"]
+        robust, judged = among.clone(), dict[str, Tensor]()
+        for restart in range(restarts):
+
+            def attacked(part: Tensor, restart: int = restart) -> Found:
+                pgd = make_attack(target, self.strength, eps, steps, name, restart, int(part[0]))
+                x_adv = pgd(self.x[part], y[part])
+                return {"robust": says(target, x_adv, y[part]), **(judge(x_adv, part) if judge else {})}
+
+            for part, found in self.batches(f"{name}/{restart}", robust.nonzero()[:, 0], attacked):
+                robust[part] = found.pop("robust")
+                _put(judged, part, found, len(y))
+        return Attacked(among, robust, judged)
+
+    def find(self, name: str, find: Find) -> None:
+        """Tries an attack on the images that stand."""
+
+        def compute(part: Tensor) -> dict[str, Tensor]:
+            return {"right": says(self.model, find(self.x[part], self.y[part]), self.y[part])}
+
+        tried = self.standing.clone()
+        right = self.of_each(name, tried.nonzero()[:, 0], compute).get("right", tried)
+        self.record(name, tried, right, among=tried)
+
+    def record(
+        self, name: str, tried: Tensor, right: Tensor, *, among: Tensor | None = None, parts: str | None = None
+    ) -> None:
+        """Tallies an attack.
+
+        Args:
+            name: of the attack.
+            tried: [n] bool, the images that it was tried on.
+            right: [n] bool, where it was tried: whether the model is right about what was found.
+            among: [n] bool, the images of which it leaves a part standing; those that are read rightly if None.
+            parts: how the names of the attack's parts begin, if not by its name.
+        """
+        tried = tried & self.clean
+        broken, before = tried & ~right, self.standing
+        self.standing = before & ~broken
+        self.results.append(
+            AttackResult(
+                name,
+                int(tried.sum()),
+                int(broken.sum()),
+                int((before & broken).sum()),
+                mean((self.clean if among is None else among) & ~broken),
+                round(self.journal.seconds(f"{name}/" if parts is None else parts), 3),
+            )
+        )
+
+
+def _put(result: dict[str, Tensor], part: Tensor, found: Found, rows: int) -> None:
+    for key, value in found.items():
+        if key not in result:
+            result[key] = value.new_zeros(rows, *value.shape[1:])
+        result[key][part] = value
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in x.split(BATCH)]).argmax(-1)
+
+
+def says(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """[n] bool: whether the model says y."""
+    return predict(model, x) == y
+
+
+def mean(flags: Tensor) -> float:
+    return flags.double().mean().item()
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """The model in eval mode, and every module in its own again afterwards."""
+    before = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

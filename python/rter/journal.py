@@ -1,0 +1,119 @@
+"""The finished parts of an evaluation, a line of a file each: what a killed one goes on from."""
+
+import base64
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rter.errors import UserError
+from rter.seeds import seed_for
+
+Found = dict[str, Any]  # tensors, and what JSON holds
+
+
+class Journal:
+    """Keeps what each part has found: in memory, and in a file where one is given.
+
+    The first line of the file says what is evaluated, and how. A part draws from random states of its own, which follow
+    from the seed and its name, so that it finds the same whether or not the parts before it were read from the file.
+
+    Args:
+        file: the file, which is removed by `finish`; None keeps nothing.
+        identity: what is evaluated, and how; the values are what JSON holds.
+        seed: of the parts' random states.
+        device: whose random state a part draws from, beside that of the CPU.
+
+    Raises:
+        UserError: if the file holds another evaluation, is damaged, or is in use.
+    """
+
+    def __init__(self, file: Path | None, identity: dict[str, Any], seed: int, device: torch.device) -> None:
+        self.path, self.seed = file, seed
+        self.devices = [device] if device.type == "cuda" else []
+        self.parts: dict[str, dict[str, Any]] = {}
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.file = file.open("a+b")
+        try:
+            self._lock()
+            self._read(json.loads(json.dumps(identity)))
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise UserError(f"{self.path} is in use by another evaluation") from None
+
+    def _read(self, identity: dict[str, Any]) -> None:
+        self.file.seek(0)
+        lines = self.file.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):  # torn when its process was killed
+            self.file.truncate(sum(map(len, lines[:-1])))
+            lines.pop()
+        if not lines:
+            self._append(identity)
+            return
+        try:
+            first, *parts = map(json.loads, lines)
+            before = {name: first[name] for name in identity}
+            self.parts = {part["part"]: part for part in parts}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path} is damaged: remove it, and the evaluation begins anew") from None
+        for name, value in identity.items():
+            if value != before[name]:
+                what = f"another {name}" if name in ("model", "images") else f"{name} {before[name]}, not {value}"
+                raise UserError(
+                    f"{self.path} holds a half evaluation of {what}: give another folder, or remove the file"
+                    if name in ("model", "images")
+                    else f"{self.path} holds a half evaluation with {what}: give another folder, or remove the file"
+                )
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def part(self, name: str, compute: Callable[[], Found]) -> Found:
+        """What the part of this name has found, computed unless it is kept."""
+        if name not in self.parts:
+            started = time.perf_counter()
+            with torch.random.fork_rng(devices=self.devices):
+                torch.manual_seed(seed_for(self.seed, "part", name))
+                found = compute()
+            record = {"part": name, "seconds": time.perf_counter() - started, **_encode(found)}
+            self.parts[name] = record
+            if self.path is not None:
+                self._append(record)
+        return _decode(self.parts[name])
+
+    def seconds(self, prefix: str) -> float:
+        """Of all parts whose names begin so."""
+        return sum(part["seconds"] for name, part in self.parts.items() if name.startswith(prefix))
+
+    def finish(self) -> None:
+        """Removes the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+            self.file.close()
+
+
+def _encode(found: Found) -> dict[str, Any]:
+    tensors = {name: value.cpu().contiguous() for name, value in found.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in found.items() if name not in tensors}
+    return {"tensors": base64.b64encode(safetensors.torch.save(tensors)).decode(), "values": others}
+
+
+def _decode(record: dict[str, Any]) -> Found:
+    return {**safetensors.torch.load(base64.b64decode(record["tensors"])), **record["values"]}

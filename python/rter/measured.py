@@ -1,0 +1,103 @@
+"""What an evaluation comes to: its figures, and examples of what was found."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rter.checkpoint import save_tensors, write_atomic
+from rter.evaluation import AttackResult
+
+
+class Accuracy(NamedTuple):
+    """A part of the images, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:7.2%}   [{self.low:.2%}, {self.high:.2%}]"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of an evaluation, as report.json has them, and examples of adversarial images.
+
+    Args:
+        figures: report.json; docs/evaluation.md says what each of its keys means.
+        examples: the first image `x` of each class, `x_adv`, its `label`, and the classes that the model says.
+    """
+
+    figures: dict[str, Any]
+    examples: dict[str, Tensor]
+
+    @property
+    def sa(self) -> Accuracy:
+        """Accuracy on clean images."""
+        return self._accuracy("sa")
+
+    @property
+    def ra(self) -> Accuracy:
+        """Accuracy under PGD with restarts on the whole model."""
+        return self._accuracy("ra")
+
+    @property
+    def aa(self) -> Accuracy | None:
+        """Accuracy under AutoAttack's standard ensemble; None in the quick suite."""
+        return None if self.figures["aa"] is None else self._accuracy("aa")
+
+    @property
+    def verdict(self) -> Accuracy:
+        """The part of the images that withstand every attack of the suite."""
+        return self._accuracy("verdict")
+
+    def _accuracy(self, name: str) -> Accuracy:
+        return Accuracy(self.figures[name], *self.figures["intervals"][name])
+
+    @property
+    def attacks(self) -> list[AttackResult]:
+        """What each attack did, in their order."""
+        return [AttackResult(**result) for result in self.figures["attack_results"]]
+
+    @property
+    def checks(self) -> dict[str, dict[str, Any]]:
+        """Of the evaluation itself: by name whether each has `passed`, and its `value`."""
+        return dict(self.figures["checks"])
+
+    def to_json(self) -> str:
+        return json.dumps(self.figures, indent=2) + "\n"
+
+    def save(self, folder: str | Path) -> None:
+        """Writes report.json and examples.safetensors into a folder, which is made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / "examples.safetensors", self.examples)
+        write_atomic(folder / "report.json", self.to_json())
+
+    def __str__(self) -> str:
+        figures = self.figures
+        lines = [
+            f"{figures['method']}: {figures['held_out']} images, {figures['norm']} perturbations of radius "
+            f"{figures['eps']:.4g}, {figures['suite']} suite, seed {figures['seed']}",
+            "",
+            "                                 95 % interval",
+            f"clean accuracy        {self.sa}",
+            f"under PGD             {self.ra}",
+            *([f"under AutoAttack      {self.aa}"] if self.aa else []),
+            f"under every attack    {self.verdict}",
+            "",
+            f"{'attack':34}{'tried on':>9}{'broke':>8}{'new':>6}{'left':>9}{'seconds':>9}",
+            *(f"{a.name:34}{a.attacked:9}{a.broken:8}{a.new:6}{a.accuracy:9.2%}{a.seconds:9.1f}" for a in self.attacks),
+            "",
+            f"routes: {figures['routes']}",
+        ]
+        failed = {name: check["value"] for name, check in self.checks.items() if not check["passed"]}
+        if not failed:
+            return "\n".join([*lines, f"checks: all {len(self.checks)} passed"])
+        said = (f"  {name}" + ("" if value is None else f": {value:.4g}") for name, value in failed.items())
+        return "\n".join(
+            [*lines, f"checks that FAILED, of {len(self.checks)} (docs/evaluation.md says what to do):", *said]
+        )

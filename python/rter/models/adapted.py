@@ -1,0 +1,213 @@
+"""Anybody's model as a classifier of images in [0, 1], with its route where it has one that can be attacked."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import RobustMoE, Routing
+from rter.errors import UserError
+from rter.models.classifier import RobustClassifier
+
+
+class Adapted(nn.Module):
+    """Logits [B, C] of images in [0, 1] from a model that takes images within bounds.
+
+    Args:
+        model: any callable; its result may carry the logits as an attribute, as those of transformers do.
+        bounds: the least and the greatest value of the images that it takes.
+    """
+
+    num_experts = 0
+
+    def __init__(self, model: Callable[..., Any], bounds: tuple[float, float]) -> None:
+        super().__init__()
+        self.model = model
+        self.bounds = bounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(self.scaled(x)), len(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        low, high = self.bounds
+        return x if self.bounds == (0, 1) else low + (high - low) * x
+
+
+class AdaptedMixture(Adapted):
+    """A model that offers `route(x)` and `forward(x, routing=...)`."""
+
+    def __init__(self, model: Any, bounds: tuple[float, float], num_experts: int) -> None:
+        super().__init__(model, bounds)
+        self.num_experts = num_experts
+
+    def route(self, x: Tensor) -> Routing:
+        routing: Routing = self.model.route(self.scaled(x))  # type: ignore[attr-defined]
+        return routing
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        if routing is None:
+            return super().forward(x)
+        return logits_of(self.model(self.scaled(x), routing=routing), len(x))
+
+
+class AdaptedInside(AdaptedMixture):
+    """A model with one RobustMoE inside that routes whole images."""
+
+    def __init__(self, model: nn.Module, bounds: tuple[float, float], moe: RobustMoE) -> None:
+        super().__init__(model, bounds, moe.num_experts)
+        self.moe = moe
+
+    def route(self, x: Tensor) -> Routing:
+        def stop(h: Tensor, routing: Routing | None = None) -> Tensor:
+            raise _Routed(self.moe.route(h) if routing is None else routing)
+
+        try:
+            with _in_place_of_forward(self.moe, stop):
+                self.model(self.scaled(x))
+        except _Routed as found:
+            return found.routing
+        raise UserError("model must run its RobustMoE at every forward, and did not")
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        if routing is None:
+            return super().forward(x)
+
+        def forced(h: Tensor, own: Routing | None = None) -> Tensor:
+            return type(self.moe).forward(self.moe, h, routing)
+
+        with _in_place_of_forward(self.moe, forced):
+            return super().forward(x)
+
+
+class _Routed(Exception):  # noqa: N818, which ends a forward at its route
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+
+
+@contextmanager
+def _in_place_of_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def logits_of(output: Any, batch: int) -> Tensor:
+    """The logits in what a model returned for a batch of images."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        kind = f"a {type(output).__name__}" + (f" of {len(output)}" if isinstance(output, (tuple, list)) else "")
+        raise UserError(f"model must return logits [B, classes], got {kind}: wrap it so that it returns them alone")
+    if logits.ndim != 2 or len(logits) != batch or not logits.is_floating_point():
+        raise UserError(
+            f"model must return logits [{batch}, classes] for {batch} images, got {logits.dtype} {list(logits.shape)}"
+        )
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def adapt(model: Any, x: Tensor, bounds: tuple[float, float]) -> tuple[nn.Module, str]:
+    """The model as a classifier, and what the report says of its routes.
+
+    Args:
+        model: any callable from images to logits, in eval mode.
+        x: a few images in [0, 1] to try it on.
+        bounds: the least and the greatest value of the images that it takes.
+
+    Raises:
+        UserError: if it does not return logits.
+    """
+    if not callable(model):
+        raise UserError(f"model must be a module or another callable from images to logits, got {type(model).__name__}")
+    if isinstance(model, RobustClassifier) and bounds == (0, 1):
+        adapted: nn.Module = model
+        routes = "attacked" if model.num_experts > 1 else "none: the model has one expert"
+    else:
+        adapted, routes = _adapt(model, x, bounds)
+    _check_logits(adapted, x)
+    return adapted, routes
+
+
+def _adapt(model: Any, x: Tensor, bounds: tuple[float, float]) -> tuple[Adapted, str]:
+    plain = Adapted(model, bounds)
+    with torch.no_grad(), _naming_the_model(x):
+        plain(x)
+    if callable(getattr(model, "route", None)) and _takes_routing(model):
+        return _if_routed(AdaptedMixture(model, bounds, 0), plain, x)
+    if not isinstance(model, nn.Module):
+        return plain, "none attacked: the model is no module, so that its experts, if it has any, cannot be seen"
+    inner = getattr(model, "_orig_mod", model)  # a compiled forward is not stopped at its route
+    layers = [module for module in inner.modules() if isinstance(module, RobustMoE)]
+    if not layers:
+        return plain, "none: the model has no experts, so attacks on routes drop out"
+    if len(layers) > 1:
+        return plain, f"NOT attacked: the model has {len(layers)} RobustMoE layers, and the attacks know one"
+    if _calls(inner, layers[0], plain.scaled(x)) != 1:
+        return plain, "NOT attacked: the RobustMoE does not run once at each forward"
+    return _if_routed(AdaptedInside(inner, bounds, layers[0]), plain, x)
+
+
+def _if_routed(mixture: AdaptedMixture, plain: Adapted, x: Tensor) -> tuple[Adapted, str]:
+    """The mixture, if its route is one of whole images that has a gradient; otherwise the plain model, and why."""
+    routing = mixture.route(x.clone().requires_grad_())
+    if not isinstance(routing, Routing):
+        raise UserError(f"model.route must return a moe_kernels.Routing, got {type(routing).__name__}")
+    mixture.num_experts = routing.num_experts
+    if routing.logits.ndim != 2 or len(routing.logits) != len(x):
+        shape = list(routing.logits.shape)
+        return plain, f"NOT attacked: {len(x)} images have route logits {shape}, and the attacks know routes of images"
+    if not routing.logits.requires_grad:
+        return plain, "NOT attacked: the route's logits have no gradient"
+    return mixture, "attacked" if mixture.num_experts > 1 else "none: the model has one expert"
+
+
+def _takes_routing(model: Any) -> bool:
+    parameters = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    return "routing" in parameters
+
+
+def _calls(model: nn.Module, moe: RobustMoE, x: Tensor) -> int:
+    calls: list[None] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(None)
+        return type(moe).forward(moe, *args, **kwargs)
+
+    with torch.no_grad(), _in_place_of_forward(moe, counted):
+        model(x)
+    return len(calls)
+
+
+@contextmanager
+def _naming_the_model(x: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"model must take images {str(x.dtype).removeprefix('torch.')} {list(x.shape)}, and raised "
+            f"{type(error).__name__}: {said}"
+        ) from error
+
+
+@torch.no_grad()
+def _check_logits(model: nn.Module, x: Tensor) -> None:
+    logits = model(x)
+    if logits.shape[1] < 2:
+        raise UserError(f"model must return the logits of at least 2 classes, got shape {list(logits.shape)}")
+    if not logits.isfinite().all():
+        raise UserError(f"model must return finite logits, got {logits[~logits.isfinite()][0].item()} for an image")
+    if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3:
+        raise UserError(
+            "model must return logits, got probabilities (none below 0, and each row sums to 1), which hide gradients: "
+            "return what stands before the softmax"
+        )
