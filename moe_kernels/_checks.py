@@ -93,6 +93,11 @@ def inside_checkpoint() -> bool:
     return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
+def inside_backward() -> bool:
+    """Whether this runs in a backward, where a checkpoint computes a forward again; never while it is compiled."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The tensors in the dtypes that autocast gives them."""
     first = tensors[0]

@@ -12,7 +12,7 @@ from moe_kernels import RobustMoE
 from moe_kernels.testing import Source
 
 README = Path(__file__).parent.parent / "README.md"
-LAYER, ATTACK, _, IDEA = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+LAYER, ATTACK, ROUTE, _, IDEA = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
 S = Source(torch.float32)
 
 
@@ -20,12 +20,15 @@ def test_the_layer() -> None:
     names: dict[str, Any] = {}
     exec(LAYER, names)
     block, x = names["Block"](8, 2).eval(), S.randn(2, 5, 8)
-    y = block(x)
+    y, balance = block(x)
+    assert torch.autograd.grad(balance, block.moe.router.weight)[0].abs().max() > 0
     with torch.no_grad():
-        torch.testing.assert_close(block(x), y)
+        torch.testing.assert_close(block(x)[0], y)
         for p in block.moe.experts.parameters():
             p.zero_()
-        assert not torch.allclose(block(x), y)
+        assert not torch.allclose(block(x)[0], y)
+    block.train().moe.keep_routing = True
+    assert torch.equal(block(x)[1], block.moe.last_routing.balance_loss())
 
 
 def test_the_attack() -> None:
@@ -35,6 +38,8 @@ def test_the_attack() -> None:
     exec(ATTACK, names)
     for x_adv in (names["x_adv"], names["x_second"]):
         assert 0 < (x_adv - names["x"]).abs().max() <= 8 / 255
+    exec(ROUTE, names)
+    assert names["x_route"].shape[0] == names["standing"].sum()
 
 
 def test_the_idea() -> None:

@@ -69,12 +69,17 @@ class RobustMoE(nn.Module, HubMixin):
         groups: (n, m): each row chooses from m of n groups of neighbouring experts; see `moe_kernels.topk_route`.
         scale: multiplies the weights of the top_k experts.
 
+    Attributes:
+        keep_routing: False until it is set: whether a forward in training mode keeps its routing, as `last_routing`.
+
     Raises:
         ValueError: if a size, top_k or an option is out of range.
     """
 
     shared: ExpertMLP | None
     expert_bias: Tensor | None
+    keep_routing = False
+    _kept: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -181,6 +186,25 @@ class RobustMoE(nn.Module, HubMixin):
         options: dict[str, Any] = {"bias": self.expert_bias, "groups": self.groups, "scale": self.scale}
         return Routing.from_logits(logits, k, self.gate, self.renormalize, **options)
 
+    @property
+    def last_routing(self) -> Routing:
+        """The routing that the last forward in training mode took, for auxiliary losses of a layer deep in a model.
+
+        `keep_routing` must be set before that forward. Forwards in eval mode, such as an attack's, leave it alone, and
+        so does what a checkpoint computes again in the backward. It is no part of copies and saved layers.
+
+        Raises:
+            RuntimeError: if there is none, or none with a gradient.
+        """
+        if self._kept is None:
+            problem = "a forward in training mode with gradients, outside checkpoints with use_reentrant=True"
+            raise RuntimeError(f"last_routing needs keep_routing = True, and then {problem}")
+        return Routing(*self._kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the routing, which belongs to one forward."""
+        return {name: value for name, value in vars(self).items() if name != "_kept"}
+
     @torch.no_grad()
     def update_bias(self, load: Tensor, rate: float = 1e-3) -> None:
         """Lowers by `rate` the bias of experts whose load [E] is above the mean and raises that of those below it, as
@@ -204,6 +228,9 @@ class RobustMoE(nn.Module, HubMixin):
                 f"routing must be for x's leading shape {list(x.shape[: len(lead)])} and {self.num_experts} experts, "
                 f"got logits {list(routing.logits.shape)}"
             )
+        if self.keep_routing and self.training and not check.inside_backward():
+            kept = (routing.logits, routing.weights, routing.experts)
+            self._kept = kept if torch.is_grad_enabled() else None
         rows = x.reshape(-1, *x.shape[len(lead) :])
         order, position, offsets = group_by_expert(routing.experts, self.num_experts)
         source = order // position.shape[1]  # the row behind each sorted slot
