@@ -79,7 +79,6 @@ def check(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, dtype: torch.d
 
 @pytest.mark.parametrize("name", ["moe_kernels", "eager, parameters trainable", *LIBRARIES])
 def test_fp32(contest: Contest, name: str) -> None:
-    """Several steps, since batch norms are folded from the second on."""
     model, x, y = model_and_images(32)
     attacks = {"moe_kernels": attack, "eager, parameters trainable": eager_attack}
     attacks |= {library: partial(attack_of_library, library) for library in LIBRARIES}

@@ -25,7 +25,7 @@ def make_router() -> nn.Module:
 
 
 def make_experts() -> ExpertResNet18:
-    """In eval mode, in which both ways agree, with means that folding has to see."""
+    """In eval mode, in which both ways agree, with statistics of order 1."""
     experts = ExpertResNet18(4).eval()
     for norm in experts.modules():
         if isinstance(norm, ExpertBatchNorm2d):
@@ -39,7 +39,7 @@ def images(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def check(moe: RobustMoE, loop: OneImageAtATime, step: Callable[..., Tensor], x: Tensor, y: Tensor, bf16: bool) -> None:
-    """The attacks' second gradient, in which fp32 batch norms are folded, is fp64's, the parameters' are the loop's."""
+    """The attacks' second gradient is fp64's, the parameters' are the loop's."""
     bound = MAX_GRADIENT_ERROR[torch.bfloat16 if bf16 else torch.float32]
     x_adv, found = second_step(moe, partial(step, moe, x, y, 2))
     routes = moe.route(x_adv[: len(x)].float(), top_k=1), moe.route(x, top_k=2).select(1)

@@ -69,7 +69,7 @@ def contest(benchmark: Any) -> Contest:
 
 
 def second_step(model: nn.Module, attack: Callable[[], object]) -> tuple[Tensor, Tensor]:
-    """Where an attack of two steps differentiates the model again, now with folded batch norms, and the direction."""
+    """Where an attack of two steps differentiates the model again, and the direction."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def watch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

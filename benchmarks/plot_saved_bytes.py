@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from saved_bytes import Alone
+from saved_bytes import LARGE, Alone
 from torch import Tensor, nn
 
 from moe_kernels import ExpertResNet18
@@ -87,11 +87,11 @@ def main() -> None:
     resnets |= {f"ExpertResNet18, recompute={mode!r}": bytes_by_kind(net, of_resnet) for mode, net in grouped.items()}
     for name, net in {"ResNet-18 in attack_mode": ResNet18(), "ExpertResNet18 in attack_mode": grouped["none"]}.items():
         with attack_mode(net):
-            resnets[name] = bytes_by_kind(net, of_resnet)
+            resnets[name] = bytes_by_kind(net, of_resnet, images=LARGE)
     vit = ViT().eval()
     vits = {"ViT-S/16 in torch": bytes_by_kind(vit, of_vit, 224)}
-    with attack_mode(vit):
-        vits["ViT-S/16 in attack_mode"] = bytes_by_kind(vit, of_vit, 224)
+    with attack_mode(vit, "activations"):
+        vits["ViT-S/16 in attack_mode, recomputing"] = bytes_by_kind(vit, of_vit, 224)
     figure, (above, below) = plt.subplots(2, figsize=(9, 4.6), height_ratios=[6, 3], layout="constrained")
     draw(above, resnets, RESNET, 0.03)
     above.set_xlabel("MB saved for the backward, per 3 x 32 x 32 image in fp32")

@@ -1,6 +1,6 @@
 """Checks of user input: one-line errors that name the argument, what was expected and what came."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 
 import torch
@@ -71,6 +71,11 @@ def count(name: str, value: int, least: int) -> int:
     if not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     return int(value)
+
+
+def one_of(name: str, value: object, known: Iterable[str]) -> None:
+    if value not in (known := list(known)):
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def channels(weight: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moe_kernels import ExpertResNet18, RobustMoE
+from moe_kernels.attacks import rules
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import ResNet18, ViT
 
@@ -134,6 +135,7 @@ def test_images_agree() -> None:
 def test_saved_bytes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import saved_bytes
 
+    monkeypatch.setattr(rules, "FEW", 0)
     resnet, vit = partial(ResNet18, width=4), partial(ViT, 32, 8, 32, 2, 2)
     networks = {"met": (resnet, 32, "<= 0.0045 MB"), "missed": (resnet, 32, "<= 0.0043 MB"), "ratio": (vit, 32, ">= 6")}
     monkeypatch.setattr(saved_bytes, "NETWORKS", networks)
@@ -201,6 +203,7 @@ def test_bf16_gradients_leave_the_logits() -> None:
 def test_plot_saved_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import plot_saved_bytes
 
+    monkeypatch.setattr(rules, "FEW", 0)
     from moe_kernels.testing.saved import saved_bytes
 
     bars: list[dict[str, Any]] = []

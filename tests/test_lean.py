@@ -1,4 +1,4 @@
-"""Inside attack_mode a forward keeps little, and the input gradient is bitwise torch's."""
+"""Inside attack_mode a forward keeps little, and the input gradient is bitwise torch's but for large convolutions."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import ExpertResNet18, ExpertViT
-from moe_kernels.attacks import attack_mode
+from moe_kernels.attacks import attack_mode, rules
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import PreActResNet, ResNet18, ViT, randomize_statistics
 from moe_kernels.testing.saved import saved_bytes
@@ -60,6 +60,11 @@ class Alone(nn.Module):
         return self.experts(x, torch.tensor([0, len(x)], dtype=torch.int32))
 
 
+@pytest.fixture(autouse=True)
+def rules_for_few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "FEW", 0)
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: ResNet18(width=8),
     "preact": lambda: PreActResNet(((8, 2), (16, 2)), 8),
@@ -79,13 +84,14 @@ def input_gradient(function: Callable[[Tensor], Tensor], x: Tensor, weights: Ten
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "activations"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_equals_eager_bitwise(name: str, autocast: bool, layout: torch.memory_format) -> None:
+def test_equals_eager_bitwise(name: str, recompute: str, autocast: bool, layout: torch.memory_format) -> None:
     net = randomize_statistics(NETWORKS[name]()).eval().requires_grad_(False)
     x, weights = S.rand(2, 3, 32, 32).contiguous(memory_format=layout), S.randn(2, 10)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = input_gradient(net, x, weights)
-        with attack_mode(net):
+        with attack_mode(net, recompute):
             got = input_gradient(net, x, weights)
             with torch.no_grad():
                 inference = net(x)
@@ -110,7 +116,7 @@ def test_saved_bytes(net: Callable[[], nn.Module], size: int, eager: int, lean: 
     model, images = net().eval(), 2
     x = S.rand(images, 3, size, size).requires_grad_()
     before = saved_bytes(lambda: model(x), apart_from=model)
-    with attack_mode(model):
+    with attack_mode(model, "activations"):
         after = saved_bytes(lambda: model(x), apart_from=model)
     assert (before, after) == (images * eager, images * lean)
 
@@ -135,7 +141,7 @@ def test_saved_bytes_under_autocast(net: Callable[[], nn.Module], eager: int, le
             return saved_bytes(lambda: model(x), apart_from=model)
 
     assert kept(2, nullcontext()) - kept(1, nullcontext()) == eager
-    assert [kept(images, attack_mode(model)) for images in (1, 2)] == [copies + lean, copies + 2 * lean]
+    assert [kept(images, attack_mode(model, "activations")) for images in (1, 2)] == [copies + lean, copies + 2 * lean]
 
 
 IMAGE, CONV, TRANSPOSED = S.randn(2, 4, 9, 8), S.randn(6, 2, 3, 3), S.randn(4, 3, 3, 3)
@@ -303,16 +309,30 @@ def test_a_second_backward_works_and_a_changed_weight_is_noticed() -> None:
             torch.autograd.grad(y, x)
 
 
-def test_saved_bytes_of_a_folded_step() -> None:
-    """From the second step on, beside what the images keep, the folded weights alone."""
-    model = randomize_statistics(ResNet18(width=16)).eval()
-
-    def kept(images: int) -> int:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_by_itself_keeps_no_more_than_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without recomputing, and with few elements left to torch."""
+    monkeypatch.undo()
+    net = NETWORKS[name]().eval()
+    for images in (1, 2, 32):
         x = S.rand(images, 3, 32, 32).requires_grad_()
-        with attack_mode(model):
-            model(x)
-            return saved_bytes(lambda: model(x), apart_from=model)
+        net.requires_grad_(False)
+        eager = saved_bytes(lambda x=x: net(x), apart_from=net)
+        with attack_mode(net):
+            assert saved_bytes(lambda x=x: net(x), apart_from=net) <= eager
 
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.ndim == 4)
-    assert kept(3) - kept(2) == kept(2) - kept(1) == 69_632 // 4
-    assert kept(1) - 69_632 // 4 <= 1.01 * weights
+
+def test_a_large_batch_keeps_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    net, x = ResNet18().eval(), S.rand(32, 3, 32, 32).requires_grad_()
+    with attack_mode(net):
+        assert saved_bytes(lambda: net(x), apart_from=net) == 32 * 69_632
+
+
+@pytest.mark.parametrize("calls", [F.relu, lambda x: F.conv2d(x, CONV, groups=2)])
+def test_few_elements_are_left_to_torch(calls: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = IMAGE.clone().requires_grad_()
+    with attack_mode(calls):
+        assert "Lean" in calls(x).grad_fn.name()
+        monkeypatch.undo()
+        assert "Lean" not in calls(x).grad_fn.name()

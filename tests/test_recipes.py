@@ -181,7 +181,7 @@ def test_first_and_second_derivatives_are_bitwise_those_of_eager(name: str, auto
     net, x = Net(function), Source(torch.float32).randn(2, TOKENS, D)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = derivatives(net, x)
-        with attack_mode(net):
+        with attack_mode(net, "activations"):
             got = derivatives(net, x)
             leaf = x.clone().requires_grad_()
             saved = saved_bytes(lambda: net(leaf), apart_from=net)
@@ -192,7 +192,7 @@ def test_first_and_second_derivatives_are_bitwise_those_of_eager(name: str, auto
 @pytest.mark.parametrize("changed", ["the norm's input", "a weight"])
 def test_a_changed_source_is_noticed(changed: str) -> None:
     net, x = Net(lambda net, x: F.gelu(net.map(x))), torch.randn(2, TOKENS, D, requires_grad=True)
-    with attack_mode(net):
+    with attack_mode(net, "activations"):
         h = 2 * x
         y = net.function(net, h)
         with torch.no_grad():
@@ -205,7 +205,7 @@ def test_a_changed_source_is_noticed(changed: str) -> None:
 def test_what_several_need_is_computed_once(function: Callable[[Net, Tensor], Tensor], maps: int) -> None:
     """Queries, keys and values; the sum behind the attention, for the second norm and for what follows it."""
     net, x = Net(function), torch.randn(2, TOKENS, D, requires_grad=True)
-    with attack_mode(net):
+    with attack_mode(net, "activations"):
         y = net(x).sum()
         with torch.profiler.profile() as profile:
             torch.autograd.grad(y, x)
@@ -222,7 +222,7 @@ def test_the_second_derivative_of_an_intermediate_result() -> None:
 
     x = torch.randn(2, TOKENS, D, requires_grad=True)
     expected = second(x)
-    with attack_mode(net):
+    with attack_mode(net, "activations"):
         assert torch.equal(second(x), expected)
 
 
@@ -230,14 +230,14 @@ def test_trainable_weights_inside_get_their_gradients() -> None:
     net, x = Net(lambda net, x: F.gelu(net.map(x))), torch.randn(2, TOKENS, D, requires_grad=True)
     net.requires_grad_(True)
     expected = torch.autograd.grad(net(x).sum(), [x, *net.norm.parameters(), *net.linear.parameters()])
-    with attack_mode(nn.Identity()):
+    with attack_mode(nn.Identity(), "activations"):
         got = torch.autograd.grad(net(x).sum(), [x, *net.norm.parameters(), *net.linear.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_nothing_is_kept_that_the_forward_has_freed() -> None:
     net, x = Net(lambda net, x: net.map(x)), torch.randn(2, TOKENS, D, requires_grad=True)
-    with attack_mode(net), torch.autograd.graph.save_on_cpu():
+    with attack_mode(net, "activations"), torch.autograd.graph.save_on_cpu():
         ys = [F.gelu(net(x)) for _ in range(3)]
         ys[1] = ys[0]
         first, second = (torch.autograd.grad(ys[0].sum(), x, retain_graph=True)[0] for _ in range(2))

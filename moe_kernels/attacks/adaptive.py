@@ -121,7 +121,8 @@ class ExpertAttack(APGD):
 
     def _towards(self, expert: Tensor, y: Tensor, route_only: bool = False) -> Goal:
         def goal(x: Tensor) -> tuple[Tensor, Tensor]:
-            route = self.model.route(x)
+            with self._in_model:
+                route = self.model.route(x)
             objective = self.weight * _won(-margin(_standard(route.logits), expert))
             if not route_only:
                 forced = dataclasses.replace(route.fixed(0), experts=expert[:, None].to(route.experts.dtype))

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_kernels import _checks as check
 from moe_kernels.attacks.attack import Attack, Best, per_sample
 from moe_kernels.attacks.losses import Loss, check_classes, cross_entropy, dlr, dlr_towards, margin
-from moe_kernels.ops.pgd_step_ import pgd_step_
+from moe_kernels.ops.pgd_step_ import step_unchecked_
 
 Goal = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [B, ...] -> objective to ascend [B], success [B]
 
@@ -48,6 +48,7 @@ class APGD(Attack):
             over transformation, Athalye et al. 2018); an attack succeeds where it does in most of them.
         attack_misclassified: whether samples that are misread as they are take part in the first run, or are returned
             unchanged; which samples withstand does not depend on it.
+        recompute: "none" or "activations", which holds less of a transformer and takes longer; see `attack_mode`.
 
     Attributes:
         nan_gradients, zero_gradients: as of `PGD`.
@@ -71,13 +72,14 @@ class APGD(Attack):
         *,
         draws: int = 1,
         attack_misclassified: bool = False,
+        recompute: str = "none",
     ) -> None:
         if norm not in ("Linf", "L2"):
             raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}")
         if not callable(loss) and loss not in (*LOSSES, "dlr_targeted"):
             expected = "'ce', 'dlr', 'dlr_targeted', 'margin' or a callable (logits, y) -> [B]"
             raise ValueError(f"loss must be {expected}, got {loss!r}")
-        super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed)
+        super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed, recompute)
         self.loss = loss
         self.n_target_classes = check.count("n_target_classes", n_target_classes, 1)
         self.draws = check.count("draws", draws, 1)
@@ -118,11 +120,11 @@ class APGD(Attack):
         objective, success, grad = self._slope(x_adv, goal, with_gradient=self.steps > 0)
         best.offer(x_adv, objective, success)
         peak, peak_grad, peak_objective = x_adv, grad, objective  # as `best`, but by the objective alone
-        previous, eta = x_adv, 2 * eps
+        previous, eta, bounds = x_adv, 2 * eps, (float(self.bounds[0]), float(self.bounds[1]))
         checked, halved, raised = peak_objective, torch.ones_like(success), torch.zeros_like(eps)
         checkpoints = dict(_checkpoints(self.steps))
         for step in range(1, self.steps + 1):
-            z = pgd_step_(x_adv.clone(), grad, x, eps, eta, self.norm, self.bounds)
+            z = step_unchecked_(x_adv.clone(), grad, x, eps, eta, self.norm, bounds)
             momentum = MOMENTUM if step > 1 else 0.0
             moved = x_adv + (1 - momentum) * (z - x_adv) + momentum * (x_adv - previous)
             previous, x_adv = x_adv, self._projected(moved, x, eps)

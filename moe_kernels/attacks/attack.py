@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _checks as check
-from moe_kernels.attacks.attack_mode import attack_mode
+from moe_kernels.attacks.attack_mode import MODES, frozen
 from moe_kernels.attacks.losses import Loss
 from moe_kernels.ops.pgd_step_ import pgd_step_
 
@@ -39,7 +39,9 @@ class Attack(ABC):
         restarts: int,
         bounds: tuple[float, float],
         seed: int | None,
+        recompute: str = "none",
     ) -> None:
+        check.one_of("recompute", recompute, MODES)
         self.steps, self.restarts = check.count("steps", steps, 0), check.count("restarts", restarts, 1)
         if restarts > 1 and not random_start:
             raise ValueError(f"restarts must be 1 without random_start, since all would be equal, got {restarts}")
@@ -52,6 +54,7 @@ class Attack(ABC):
         self.norm = norm
         self.random_start = random_start
         self.attack_misclassified = True
+        self.recompute = recompute
         self.bounds = bounds
         self.seed = None if seed is None else int(seed)
         self._counts = torch.zeros(3, dtype=torch.int64)
@@ -92,7 +95,8 @@ class Attack(ABC):
             return x.detach()
         _check_values(x, y, self.bounds)
         self._least_classes = int(y.max()) + 1
-        with torch.inference_mode(False), torch.enable_grad(), attack_mode(self.model):
+        self._in_model = MODES[self.recompute]()
+        with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             x_adv = self._attack(x.detach(), y.to(torch.int64, copy=True), kwargs)
         if self.nan_gradients:
             message = f"{self.nan_gradients} of {int(self._counts[2])} gradients held a NaN"
@@ -104,7 +108,7 @@ class Attack(ABC):
 
     @abstractmethod
     def _attack(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The images that the attack finds for checked x and y, in attack mode."""
+        """The images that the attack finds for checked x and y, with the model frozen."""
 
     def _best_of(self, runs: Iterable[Callable[[Any], "Best"]], x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Each sample's best of several runs, each of which is given the rows of x that withstand so far.
@@ -136,14 +140,15 @@ class Attack(ABC):
         return generator
 
     def _logits(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        logits = self.model(x, **kwargs)
+        with self._in_model:
+            logits = self.model(x, **kwargs)
         _check_logits(logits, len(x), self._least_classes)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _evaluate(self, x: Tensor, y: Tensor, loss: Loss, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The objective to ascend and whether the attack has succeeded, both [B]."""
         logits = self._logits(x, kwargs)
-        with torch.autocast(x.device.type, enabled=False):
+        with self._in_model, torch.autocast(x.device.type, enabled=False):
             losses = loss(logits, y)
         if losses.shape != y.shape:
             raise ValueError(f"loss must return one value per sample, [{len(y)}], got {list(losses.shape)}")
@@ -153,9 +158,8 @@ class Attack(ABC):
         grad = torch.autograd.grad(objective.sum(), [leaf], allow_unused=True)[0] if objective.requires_grad else None
         if grad is None:
             raise ValueError("model must return logits that depend on x through differentiable operations, got none")
-        largest = torch.linalg.vector_norm(grad.reshape(len(grad), -1), torch.inf, dim=1)  # NaN where there is one
-        self._counts[:2] += torch.stack([largest.isnan().sum(), (largest == 0).sum()])
-        self._counts[2] += len(grad)
+        largest = grad.reshape(len(grad), -1).abs().amax(1)  # NaN where there is one; a fifteenth of vector_norm's time
+        self._counts += torch.stack([largest.isnan(), largest == 0, torch.ones_like(largest, dtype=torch.bool)]).sum(1)
         return grad
 
     def _uniform_start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:

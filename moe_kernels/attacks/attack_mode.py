@@ -1,7 +1,7 @@
 """The mode in which a model is attacked: it stands still, only its input gets a gradient, and no trace is left."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from threading import RLock
 from typing import Any
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
-from moe_kernels.attacks.lean import LeanMode
+from moe_kernels import _checks as check
+from moe_kernels.attacks.lean import LeanMode, RecomputingMode
 
+MODES = {"none": LeanMode, "activations": RecomputingMode}  # by recompute
 _LOCKS = WeakIdKeyDictionary()  # by model
 
 
@@ -25,60 +27,82 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
     run. May be nested and reused. Lazy parameters and buffers that are initialised inside stay initialised. Threads
     attack the same model one after the other; models that share modules are not known to be one.
 
-    A forward inside keeps for its backward only what the gradient of its input needs (`moe_kernels.attacks.lean`). From
-    the second on, batch norms are folded into copies of the weights of the convolutions before them, which rounds
-    otherwise (`moe_kernels.attacks.fold`).
+    A forward inside keeps for its backward only what the gradient of its input needs (`moe_kernels.attacks.lean`), and
+    on a CPU computes convolutions by Winograd's algorithm where that is faster, which rounds otherwise.
 
     Args:
         model: any module; a callable that is no module has nothing to freeze.
+        recompute: what the backward computes again instead of keeping it: "none"; "activations", the results of layer,
+            group and rms norms and what is cheap to compute from them, which costs a transformer time.
+
+    Raises:
+        ValueError: if recompute is unknown.
 
     Example:
         with attack_mode(model):
             (grad,) = torch.autograd.grad(loss(model(x), y), [x])
     """
 
-    def __init__(self, model: Callable[..., Any]) -> None:
-        self.model = model
+    def __init__(self, model: Callable[..., Any], recompute: str = "none") -> None:
+        check.one_of("recompute", recompute, MODES)
+        self.model, self.recompute = model, recompute
         self._restore: list[ExitStack] = []
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            if isinstance(self.model, nn.Module):
-                stack.enter_context(_LOCKS.setdefault(self.model, RLock()))
-            cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-            stack.enter_context(torch.random.fork_rng(devices=cuda))
-            if isinstance(self.model, nn.Module):
-                _freeze(self.model, stack)
-            mode = LeanMode()
-            stack.callback(mode.folds.close)
-            stack.enter_context(mode)
+            stack.enter_context(frozen(self.model))
+            stack.enter_context(MODES[self.recompute]())
             self._restore.append(stack.pop_all())
 
     def __exit__(self, *exception: object) -> None:
         self._restore.pop().close()
 
 
-def _freeze(model: nn.Module, stack: ExitStack) -> None:
-    def put(restore: Callable[[str, Any], None], name: str, new: object, old: object) -> None:
-        stack.callback(restore, name, old)
-        restore(name, new)
+@contextmanager
+def frozen(model: Callable[..., Any]) -> Iterator[None]:
+    """attack_mode but for what a forward keeps."""
+    with ExitStack() as stack:
+        if isinstance(model, nn.Module):
+            stack.enter_context(_LOCKS.setdefault(model, RLock()))
+        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        if isinstance(model, nn.Module):
+            _freeze(model, stack)
+        yield
 
+
+def _freeze(model: nn.Module, stack: ExitStack) -> None:
+    modules: list[tuple[nn.Module, bool, list[Any], list[Any]]] = []
+    flags: dict[Tensor, tuple[bool, Tensor | None]] = {}
+    stack.callback(_thaw, modules, flags)
     # A copy instead of saving and restoring values: batch norm writes its statistics without raising their version,
     # and writing them back would raise it under a graph of the caller's that saved them.
     copies: dict[Tensor | None, Tensor | None] = {None: None}
-    copies |= {buffer: buffer.detach().clone() for buffer in model.buffers() if not is_lazy(buffer)}
+    detached: dict[Tensor, Tensor] = {}  # of what torch.func.functional_call has put there
     for module in model.modules():
-        put(module.__setattr__, "training", False, module.training)
-        buffers = module._buffers
-        for name, buffer in list(buffers.items()):
-            if buffer in copies:
-                put(buffers.__setitem__, name, copies[buffer], buffer)
-    detached: dict[Tensor, Tensor] = {}
-    for module in model.modules():
-        parameters = module._parameters
-        for name, parameter in list(parameters.items()):
-            if parameter is not None and not parameter.is_leaf:  # put there by torch.func.functional_call
-                put(parameters.__setitem__, name, detached.setdefault(parameter, parameter.detach()), parameter)
-    for parameter in model.parameters():
-        put(parameter.__setattr__, "grad", None, parameter.grad)
-        put(parameter.__setattr__, "requires_grad", False, parameter.requires_grad)
+        buffers = [(name, b) for name, b in module._buffers.items() if b is None or not is_lazy(b)]
+        moving = [(name, p) for name, p in module._parameters.items() if p is not None and not p.is_leaf]
+        modules.append((module, module.training, buffers, moving))
+        if module.training:
+            module.training = False
+        for name, buffer in buffers:
+            if buffer not in copies:
+                copies[buffer] = buffer.detach().clone()  # type: ignore[union-attr]
+            module._buffers[name] = copies[buffer]
+        for name, parameter in moving:
+            module._parameters[name] = detached.setdefault(parameter, parameter.detach())  # type: ignore[assignment]
+        for p in module._parameters.values():
+            if p is not None and p not in flags:
+                flags[p] = (p.requires_grad, p.grad)
+                p.grad, p.requires_grad = None, False
+
+
+def _thaw(modules: list[Any], flags: dict[Tensor, tuple[bool, Tensor | None]]) -> None:
+    for parameter, (requires_grad, grad) in flags.items():
+        parameter.grad, parameter.requires_grad = grad, requires_grad
+    for module, training, buffers, parameters in modules:
+        if module.training != training:
+            module.training = training
+        for tensors, before in ((module._buffers, buffers), (module._parameters, parameters)):
+            for name, tensor in before:
+                tensors[name] = tensor

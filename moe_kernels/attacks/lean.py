@@ -1,7 +1,6 @@
-"""A torch function mode under which a forward keeps only what its input gradient needs."""
+"""Torch function modes under which a forward keeps only what its input gradient needs."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import FunctionType, MethodWrapperType
 from typing import Any
 
@@ -12,10 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_kernels import _checks as check
-from moe_kernels._library import memory_format
 from moe_kernels._recipes import Latest, Recipes
-from moe_kernels.attacks.fold import BATCH_NORMS, CONVOLUTIONS, HARMLESS, Folds
-from moe_kernels.attacks.rules import RULES, SIGNATURES
+from moe_kernels.attacks import rules
+from moe_kernels.attacks.rules import RULES, convolution
 
 # Norms keep their input, so that their result need not be kept, nor what is computed from it by the functions below it.
 NORMS = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.rms_norm, torch.rms_norm}
@@ -28,8 +26,6 @@ CHEAP = {
 ATTENTION = {F.scaled_dot_product_attention}  # which keeps its result
 RECORDED = NORMS | CHEAP | ATTENTION
 PRODUCTS = {F.linear, torch.ops.moe_kernels.expert_linear.default, Tensor.mul, torch.mul}  # which keep their factors
-VIEWS = {Tensor.view, Tensor.view_as}  # which a tensor that folding has made channels-last may not have
-STRIDED = {*VIEWS, Tensor.as_strided, torch.as_strided, torch.view_as_complex, Tensor.stride}
 # In a recipe, so that a chain of norms and linear maps is not computed from its start for each of them. At most half of
 # them lead to a norm's input, so that some are left for what follows the norm.
 MOST_STEPS = 8
@@ -43,35 +39,38 @@ MATMULS = {torch.matmul, Tensor.matmul}
 
 
 class LeanMode(TorchFunctionMode):
-    """Context manager inside which a forward keeps little, wherever a floating-point tensor that requires grad meets
-    frozen ones.
+    """Context manager inside which an operation of RULES whose first argument alone requires grad follows its rule.
 
-    RULES say what an operation keeps that is linear, piece by piece. Any other operation keeps what torch chooses, but
-    the result of a norm, and what is cheap to compute from it, as a recipe that begins at what is kept anyway, the
-    inputs of norms and the results of attention.
+    Each call is looked at by itself. Everything else runs as torch alone would run it: arguments that a rule does not
+    take (`out=`), a second argument that requires grad, tensor subclasses, sparse and complex tensors, grad mode off,
+    torch.compile, torch.func transforms, forward-mode differentiation, and the inside of torch.utils.checkpoint, which
+    may recompute on a thread without the mode; and what the mode does not see, TorchScript and other threads.
+    """
 
-    Everything else runs as torch alone would run it: arguments that a rule does not take (`out=`), a second argument
-    that requires grad, tensor subclasses, sparse and complex tensors, grad mode off, torch.compile, torch.func
-    transforms, forward-mode differentiation, and the inside of torch.utils.checkpoint, which may recompute on a thread
-    without the mode. What the mode cannot see are TorchScript and other threads: there, a convolution's result is that
-    of the batch norm which otherwise reads it alone.
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = _by_rule(func, args, kwargs or {}) if func in RULES else NotImplemented
+        if out is not NotImplemented:
+            return out
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+class RecomputingMode(LeanMode):
+    """The same, and the results of norms and what is cheap to compute from them are not kept, but computed again.
+
+    A recipe begins at what is kept anyway, the inputs of norms and the results of attention.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.recipes, self.folds = Recipes(latest=Latest()), Folds()
+        self.recipes = Recipes(latest=Latest())
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        folded = self._with_folds(func, args, kwargs)
-        if folded is not None:
-            return folded
         if isinstance(func, MethodWrapperType):  # an attribute
             if func.__self__ is Tensor.data:  # through which values may change unnoticed
                 self.recipes.clear()
-                self.folds.exposed(args[0])
             return func(*args, **kwargs)
         known = func in RULES or func in RECORDED or func in OPENED
         if not (known or self.recipes) or not _applies():
@@ -80,28 +79,12 @@ class LeanMode(TorchFunctionMode):
         if opened is not None:
             with self:
                 return opened(*args, **kwargs)
-        out = self._keeping_little(func, args, kwargs)
+        out = _by_rule(func, args, kwargs) if func in RULES else NotImplemented
+        if out is NotImplemented:
+            out = self._keeping_recipes(func, args, kwargs)
         if func in RECORDED:
             self._record(out, func, args, kwargs)
         return out
-
-    def _with_folds(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result where folding concerns it, else None."""
-        simple = func in BATCH_NORMS or func in CONVOLUTIONS
-        simple = simple and _applies() and _only_input_needs_grad(_tensors(args, kwargs))
-        if simple and func in BATCH_NORMS:
-            return self.folds.batch_norm(func, *args, **kwargs)
-        if func not in HARMLESS:
-            self.folds.used((*args, *kwargs.values()))
-        if simple and len(args) > 2 and not kwargs:
-            return self.folds.convolution(func, partial(self._keeping_little, func, kwargs={}), args)
-        if self.folds and func in STRIDED:
-            x = _tensors(args, kwargs)[0]
-            if x.requires_grad and x.shape[2:].numel() > 1:
-                self.folds.keep_layout = True
-            if func in VIEWS and memory_format(x) == torch.channels_last:
-                return func(x.contiguous(), *args[1:], **kwargs)
-        return None
 
     def _opened(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
         """The same function in steps that the mode sees, where it would hide them."""
@@ -110,18 +93,8 @@ class LeanMode(TorchFunctionMode):
         x, y = args
         return _matmul if x.ndim == y.ndim > 3 and x.shape[:-2] == y.shape[:-2] else None
 
-    def _keeping_little(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = _tensors(args, kwargs)
-        rule = RULES.get(func)
-        if rule is not None and _only_input_needs_grad(tensors):
-            try:
-                bound = SIGNATURES[rule].bind(func, *args, **kwargs)
-            except TypeError:
-                return func(*args, **kwargs)
-            out = rule(*bound.args, **bound.kwargs)
-            if out is not NotImplemented:
-                return out
-        if self.recipes and any(_is_plain(t) and self.recipes.find(t) for t in tensors):
+    def _keeping_recipes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.recipes and any(_is_plain(t) and self.recipes.find(t) for t in _tensors(args, kwargs)):
             with self.recipes.hooks():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -135,7 +108,7 @@ class LeanMode(TorchFunctionMode):
             recipes.hold(out)
         if recipes.find(out) or recipes.holds(out):
             return
-        if func in NORMS and _only_input_needs_grad(tensors):
+        if func in NORMS and _only_first_needs_grad(tensors):
             source = recipes.find(tensors[0])
             if source is None or source.part.recipe.steps > MOST_STEPS // 2:
                 recipes.hold(tensors[0])
@@ -159,6 +132,19 @@ class LeanMode(TorchFunctionMode):
             recipes.record(out, again, values)
 
 
+def _by_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the rule of func gives, or NotImplemented."""
+    rule, x = RULES[func], args[0] if args else kwargs.get("input")
+    if not isinstance(x, Tensor) or (x.numel() < rules.FEW and rule is not convolution) or not _applies():
+        return NotImplemented
+    if not _only_first_needs_grad(_tensors(args, kwargs)):
+        return NotImplemented
+    try:
+        return rule(func, *args, **kwargs)
+    except TypeError:  # arguments that func, too, may refuse, in its own words
+        return NotImplemented
+
+
 def _matmul(x: Tensor, y: Tensor) -> Tensor:
     """As torch multiplies batches of matrices."""
     z = torch.bmm(x.flatten(0, -3), y.flatten(0, -3))
@@ -167,7 +153,8 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
 
 def _applies() -> bool:
     return (
-        torch.is_grad_enabled()
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
         and not check.inside_checkpoint()
         and torch.autograd.forward_ad._current_level < 0
@@ -183,6 +170,13 @@ def _is_plain(x: Any) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
 
 
-def _only_input_needs_grad(tensors: Sequence[Tensor]) -> bool:
-    grads = [t.requires_grad and t.is_floating_point() for t in tensors]
-    return all(map(_is_plain, tensors)) and sum(t.requires_grad for t in tensors) == 1 and grads[0]
+def _only_first_needs_grad(tensors: Sequence[Tensor]) -> bool:
+    if not tensors:
+        return False
+    first, *others = tensors
+    return (
+        _is_plain(first)
+        and first.requires_grad
+        and first.is_floating_point()
+        and all(_is_plain(t) and not t.requires_grad for t in others)
+    )

@@ -10,7 +10,7 @@ from moe_kernels.attacks.attack import Attack, Best, magnitude
 from moe_kernels.attacks.capture import repeat
 from moe_kernels.attacks.losses import Loss, cross_entropy, margin
 from moe_kernels.ops.kl_divergence import kl_divergence
-from moe_kernels.ops.pgd_step_ import NORMS, pgd_step_
+from moe_kernels.ops.pgd_step_ import NORMS, step_unchecked_
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
 
@@ -51,6 +51,7 @@ class PGD(Attack):
         freeze_routing: take the gradients under the route of the clean x, which `model.route(x)` gives and
             `model(x, routing=...)` takes, and judge the last iterate of each restart, alone, under its own route. A
             weaker attack, since it never aims at the route: for training, not for evaluation.
+        recompute: "none" or "activations", which holds less of a transformer and takes longer; see `attack_mode`.
 
     Attributes:
         nan_gradients, zero_gradients: how many (sample, step) pairs of the last call had a gradient with a NaN, and
@@ -78,6 +79,7 @@ class PGD(Attack):
         attack_misclassified: bool | None = None,
         capture: str | bool = "auto",
         freeze_routing: bool = False,
+        recompute: str = "none",
     ) -> None:
         if norm not in NORMS:
             raise ValueError(f"norm must be 'Linf', 'L2' or 'L1', got {norm!r}")
@@ -89,7 +91,7 @@ class PGD(Attack):
             raise ValueError(f"capture must be 'auto' or False, got {capture!r}")
         if freeze_routing and not hasattr(model, "route"):
             raise ValueError(f"freeze_routing must be False for a model without a method route, {type(model).__name__}")
-        super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed)
+        super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed, recompute)
         self.alpha = magnitude("alpha", alpha)
         self.loss = loss
         self.targeted = targeted
@@ -123,7 +125,7 @@ class PGD(Attack):
         if self.freeze_routing:
             with torch.no_grad():
                 routed = {"routing": self.model.route(x)} | kwargs  # type: ignore[attr-defined]
-        x_adv = self.start(x, eps, generator)
+        x_adv, bounds = self.start(x, eps, generator), (float(self.bounds[0]), float(self.bounds[1]))
         best = Best(x_adv)
 
         def step() -> None:
@@ -132,7 +134,7 @@ class PGD(Attack):
             grad = self._gradient(objective, leaf)
             if self.best_iterate and not self.freeze_routing:
                 best.offer(x_adv, objective.detach(), success)
-            pgd_step_(x_adv, grad, x, eps, alpha, self.norm, self.bounds)
+            step_unchecked_(x_adv, grad, x, eps, alpha, self.norm, bounds)
 
         repeat(step, self.steps, x.device if self.capture == "auto" and x.is_cuda else None)
         if self.restarts == 1 and self.attack_misclassified and not self.best_iterate:

@@ -15,37 +15,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels import _checks as check
-from moe_kernels._library import memory_format
+from moe_kernels._library import OPERATORS, memory_format
 from moe_kernels.backends import is_implemented
-from moe_kernels.ops.mask_relu import mask_relu
+from moe_kernels.ops.winograd_conv2d import is_emulated, saves_work
 
 Size = int | Sequence[int]
 Rule = Callable[..., Tensor]
 
 aten = torch.ops.aten
 
+# An input of fewer elements is kept, and a convolution of fewer products left to torch: calls in Python take longer.
+FEW, LITTLE = 2**18, 2**25
+
 
 class _Lean(torch.autograd.Function):
-    """y, kept = forward(x), whose gradient is backward(grad, *kept) in the dtype of x."""
+    """y, kept = forward(x), whose gradient is backward(grad, *kept) in the dtype of x; `written`: y takes x's place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Callable[..., Any], backward: Callable[..., Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, forward: Callable[..., Any], backward: Callable[..., Tensor], written: bool = False
+    ) -> Tensor:
         y, kept = forward(x)
         ctx.save_for_backward(*kept)
         ctx.input_gradient, ctx.dtype = backward, x.dtype
-        return y.data if y._is_view() else y  # a view made in here could not be written to
+        if not written:
+            return y
+        ctx.mark_dirty(x)
+        return x.copy_(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype), None, None, None
 
 
-def alias(x: Tensor) -> Tensor:
-    """Another tensor with x's values in x's memory."""
-    return _Lean.apply(x, lambda x: (x.data, ()), lambda grad: grad)
+def _lean(x: Tensor, forward: Callable[..., Any], backward: Callable[..., Tensor], inplace: bool) -> Tensor:
+    """The same, in place where torch would allow it."""
+    if inplace and (x.is_leaf or x._is_view()):
+        return NotImplemented if x.is_leaf else x.copy_(_Lean.apply(x, forward, backward))
+    return _Lean.apply(x, forward, backward, inplace)
 
 
-def _convolution(
+def convolution(
     func: Any,
     input: Tensor,
     weight: Tensor,
@@ -58,10 +68,53 @@ def _convolution(
     pixels = _pixels(padding, weight, dilation)
     if pixels is None or input.ndim != weight.ndim:
         return NotImplemented
+    if weight.shape[2:] == (3, 3) and groups == 1 and each(dilation, 2) == [1, 1]:
+        height, width = input.shape[2:]
+        much = len(input) * height * width * weight.numel() >= LITTLE
+        if much and saves_work(input, weight, stride, pixels) and _fits_winograd(input, weight, bias):
+            return _by_winograd(input, weight, bias, each(pixels, 2))
+    channels = max(1, input.shape[1])
+    if input.numel() // channels * max(channels, weight.shape[0]) < FEW:  # going in, or, but for strides, coming out
+        return NotImplemented
     settings = (stride, pixels, dilation, False, 0, groups)
     return _lean_convolution(
         input, weight, lambda x: func(x, weight, bias, stride, padding, dilation, groups), *settings
     )
+
+
+def _fits_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch, too, would take these tensors, and they are dense."""
+    others, dtype = [weight] if bias is None else [weight, bias], check.autocast_dtype(x)
+    return (
+        all(t.device == x.device and check.autocast_dtype(t) == dtype for t in others)
+        and x.shape[1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(t.is_contiguous(memory_format=memory_format(t)) for t in (x, weight))
+    )
+
+
+def _by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+    """The convolution and its gradient, as of a single expert, in channels-last where torch would answer so."""
+    last = torch.channels_last in (memory_format(x), memory_format(weight))
+    layout, dtype = torch.channels_last if last else torch.contiguous_format, check.autocast_dtype(x)
+    convolve, opposite = OPERATORS["winograd_conv2d"], [2 - pixels for pixels in padding]
+    offsets, shift = _of_one_expert(len(x)), None if bias is None else bias[None].to(weight.dtype)
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        x = x.to(weight.dtype).contiguous(memory_format=layout)
+        return convolve(x, weight[None], shift, offsets, padding, False).to(dtype), (weight,)
+
+    def backward(grad: Tensor, weight: Tensor) -> Tensor:
+        grad = grad.to(weight.dtype).contiguous(memory_format=layout)
+        return convolve(grad, weight[None], None, offsets, opposite, True)
+
+    return _Lean.apply(x, forward, backward)
+
+
+@functools.lru_cache(16)
+def _of_one_expert(rows: int) -> Tensor:
+    """Its offsets, on the CPU."""
+    return torch.tensor([0, rows], dtype=torch.int32)
 
 
 def _pixels(padding: Size | str, weight: Tensor, dilation: Size) -> Size | None:
@@ -104,18 +157,23 @@ def _lean_convolution(
     output_padding: Size,
     groups: int,
 ) -> Tensor:
-    blank, (stride, padding, dilation, output_padding) = (
-        _blank(x),
-        (each(size, x.ndim - 2) for size in (stride, padding, dilation, output_padding)),
-    )
+    blank, sizes = _blank(x), (each(size, x.ndim - 2) for size in (stride, padding, dilation, output_padding))
+    stride, padding, dilation, output_padding = sizes
     settings = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
-    layout = memory_format(x)
+    dtype, device = check.autocast_dtype(x), x.device.type
+    emulated = check.autocast_is_on(device) and is_emulated(x)  # and slower than fp32, whose result is rounded instead
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        if not emulated:
+            return convolve(x), (weight,)
+        with torch.autocast(device, enabled=False):
+            return convolve(x.to(weight.dtype)).to(dtype), (weight,)
 
     def backward(grad: Tensor, weight: Tensor) -> Tensor:
-        dx = aten.convolution_backward(grad, blank(grad), weight.to(grad.dtype), None, *settings)[0]
-        return dx.contiguous(memory_format=layout) if dx.ndim == 4 else dx  # a folded weight has its own
+        grad = grad.to(weight.dtype) if emulated else grad
+        return aten.convolution_backward(grad, blank(grad), weight.to(grad.dtype), None, *settings)[0]
 
-    return _Lean.apply(x, lambda x: (convolve(x), (weight,)), backward)
+    return _Lean.apply(x, forward, backward)
 
 
 def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -158,13 +216,18 @@ def _batch_norm(
 
 
 def _relu(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
-    layouts = (torch.contiguous_format, torch.channels_last)
-    dense = any(input.is_contiguous(memory_format=f) for f in layouts if f != torch.channels_last or input.ndim == 4)
-    if dense and is_implemented("mask_relu_forward", input.device.type):
-        y = mask_relu(input)
-    else:
-        y = _piecewise(input, torch.relu, lambda x: ~(x <= 0), 0)
-    return input.copy_(y) if inplace else y
+    layout = memory_format(input)
+    if not (input.is_contiguous(memory_format=layout) and is_implemented("mask_relu_forward", input.device.type)):
+        return _piecewise(input, torch.relu, lambda x: ~(x <= 0), 0, inplace)
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        y, bits = OPERATORS["mask_relu_forward"](x)
+        return y, (bits,)
+
+    def backward(grad: Tensor, bits: Tensor) -> Tensor:
+        return OPERATORS["mask_relu_backward"](grad, bits, layout == torch.channels_last)
+
+    return _lean(input, forward, backward, inplace)
 
 
 def _relu_(func: Any, input: Tensor) -> Tensor:
@@ -172,8 +235,7 @@ def _relu_(func: Any, input: Tensor) -> Tensor:
 
 
 def _leaky_relu(func: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    y = _piecewise(input, lambda x: F.leaky_relu(x, negative_slope), lambda x: x > 0, negative_slope)
-    return input.copy_(y) if inplace else y
+    return _piecewise(input, lambda x: F.leaky_relu(x, negative_slope), lambda x: x > 0, negative_slope, inplace)
 
 
 def _leaky_relu_(func: Any, input: Tensor, negative_slope: float = 0.01) -> Tensor:
@@ -181,8 +243,10 @@ def _leaky_relu_(func: Any, input: Tensor, negative_slope: float = 0.01) -> Tens
 
 
 def _hardtanh(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    y = _piecewise(input, lambda x: F.hardtanh(x, min_val, max_val), lambda x: ~((x <= min_val) | (x >= max_val)), 0)
-    return input.copy_(y) if inplace else y
+    def passes(x: Tensor) -> Tensor:
+        return ~((x <= min_val) | (x >= max_val))
+
+    return _piecewise(input, lambda x: F.hardtanh(x, min_val, max_val), passes, 0, inplace)
 
 
 def _hardtanh_(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
@@ -194,7 +258,7 @@ def _relu6(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _piecewise(
-    x: Tensor, function: Callable[[Tensor], Tensor], passes: Callable[[Tensor], Tensor], slope: float
+    x: Tensor, function: Callable[[Tensor], Tensor], passes: Callable[[Tensor], Tensor], slope: float, inplace: bool
 ) -> Tensor:
     """function(x), whose derivative is 1 where passes(x), elsewhere slope; keeps one bit per element."""
 
@@ -203,7 +267,7 @@ def _piecewise(
         mask = (bits[:, None] >> shifts & 1).bool().flatten()[: grad.numel()].view(grad.shape)
         return torch.where(mask, grad, grad * slope if slope else 0)
 
-    return _Lean.apply(x, lambda x: (function(x), (_packed(passes(x)),)), backward)
+    return _lean(x, lambda x: (function(x), (_packed(passes(x)),)), backward, inplace)
 
 
 def _packed(mask: Tensor) -> Tensor:
@@ -336,7 +400,7 @@ _ADAPTIVE_AVG_POOLS = {
 
 # A rule takes the torch function itself and its arguments; NotImplemented leaves the call to torch.
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _convolution),
+    **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], convolution),
     **dict.fromkeys([F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d], _transposed_convolution),
     F.linear: _linear,
     F.batch_norm: _batch_norm,
@@ -356,4 +420,3 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(_ADAPTIVE_AVG_POOLS, _adaptive_avg_pool),
     F.adaptive_avg_pool1d: _of_signals(_adaptive_avg_pool, F.adaptive_avg_pool2d),
 }
-SIGNATURES = {rule: inspect.signature(rule) for rule in RULES.values()}

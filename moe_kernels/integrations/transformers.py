@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moe_kernels import _checks as check
 from moe_kernels.backends import is_implemented
-from moe_kernels.nn.recompute import Again, check_recompute
+from moe_kernels.nn.recompute import Again
 from moe_kernels.ops import combine, expert_linear, group_by_expert
 from moe_kernels.ops.expert_mlp import activate, expert_mlp_output
 from moe_kernels.ops.expert_sum import index_sum
@@ -46,7 +46,7 @@ def register(recompute: str = "activations") -> None:
         ImportError: if transformers is not installed or older than 5.24.
         ValueError: if recompute is unknown.
     """
-    check_recompute(recompute, RECOMPUTE)
+    check.one_of("recompute", recompute, RECOMPUTE)
     try:
         import transformers
     except ImportError as error:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import _checks as check
-from moe_kernels.nn.recompute import AsNow, check_recompute
+from moe_kernels.nn.recompute import RECOMPUTE, AsNow
 from moe_kernels.ops import combine, expert_linear, mask_relu
 from moe_kernels.ops.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp_output
 
@@ -97,7 +97,7 @@ class ExpertMLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        check_recompute(recompute)
+        check.one_of("recompute", recompute, RECOMPUTE)
         for name, size in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
             check.count(name, size, 1)
         self.num_experts, self.activation, self.recompute = num_experts, activation, recompute

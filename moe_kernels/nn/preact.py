@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_kernels import _checks as check
 from moe_kernels.nn.experts import ExpertLinear
 from moe_kernels.nn.grouped import GroupedNetwork
-from moe_kernels.nn.recompute import check_recompute
 from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, stage
 from moe_kernels.ops import mask_relu
 
@@ -72,7 +72,7 @@ class ExpertPreActResNet(GroupedNetwork):
         recompute: str = "none",
     ) -> None:
         super().__init__()
-        check_recompute(recompute, ("none", "all"))
+        check.one_of("recompute", recompute, ("none", "all"))
         to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_experts, self.recompute = num_experts, recompute
         self.conv1 = ExpertConv2d(num_experts, in_channels, stem, 3, 1, 1, bias=False, **to)

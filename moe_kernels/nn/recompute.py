@@ -1,6 +1,6 @@
 """Activations that a backward computes again instead of keeping them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,11 +11,6 @@ from moe_kernels._checks import inside_checkpoint
 from moe_kernels._recipes import Recipes
 
 RECOMPUTE = ("none", "activations", "all")
-
-
-def check_recompute(recompute: str, known: Sequence[str] = RECOMPUTE) -> None:
-    if recompute not in known:
-        raise ValueError(f"recompute must be one of {', '.join(known)}, got {recompute!r}")
 
 
 class AsNow:

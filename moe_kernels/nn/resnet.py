@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_kernels import _checks as check
 from moe_kernels.nn.experts import ExpertLinear, reset_like_torch
 from moe_kernels.nn.grouped import GroupedNetwork
-from moe_kernels.nn.recompute import Again, check_recompute
+from moe_kernels.nn.recompute import RECOMPUTE, Again
 from moe_kernels.ops import expert_batch_norm, expert_conv2d, mask_relu, winograd_conv2d
 from moe_kernels.ops.winograd_conv2d import saves_work
 
@@ -198,7 +199,7 @@ class ExpertResNet18(GroupedNetwork):
         recompute: str = "activations",
     ) -> None:
         super().__init__()
-        check_recompute(recompute)
+        check.one_of("recompute", recompute, RECOMPUTE)
         to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_experts, self.recompute = num_experts, recompute
         self.conv1 = ExpertConv2d(num_experts, in_channels, width, 3, 1, 1, bias=False, **to)

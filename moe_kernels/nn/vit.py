@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from moe_kernels import _checks as check
 from moe_kernels.nn.experts import ExpertLinear
 from moe_kernels.nn.grouped import GroupedNetwork
-from moe_kernels.nn.recompute import check_recompute
 from moe_kernels.nn.resnet import ExpertConv2d
 from moe_kernels.ops.expert_sum import of_each_row
 
@@ -132,7 +131,7 @@ class ExpertViT(GroupedNetwork):
         recompute: str = "none",
     ) -> None:
         super().__init__()
-        check_recompute(recompute, ("none", "all"))
+        check.one_of("recompute", recompute, ("none", "all"))
         if image_size % patch or width % heads:
             raise ValueError(
                 "image_size must be a multiple of patch, and width of heads, "

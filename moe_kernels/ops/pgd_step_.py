@@ -74,16 +74,36 @@ def pgd_step_(
     if not low <= high:
         raise ValueError(f"bounds must be (low, high) with low <= high, got {bounds}")
     eps, alpha = _radius("eps", eps, x_adv), _radius("alpha", alpha, x_adv)
-    arguments = (x_adv, grad, x, eps, alpha, norm, (float(low), float(high)))
+    tables = (
+        ()
+        if normalize is None
+        else tuple(_per_channel(name, table, x_adv) for name, table in zip(("mean", "std"), normalize, strict=True))
+    )
+    return step_unchecked_(x_adv, grad, x, eps, alpha, norm, (float(low), float(high)), *tables, backend=backend)
+
+
+def step_unchecked_(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: Tensor,
+    alpha: Tensor,
+    norm: str,
+    bounds: tuple[float, float],
+    *tables: Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """`pgd_step_` of arguments that have been checked, eps and alpha [1] or [B] in x_adv's dtype, for steps that follow
+    each other."""
     if not (torch.compiler.is_compiling() or x_adv.is_inference()):
         torch.autograd.graph.increment_version(x_adv)  # so that a backward that needs what x_adv was is an error
     with torch.no_grad():
-        if normalize is None:
-            backends.choose("pgd_step_", backend, x_adv)(*arguments)
-            return x_adv
-        mean, std = normalize
-        mean, std = _per_channel("mean", mean, x_adv), _per_channel("std", std, x_adv)
-        return backends.choose("pgd_step_normalized_", backend, x_adv)(*arguments, mean, std)
+        if tables:
+            return backends.choose("pgd_step_normalized_", backend, x_adv)(
+                x_adv, grad, x, eps, alpha, norm, bounds, *tables
+            )
+        backends.choose("pgd_step_", backend, x_adv)(x_adv, grad, x, eps, alpha, norm, bounds)
+        return x_adv
 
 
 def _radius(name: str, value: float | Tensor, x_adv: Tensor) -> Tensor:
