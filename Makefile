@@ -61,7 +61,7 @@ install: $(READY)
 # One environment; the isolated build would unpack torch a second time, and the attack libraries' pins would replace it.
 $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q torch numpy setuptools pybind11 ninja
+	$(BIN)/pip install -q torch numpy "setuptools>=77" pybind11 ninja
 	$(BIN)/python setup.py -q build_ext --inplace  # pip, which would hide what it says, finds it done
 	$(BIN)/pip install -q --no-build-isolation -e '.[rter,test,lint,transformers]'
 	$(BIN)/pip install -q --no-deps torchattacks foolbox eagerpy  # beside which ours are timed and tested

@@ -167,10 +167,11 @@ class NinjaBuild(build_ext):
         }
         flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno"]
         flags += ["-fno-trapping-math", *simd_flags(), "-Wall", "-Wextra", "-Werror=return-type"]
+        # Before the copy of pybind11 among torch's headers.
         include = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
         n.variable("compiler", os.environ.get("CXX", "g++"))
         n.variable("linker", "$compiler")
-        n.variable("flags", " ".join([*flags, *self.torch_flags(), *include]))
+        n.variable("flags", " ".join([*flags, *include, *self.torch_flags()]))
         n.variable("libraries", self.link_flags())
         for file in files:
             defines = facts if Path(file).name == "module.cpp" else {}
@@ -190,7 +191,7 @@ class NinjaBuild(build_ext):
         )
         flags = ["-O3", "-std=c++17", "-Xcompiler -fPIC,-fvisibility=hidden", f"--threads {jobs() // at_once}"]
         n.variable("compiler", toolkit.nvcc)
-        n.variable("linker", f"{toolkit.nvcc} -cudart=shared")
+        n.variable("linker", f"{toolkit.nvcc} -cudart=shared -nodlink")
         n.variable("flags", " ".join([*flags, *codes, "-DUSE_CUDA", *self.torch_flags()]))
         # -z defs: a symbol that none of these libraries has is an error here, not where the library is loaded.
         n.variable("libraries", f"-Xlinker=-z,defs -L. -ltorch_cuda {self.link_flags()}")
