@@ -1,0 +1,71 @@
+"""The wheel alone runs the README; the sdist holds what a wheel is built from."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TREE = ["MANIFEST.in", "README.md", "LICENSE", "constraints.txt", "pyproject.toml", "setup.py", "csrc"]
+PACKAGES = {"moe_kernels": ROOT / "moe_kernels", "rter": ROOT / "python/rter"}
+
+
+def modules() -> set[str]:
+    """Every Python file of both packages, by its place in a wheel."""
+    return {f"{name}/{p.relative_to(folder)}" for name, folder in PACKAGES.items() for p in folder.rglob("*.py")}
+
+
+def call(*command: object, cwd: Path = ROOT) -> str:
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the work tree, whose objects are compiled already."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for stale in [*ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")]:
+        shutil.rmtree(stale)
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "-w", folder]
+    call(sys.executable, "-m", "pip", "wheel", "-q", *options, ROOT)
+    return next(folder.glob("moe_kernels-*.whl"))
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+    held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    assert {n for n in held if n.endswith(".py")} == modules()
+    assert {re.sub(r"\..*", "", n) for n in held if not n.endswith(".py")} <= {"moe_kernels/_C", "moe_kernels/_cuda"}
+
+
+def test_the_readme_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """In a fresh environment that sees this one's other packages, and outside the repository."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env/bin/python"
+    packages = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    call(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "tests/test_readme.py", tmp_path / "tests")
+    place = "import moe_kernels, rter; print(moe_kernels.__file__, rter.__file__)"
+    assert all(Path(p).is_relative_to(packages) for p in call(python, "-I", "-c", place, cwd=tmp_path).split())
+    said = call(python, "-I", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "tests", cwd=tmp_path)
+    assert re.search(r"3 passed", said), said
+    assert "rt-er" in call(tmp_path / "env/bin/rter", "train", "--help", cwd=tmp_path)
+
+
+def test_the_sdist_holds_what_a_wheel_is_built_from(tmp_path: Path) -> None:
+    call(sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {n.partition("/")[2] for n in archive.getnames()}
+    files = [p for name in TREE for p in ([ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"))]
+    files += [p for folder in PACKAGES.values() for p in folder.rglob("*.py")]
+    assert held >= {str(p.relative_to(ROOT)) for p in files if p.is_file()}
