@@ -1,7 +1,8 @@
 """Compiles every GPU kernel for every architecture, without a GPU, and judges the machine code.
 
-One line per kernel, architecture and configuration; exits with 1 on a spill, on a GEMM without tensor-core
-instructions, or on more shared memory than the architecture has. To see a part: `--arch 90 --match forward`.
+One line per kernel, architecture and configuration; exits with 1 on a spill, on more shared memory than the
+architecture has, and on a GEMM without tensor-core instructions, with operands that are loaded less than 16 bytes at a
+time, or with two products of one step in one accumulator. To see a part: `--arch 90 --match forward`.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ TENSOR_CORES = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"
 LIMITS = {80: (163, 164, 64), 86: (99, 100, 48), 90: (227, 228, 64), 100: (227, 228, 64), 120: (99, 100, 48)}
 ASSUMED_WARPS = 8  # of a CUDA C++ kernel, whose block size is known only at launch
 
+LOOPS = ("scf.for", "scf.while")
+REGIONS = (*LOOPS, "scf.if")
+
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 
 
@@ -65,6 +69,8 @@ class Report:
     warps: int
     tensor_core: str
     needs_tensor_cores: bool
+    code: str
+    complaints: tuple[str, ...] = ()
 
     def occupancy(self) -> float:
         """The fraction of a multiprocessor's warps that registers and shared memory let run at once."""
@@ -81,7 +87,7 @@ class Report:
             found.append(f"NO {TENSOR_CORES[self.arch]}")
         if self.shared > LIMITS[self.arch][0] * 1024:
             found.append("SHARED MEMORY")
-        return found
+        return [*found, *self.complaints]
 
     def line(self) -> str:
         return (
@@ -144,6 +150,7 @@ def inspect(
                 warps=warps,
                 tensor_core=found.group() if found else "",
                 needs_tensor_cores=tensor_cores,
+                code=sass,
             )
         )
     return reports
@@ -155,7 +162,48 @@ def triton_kernel(name: str, launch: Launch, arch: int) -> list[Report]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        return inspect(cubin, arch, lambda _: name, launch.num_warps, kernel.metadata.shared, launch.tensor_cores)
+        reports = inspect(cubin, arch, lambda _: name, launch.num_warps, kernel.metadata.shared, launch.tensor_cores)
+    return [replace(r, complaints=complaints(launch, kernel.asm["ttir"], r.code)) for r in reports]
+
+
+def complaints(launch: Launch, ttir: str, sass: str) -> tuple[str, ...]:
+    """What is wrong with a kernel beyond the resources that it needs."""
+    found = []
+    if launch.wide_loads and narrow_loads(sass, indices=launch.arguments.get("rows") is not None):
+        found.append("NARROW LOADS")
+    if shares_accumulator(ttir):
+        found.append("SHARED ACCUMULATOR")
+    return tuple(found)
+
+
+def narrow_loads(sass: str, indices: bool) -> int:
+    """Loads of one or two bytes, and copies to shared memory of less than 16 but for `indices`, which have 4."""
+    copies = [] if indices else re.findall(r"\bLDGSTS\.(?!\S*\b128\b)\S+", sass)
+    return len(copies) + len(re.findall(r"\bLDG\.\S*\b[US](?:8|16)\b", sass))
+
+
+def shares_accumulator(ttir: str) -> bool:
+    """Whether in one step of a loop a product is added to what holds another product of that step."""
+    products: list[set[str]] = [set()]  # for each loop we are in, what holds a product of the step
+    regions: list[tuple[str, str]] = []  # (operation, result)
+    for line in map(str.strip, ttir.splitlines()):
+        result, operation, operands = re.match(r"(?:(%\w+)(?::\d+)? = )?(\S*)(.*)", line).groups()  # type: ignore[union-attr]
+        used = re.findall(r"%\w+", operands)
+        if operation == "tt.dot" and used[2] in products[-1]:
+            return True
+        if line.startswith("}"):
+            region = regions.pop()
+            if region[0] in LOOPS:
+                products.pop()
+        if operation == "tt.dot" or (result and operation not in REGIONS and products[-1].intersection(used)):
+            products[-1].add(result)
+        if operation == "scf.yield" and regions[-1][0] == "scf.if" and products[-1].intersection(used):
+            products[-1].add(regions[-1][1])
+        if line.endswith("{"):
+            regions.append(region if line.startswith("}") else (operation, result))
+            if regions[-1][0] in LOOPS:
+                products.append(set())
+    return False
 
 
 def cuda_file(path: Path, arch: int) -> list[Report]:

@@ -90,12 +90,6 @@ def vjp(
     return tuple(next(result) if want else None for want in needed)
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The layout in which image operators answer x: channels-last where x is so, else contiguous."""
-    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def load() -> None:
     """Loads the CPU library and, under a CUDA build of torch, the CUDA library, or warns that it cannot be loaded."""
     global cuda_problem

@@ -11,9 +11,10 @@ OPS = sorted(p.stem for p in (ROOT / "moe_kernels/ops").glob("*.py") if p.stem !
 # folder: the parts of this project that its files may import
 MAY_IMPORT = {
     "moe_kernels/reference": ("moe_kernels.reference",),
-    "moe_kernels/triton_kernels": ("moe_kernels.triton_kernels",),
+    "moe_kernels/triton_kernels": ("moe_kernels._layout", "moe_kernels.triton_kernels"),
     "moe_kernels/ops": (
         "moe_kernels._checks",
+        "moe_kernels._layout",
         "moe_kernels._library",
         "moe_kernels._recipes",
         "moe_kernels.backends",
@@ -22,6 +23,7 @@ MAY_IMPORT = {
     ),
     "moe_kernels/nn": (
         "moe_kernels._checks",
+        "moe_kernels._layout",
         "moe_kernels._library",
         "moe_kernels._recipes",
         "moe_kernels.nn",
@@ -29,6 +31,7 @@ MAY_IMPORT = {
     ),
     "moe_kernels/attacks": (
         "moe_kernels._checks",
+        "moe_kernels._layout",
         "moe_kernels._library",
         "moe_kernels._recipes",
         "moe_kernels.attacks",

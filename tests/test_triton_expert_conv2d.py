@@ -124,3 +124,24 @@ def test_layouts_are_kept() -> None:
         assert y.is_contiguous(memory_format=_format(images))
         assert dx.stride() == images.stride()
         assert dweight.is_contiguous()
+
+
+def test_any_layout_gives_the_same_bits() -> None:
+    """Weights as their parameter lies, contiguous, or with channels innermost, and images of either layout."""
+    x, weight, bias, offsets, stride, padding = arguments(LAID_OUT[-1], torch.float32)
+    y = expert_conv2d(x, weight, bias, offsets, stride, padding, tile=TILE)
+    dx = expert_conv2d_input_grad(y, weight, offsets, *x.shape[2:], stride, padding, tile=TILE)
+    dweight = expert_conv2d_weight_grad(y, x, offsets, *weight.shape[3:], stride, padding, tile=TILE)
+    for images in (x, x.contiguous(), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        for kernels in (weight, weight.contiguous()):
+            assert torch.equal(expert_conv2d(images, kernels, bias, offsets, stride, padding, tile=TILE), y)
+            grads = expert_conv2d_input_grad(y.contiguous(), kernels, offsets, *x.shape[2:], stride, padding, tile=TILE)
+            assert torch.equal(grads, dx)
+        grads = expert_conv2d_weight_grad(y, images, offsets, *weight.shape[3:], stride, padding, tile=TILE)
+        assert torch.equal(grads, dweight)
+
+
+def test_more_positions_than_32_bits_count() -> None:
+    x, weight = torch.empty(2**21, 3, 32, 32, device="meta"), torch.empty(2, 4, 3, 1, 1, device="meta")
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 positions .* got \[2097152, 3, 32, 32\]"):
+        expert_conv2d(x, weight, None, torch.empty(3, dtype=torch.int32, device="meta"), (1, 1), (0, 0))

@@ -16,6 +16,7 @@ from moe_kernels.triton_kernels.configs import Tile
 from moe_kernels.triton_kernels.expert_linear import expert_linear
 from moe_kernels.triton_kernels.expert_linear_weight_grad import expert_linear_weight_grad
 from moe_kernels.triton_kernels.expert_mlp import expert_mlp_hidden_grad
+from moe_kernels.triton_kernels.launch import descriptor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,6 +62,17 @@ def test_tma_descriptors(dtype: torch.dtype, gather: bool) -> None:
     back, weight_grad = (grad, weight.transpose(1, 2), None, offsets), (grad, x, offsets, rows)
     check(partial(expert_linear, tile=tile), reference.expert_linear, back, dtype)
     check(partial(expert_linear_weight_grad, tile=tile), reference.expert_linear_weight_grad, weight_grad, dtype)
+
+
+@pytest.mark.parametrize("expanded", [(0,), (0, 1), (1,)], ids=["rows", "rows and columns", "columns"])
+def test_no_descriptor_of_an_expanded_axis(expanded: tuple[int, ...]) -> None:
+    """The gradient of a sum has strides of 0, which TMA does not take."""
+    x, _, _, offsets, _ = aligned_arguments(torch.float16, gather=False)
+    grad = Source(torch.float16, DEVICE, seed=1).randn(1 if 0 in expanded else len(x), 1 if 1 in expanded else 48)
+    grad = grad.expand(len(x), 48)
+    assert descriptor(grad, [16, 16]) is None and descriptor(grad.contiguous(), [16, 16]) is not None
+    args, meaning = (grad, x, offsets), reference.expert_linear_weight_grad
+    check(partial(expert_linear_weight_grad, tile=TILES["tma"]), meaning, args, torch.float16)
 
 
 @by_tile

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,10 +78,27 @@ def test_neighbours_can_be_compiled(shipped: Tile) -> None:
         assert 16 <= m <= 256 and 16 <= n <= 256 and stages >= 1
 
 
-def test_a_tile_without_room_takes_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(function: Callable[[], Any], **options: Any) -> float:
-        raise OutOfResources(300000, 232448, "shared memory")
+@pytest.mark.parametrize(
+    ("compiling", "running", "expected"),
+    [
+        (None, None, 1.5),
+        (None, OutOfResources(300000, 232448, "shared memory"), math.inf),
+        (RuntimeError("PassManager::run failed"), None, math.inf),
+        (None, RuntimeError("an illegal memory access was encountered"), RuntimeError),
+    ],
+)
+def test_a_tile_that_cannot_be_compiled_or_has_no_room_takes_forever(
+    monkeypatch: pytest.MonkeyPatch, compiling: Exception | None, running: Exception | None, expected: Any
+) -> None:
+    def raises(error: Exception | None) -> float:
+        if error is not None:
+            raise error
+        return 1.5
 
-    monkeypatch.setattr(triton.testing, "do_bench", no_room)
-    launch = Launch(None, (1,), {}, 4)
-    assert tuning.milliseconds(lambda tile: launch, SHIPPED) == math.inf
+    monkeypatch.setattr(triton.testing, "do_bench", lambda function, **options: raises(running))
+    launch = Launch(SimpleNamespace(warmup=lambda **options: raises(compiling)), (1,), {}, 4)
+    if expected is RuntimeError:
+        with pytest.raises(RuntimeError, match="illegal"):
+            tuning.milliseconds(lambda tile: launch, SHIPPED)
+    else:
+        assert tuning.milliseconds(lambda tile: launch, SHIPPED) == expected

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels import _checks as check
-from moe_kernels._library import OPERATORS, memory_format
+from moe_kernels._layout import memory_format
+from moe_kernels._library import OPERATORS
 from moe_kernels.backends import is_implemented
 from moe_kernels.ops.winograd_conv2d import is_emulated, saves_work
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from moe_kernels import _checks as check
 from moe_kernels import backends
-from moe_kernels._library import define, memory_format
+from moe_kernels._layout import memory_format
+from moe_kernels._library import define
 
 
 def mask_relu(x: Tensor, *, backend: str | None = None) -> Tensor:

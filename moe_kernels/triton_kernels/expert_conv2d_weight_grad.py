@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels._layout import channels_innermost
 from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.configs import Tile
-from moe_kernels.triton_kernels.expert_conv2d import empty_like_images, fit
-from moe_kernels.triton_kernels.launch import Launch, strides
-from moe_kernels.triton_kernels.tiles import dot
+from moe_kernels.triton_kernels.expert_conv2d import check_counts, empty_images, fit
+from moe_kernels.triton_kernels.launch import Launch, is_wide, strides
+from moe_kernels.triton_kernels.tiles import at, dot
 
 PROGRAMS = 512  # about two waves of one large GPU
 LEAST_ROWS = 1024  # a part of the sum shorter than this is not worth its fp32 partial result
@@ -24,19 +25,19 @@ LEAST_ROWS = 1024  # a part of the sum shorter than this is not worth its fp32 p
 
 @triton.jit
 def _expert_conv2d_weight_grad_kernel(
-    grad,  # [N, C_OUT, OUT_H, OUT_W]
-    x,  # [N, C_IN, x_h, x_w]
+    grad,  # [N, OUT_H, OUT_W, C_OUT]
+    x,  # [N, x_h, x_w, C_IN]
     offsets,  # [E + 1]
-    out,  # [parts, E, C_OUT, C_IN, kh, KW]
+    out,  # [parts, E, C_OUT, kh, KW, C_IN]
     parts, x_h, x_w,
-    grad_stride_n, grad_stride_o, grad_stride_h, grad_stride_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-    out_stride_p, out_stride_e, out_stride_o, out_stride_c, out_stride_h, out_stride_w,
+    grad_stride_n, grad_stride_h, grad_stride_w, x_stride_n, x_stride_h, x_stride_w,
+    out_stride_p, out_stride_e, out_stride_o, out_stride_h, out_stride_w,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KW: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    o_blocks: tl.constexpr = tl.cdiv(C_OUT, BLOCK_M)
-    c_blocks: tl.constexpr = tl.cdiv(C_IN, BLOCK_N)
+    o_blocks: tl.constexpr = (C_OUT + BLOCK_M - 1) // BLOCK_M
+    c_blocks: tl.constexpr = (C_IN + BLOCK_N - 1) // BLOCK_N
     positions: tl.constexpr = OUT_H * OUT_W
     pid = tl.program_id(0)
     c = pid % c_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -54,12 +55,12 @@ def _expert_conv2d_weight_grad_kernel(
     first = part * steps * BLOCK_K
     last = tl.minimum(first + steps * BLOCK_K, rows)
 
-    grad_columns = grad + o[None, :] * grad_stride_o
-    x_columns = x + kh * x_stride_h + kw * x_stride_w + c[None, :] * x_stride_c
+    # Within an image offsets fit into 32 bits: channels_innermost() sees to it.
+    x_tap = x + kh * x_stride_h + kw * x_stride_w
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
-        image = (begin + row // positions).to(tl.int64)
+        image = begin + row // positions
         i_h = row % positions // OUT_W
         i_w = row % OUT_W
         x_h0 = i_h * STRIDE_H - PAD_H
@@ -67,24 +68,15 @@ def _expert_conv2d_weight_grad_kernel(
         in_h = (x_h0 >= -kh) & (x_h0 < x_h - kh)
         in_w = (x_w0 >= -kw) & (x_w0 < x_w - kw)
         inside = ((row < last) & in_h & in_w)[:, None]
-        grad_rows = (image * grad_stride_n + i_h * grad_stride_h + i_w * grad_stride_w)[:, None]
-        x_rows = (image * x_stride_n + x_h0 * x_stride_h + x_w0 * x_stride_w)[:, None]
-        a = tl.load(grad_columns + grad_rows, mask=inside & in_o[None, :], other=0.0)  # [positions, O]
-        b = tl.load(x_columns + x_rows, mask=inside & in_c[None, :], other=0.0)  # [positions, C]
+        grad_rows = grad + at(image, grad_stride_n) + i_h * grad_stride_h + i_w * grad_stride_w
+        x_rows = x_tap + at(image, x_stride_n) + x_h0 * x_stride_h + x_w0 * x_stride_w
+        a = tl.load(grad_rows[:, None] + o[None, :], mask=inside & in_o[None, :], other=0.0)  # [positions, O]
+        b = tl.load(x_rows[:, None] + c[None, :], mask=inside & in_c[None, :], other=0.0)  # [positions, C]
         acc = dot(tl.trans(a), b, acc)
 
-    out_tile = (
-        out
-        + part.to(tl.int64) * out_stride_p
-        + expert.to(tl.int64) * out_stride_e
-        + kh * out_stride_h
-        + kw * out_stride_w
-    )
-    tl.store(
-        out_tile + o[:, None] * out_stride_o + c[None, :] * out_stride_c,
-        acc.to(out.dtype.element_ty),
-        in_o[:, None] & in_c[None, :],
-    )
+    out_rows = out + at(part, out_stride_p) + at(expert, out_stride_e) + at(o, out_stride_o)
+    out_rows += kh * out_stride_h + kw * out_stride_w
+    tl.store(out_rows[:, None] + c[None, :], acc.to(out.dtype.element_ty), in_o[:, None] & in_c[None, :])
 
 
 def expert_conv2d_weight_grad(
@@ -102,8 +94,8 @@ def expert_conv2d_weight_grad(
     """Gradient of `expert_conv2d` in its weight, the same bits every time.
 
     Args:
-        grad: [N, O, H', W'], fastest in channels-last memory.
-        x: [N, C, H, W], likewise.
+        grad: [N, O, H', W'].
+        x: [N, C, H, W].
         offsets: int32 [E + 1].
         height: of the kernel.
         width: of the kernel.
@@ -113,7 +105,8 @@ def expert_conv2d_weight_grad(
         parts: in how many parts to sum each expert's positions; None to fill the device.
 
     Returns:
-        [E, O, C, height, width]; zeros for an expert without images.
+        [E, O, C, height, width]; zeros for an expert without images. The kernel reads and writes channels that are
+        innermost in memory, sixteen bytes at a time; what lies otherwise is copied.
     """
     shipped = tile or configs.choose(configs.EXPERT_CONV2D_WEIGHT_GRAD, x.device)[x.element_size()]
     num_experts, rows = offsets.shape[0] - 1, grad.shape[0] * grad.shape[2] * grad.shape[3]
@@ -140,8 +133,9 @@ def _empty_parts(parts: int, num_experts: int, grad: Tensor, x: Tensor, height: 
 def _weight_grad(
     grad: Tensor, x: Tensor, offsets: Tensor, out: Tensor, stride: Sequence[int], padding: Sequence[int], tile: Tile
 ) -> Launch:
+    grad, x = channels_innermost(grad), channels_innermost(x)
     parts, num_experts, c_out, c_in, height, width = out.shape
-    assert max(grad.shape[0] * grad.shape[2] * grad.shape[3], grad.stride(0), x.stride(0), out.stride(1)) < 2**31
+    check_counts(grad.shape[0] * grad.shape[2] * grad.shape[3], grad, x, out[0])
     return Launch(
         _expert_conv2d_weight_grad_kernel,
         (_num_tiles(grad, x, height, width, tile), num_experts * parts),
@@ -153,9 +147,9 @@ def _weight_grad(
             "parts": parts,
             "x_h": x.shape[2],
             "x_w": x.shape[3],
-            **strides("grad", grad, "nohw"),
-            **strides("x", x, "nchw"),
-            **strides("out", out, "peochw"),
+            **strides("grad", grad[:, 0], "nhw"),
+            **strides("x", x[:, 0], "nhw"),
+            **strides("out", out[:, :, :, 0], "peohw"),
             "C_IN": c_in,
             "C_OUT": c_out,
             "KW": width,
@@ -172,19 +166,23 @@ def _weight_grad(
         tile.num_warps,
         tile.num_stages,
         tensor_cores=x.dtype != torch.float32,  # fp32 is not rounded to tf32
+        wide_loads=is_wide(grad, x),
     )
 
 
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
     """(architecture of the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
+    one = torch.empty(1, 1, 1, 1, device="meta")  # integers of value 1 are constants to the compiler
+    arguments = one, one, one.new_empty(2, dtype=torch.int32), one[None, None], (1, 1), (0, 0)
+    yield 90, "expert_conv2d dW of ones", _weight_grad(*arguments, configs.EXPERT_CONV2D_WEIGHT_GRAD[90][4])
     num_images, experts, size = 512, 4, 16
     shapes = {torch.bfloat16: ((3, 64, 8), (64, 64, 8), (512, 512, 1)), torch.float32: ((64, 64, 8),)}
     for dtype, layers in shapes.items():
-        like = torch.empty(1, 2, 2, 2, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        like = torch.empty(0, dtype=dtype, device="meta")
         offsets = like.new_empty(experts + 1, dtype=torch.int32)
         for c_in, c_out, parts in layers:
-            x = empty_like_images(like, num_images, c_in, size, size)
-            grad = empty_like_images(like, num_images, c_out, size, size)
+            x = empty_images(like, num_images, c_in, size, size)
+            grad = empty_images(like, num_images, c_out, size, size)
             out = _empty_parts(parts, experts, grad, x, 3, 3)
             for arch, by_bytes in configs.EXPERT_CONV2D_WEIGHT_GRAD.items():
                 launch = _weight_grad(grad, x, offsets, out, (1, 1), (1, 1), by_bytes[x.element_size()])

@@ -11,8 +11,8 @@ from torch import Tensor
 from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.activations import ACTIVATIONS, GATED, activate
 from moe_kernels.triton_kernels.configs import Tile
-from moe_kernels.triton_kernels.launch import Launch, descriptor, num_programs, strides
-from moe_kernels.triton_kernels.tiles import dot, find_tile, grouped_order, max_tiles, tile_ends
+from moe_kernels.triton_kernels.launch import Launch, descriptor, is_wide, num_programs, strides
+from moe_kernels.triton_kernels.tiles import at, dot, find_tile, grouped_order, max_tiles, tile_ends
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _load_weight(
     else:
         cols = col + tl.arange(0, BLOCK_N)[None, :]
         ks = k0 + tl.arange(0, BLOCK_K)[:, None]
-        pointers = weight + expert.to(tl.int64) * w_stride_e + cols.to(tl.int64) * w_stride_n + ks * w_stride_k
+        pointers = weight + at(expert, w_stride_e) + at(cols, w_stride_n) + at(ks, w_stride_k)
         return tl.load(pointers, mask=(cols < n) & (ks < k), other=0.0)
 
 
@@ -42,26 +42,26 @@ def _finish(
     cols = tl.arange(0, BLOCK_N)
     mask = (row < end - first) & (cols < n - col)[None, :]
     if bias is not None:
-        bias_e = bias + expert.to(tl.int64) * b_stride_e + col * b_stride_n
-        acc += tl.load(bias_e + cols * b_stride_n, mask=cols < n - col, other=0.0).to(tl.float32)[None, :]
+        bias_e = bias + at(expert, b_stride_e) + at(col, b_stride_n)
+        acc += tl.load(bias_e + at(cols, b_stride_n), mask=cols < n - col, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            acc2 += tl.load(bias_e + (n + cols) * b_stride_n, mask=cols < n - col, other=0.0).to(tl.float32)[None, :]
-    # A 64-bit base and 32-bit offsets: 64-bit offsets would take a good part of the registers.
-    y += first.to(tl.int64) * n + col
-    out = row * n + cols[None, :]
+            bias2_e = bias_e + at(n, b_stride_n)
+            acc2 += tl.load(bias2_e + at(cols, b_stride_n), mask=cols < n - col, other=0.0).to(tl.float32)[None, :]
+    y += at(first, n) + col
+    out = at(row, n) + cols[None, :]
     # The activation sees z as it is stored, so that a backward that recomputes it differentiates this very value.
     value = acc.to(y.dtype.element_ty)
     if GATED:
         value2 = acc2.to(y.dtype.element_ty)
         if z is not None:
-            z += first.to(tl.int64) * 2 * n + col
-            z_out = row * 2 * n + cols[None, :]
+            z += at(first, n) * 2 + col
+            z_out = at(row, n) * 2 + cols[None, :]
             tl.store(z + z_out, value, mask=mask)
             tl.store(z + n + z_out, value2, mask=mask)
         value = (activate(value.to(tl.float32), ACTIVATION) * value2.to(tl.float32)).to(value.dtype)
     elif ACTIVATION is not None:
         if z is not None:
-            tl.store(z + first.to(tl.int64) * n + col + out, value, mask=mask)
+            tl.store(z + at(first, n) + col + out, value, mask=mask)
         value = activate(value.to(tl.float32), ACTIVATION).to(value.dtype)
     tl.store(y + out, value, mask=mask)
 
@@ -115,7 +115,7 @@ def _expert_linear_fwd_kernel(
             source = tl.where(row < end, row, first)
             if rows is not None:
                 source = tl.load(rows + source, mask=row < end, other=0)
-            x_rows = x + source.to(tl.int64)[:, None] * x_stride_m
+            x_rows = x + at(source, x_stride_m)[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc2 = acc
         for k0 in range(0, k, BLOCK_K):
@@ -123,7 +123,7 @@ def _expert_linear_fwd_kernel(
                 a = x.load([first, k0])
             else:
                 ks = k0 + tl.arange(0, BLOCK_K)[None, :]
-                a = tl.load(x_rows + ks * x_stride_k, mask=ks < k, other=0.0)
+                a = tl.load(x_rows + at(ks, x_stride_k), mask=ks < k, other=0.0)
             b = _load_weight(
                 weight, expert, col, k0, n, k, w_stride_e, w_stride_n, w_stride_k, BLOCK_N, BLOCK_K, W_LAYOUT
             )
@@ -235,16 +235,23 @@ def _forward(
             "X_LAYOUT": "pointer" if x_operand is None else "TMA",
             "W_LAYOUT": "pointer" if w_operand is None else w_layout,
             "EXPERTS": triton.next_power_of_2(num_experts),
-            "PERSISTENT": tile.tma,
+            "PERSISTENT": tile.tma and k > 0,  # flattened, which takes for granted that every tile has a step
         },
         tile.num_warps,
         tile.num_stages,
         tensor_cores=x.dtype != torch.float32,  # fp32 is not rounded to tf32
+        wide_loads=is_wide(x, weight),
     )
 
 
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
     """(architecture of the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
+    one = torch.empty(1, 1, 1, device="meta")  # integers of value 1 are constants to the compiler
+    for activation in (None, "swiglu"):
+        weight = one.new_empty(1, 2, 1) if activation else one
+        arguments = one[0], weight, weight[..., 0], one.new_empty(2, dtype=torch.int32), None, one[0], weight[..., 0]
+        launch = _forward(*arguments, activation, configs.EXPERT_LINEAR_GATED[90][4]["few"])
+        yield 90, f"expert_linear {activation or 'forward'} of ones", launch
     num_rows, d, hidden, experts = 8192, 2048, 1024, 8
     for dtype, table, activation in [
         (torch.bfloat16, configs.EXPERT_LINEAR, None),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.configs import Tile
-from moe_kernels.triton_kernels.launch import Launch, descriptor, strides
-from moe_kernels.triton_kernels.tiles import dot, grouped_order
+from moe_kernels.triton_kernels.launch import Launch, descriptor, is_wide, strides
+from moe_kernels.triton_kernels.tiles import at, dot, grouped_order
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _load_rows(
             mask &= (row < end)[:, None]
         if rows is not None:
             row = tl.load(rows + row, mask=row < end, other=0)
-        return tl.load(x + row.to(tl.int64)[:, None] * stride_m + cols * stride_n, mask=mask, other=0.0)
+        return tl.load(x + at(row, stride_m)[:, None] + at(cols, stride_n), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _expert_linear_weight_grad_kernel(
         acc = dot(g.trans(), b, acc)
     ns = (col_n + tl.arange(0, BLOCK_N))[:, None]
     ks = (col_k + tl.arange(0, BLOCK_K))[None, :]
-    pointers = out + expert.to(tl.int64) * o_stride_e + ns.to(tl.int64) * o_stride_n + ks.to(tl.int64) * o_stride_k
+    pointers = out + at(expert, o_stride_e) + at(ns, o_stride_n) + at(ks, o_stride_k)
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=(ns < n) & (ks < k))
 
 
@@ -136,11 +136,15 @@ def _weight_grad(grad: Tensor, x: Tensor, offsets: Tensor, rows: Tensor | None, 
         tile.num_warps,
         tile.num_stages,
         tensor_cores=x.dtype != torch.float32,  # fp32 is not rounded to tf32
+        wide_loads=is_wide(grad, x),
     )
 
 
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
     """(architecture of the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
+    one = torch.empty(1, 1, 1, device="meta")  # integers of value 1 are constants to the compiler
+    arguments = one[0], one[0], one.new_empty(2, dtype=torch.int32), None, one
+    yield 90, "expert_linear dW of ones", _weight_grad(*arguments, configs.EXPERT_LINEAR_WEIGHT_GRAD[90][4]["few"])
     num_rows, n, k, experts = 8192, 1024, 2048, 8
     for dtype in (torch.bfloat16, torch.float32):
         grad = torch.empty(num_rows, n, dtype=dtype, device="meta")

@@ -5,13 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_kernels.triton_kernels import interpreter
+
+if triton.knobs.runtime.interpret and interpreter.NEEDS_MENDING:
+    interpreter.mend_loop_bounds()
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel; `tensor_cores` says that its code must use them."""
+    """One launch of a kernel; `tensor_cores` says that its code must use them, `wide_loads` that it must load its
+    operands 16 bytes at a time."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -19,17 +26,40 @@ class Launch:
     num_warps: int
     num_stages: int = 1
     tensor_cores: bool = False
+    wide_loads: bool = False
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](**self.arguments, **self._options())
+
+    def compile(self) -> None:
+        """Compiles the kernel for the current device, as run() would at first."""
+        self.kernel.warmup(**self.arguments, grid=self.grid, **self._options())
+
+    def _options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor | None:
-    """A TMA descriptor for blocks of x, or None where x's layout does not allow one."""
-    aligned = x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    """A TMA descriptor for blocks of x, or None where x's layout does not allow one.
+
+    An axis of stride 0, as expand() makes, has none: the copy engine takes positive multiples of 16 bytes.
+    """
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
     if x.stride(-1) != 1 or not aligned or x.numel() == 0:
         return None
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def is_wide(*operands: Tensor) -> bool:
+    """Whether 16-byte loads can cover the operands: one axis is dense, and all sizes are multiples of 16 bytes."""
+
+    def whole(elements: int, x: Tensor) -> bool:
+        return elements * x.element_size() % 16 == 0
+
+    return all(
+        1 in x.stride() and all(whole(n if s == 1 else s, x) for n, s in zip(x.shape, x.stride(), strict=True))
+        for x in operands
+    )
 
 
 def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:

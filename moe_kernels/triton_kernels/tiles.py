@@ -13,6 +13,12 @@ def max_tiles(num_rows: int, num_experts: int, block: int) -> int:
 
 
 @triton.jit
+def at(index, stride):
+    """The offset of an index along an axis, in 64 bits: either factor fits into 32, the product need not."""
+    return tl.cast(index, tl.int64) * stride
+
+
+@triton.jit
 def tile_ends(offsets, num_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     """[EXPERTS] running total of tiles up to and including each expert; EXPERTS is num_experts up to a power of two."""
     expert = tl.arange(0, EXPERTS)

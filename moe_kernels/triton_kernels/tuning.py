@@ -56,13 +56,18 @@ def neighbours(tile: Tile) -> list[Tile]:
 
 
 def milliseconds(make: Callable[[Tile], "Launch"], tile: Tile) -> float:
-    """Median time of the launch with a tile; infinite where the device or its compiler has no room for it."""
-    from triton.runtime.errors import OutOfResources, PTXASError
+    """Median time of the launch with a tile; infinite where it cannot be compiled or the device has no room for it."""
+    from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
+    launch = make(tile)
     try:
-        return float(do_bench(make(tile).run, warmup=5, rep=20, return_mode="median"))
-    except (OutOfResources, PTXASError):
+        launch.compile()
+    except Exception:  # a pass of the compiler that fails raises no more than a RuntimeError
+        return math.inf
+    try:
+        return float(do_bench(launch.run, warmup=5, rep=20, return_mode="median"))
+    except OutOfResources:
         return math.inf
 
 

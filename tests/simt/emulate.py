@@ -9,7 +9,7 @@ import torch
 from simt import build
 from torch import Tensor
 
-from moe_kernels._library import memory_format
+from moe_kernels._layout import memory_format
 
 __all__ = [  # those whose arguments and results are the operator's
     "combine",
