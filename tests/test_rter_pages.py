@@ -5,7 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from rter.__main__ import given_settings, main, make_parser
+from rter.__main__ import main
+from rter.commands import given_settings, make_parser
 from rter.config import Config, load_settings
 from rter.methods import METHODS
 

@@ -1,239 +1,38 @@
-"""The command line: rter train | evaluate | report | demo | sweep | data."""
+"""Runs the command line; what goes wrong while the rest is imported is one line, too."""
 
-import argparse
-import dataclasses
+import os
 import sys
-from pathlib import Path
-from typing import Any, NoReturn
 
-from rter.checkpoint import run_config
-from rter.config import GROUPS, Config, load_settings
-from rter.data.command import add_command as add_data_command
-from rter.distributed import is_first
-from rter.errors import UserError
-from rter.methods import METHODS
-from rter.models.networks import NETWORKS
-
-TRAIN = """Trains a model into a new folder. A setting comes from its flag, or from the file given by --config, or it is
-the default. On several GPUs, or in several processes: torchrun --nproc-per-node N -m rter train ..."""
-
-OWN = {name: owner.defaults for owners in (METHODS, NETWORKS) for name, owner in owners.items()}
-NOTHING: dict[Any, str] = {bool: "no", str: "none", int: "0", float: "0"}
-METAVARS: dict[Any, str] = {str: "TEXT", int: "N", float: "NUMBER"}
-
-SYMBOLS = """
-F is the model, f_e expert e alone, s the expert of --second, r the router; x1, x2 and x_e are x under attack, by PGD
-where nothing else is said. CE is the cross-entropy, KL the divergence of the softmaxes, balance(x) the Switch loss that
-keeps all experts in use. beta, gamma, lambda and alpha are --beta, --clean-weight, --balance-weight and --dual-alpha.
-
-As mixtures, standard, pgd-at and trades are the baselines standard MoE, AT-MoE and TRADES-MoE; with --num-experts 1
-they train one dense network. AWP, EMA, bf16 and the schedules go with every method. docs/methods.md says more."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Mistakes are one line on stderr."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see `{self.prog} --help`)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not seconds >= 0:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0, got {text!r}")
-    return seconds
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rter", description="Adversarially robust Mixture-of-Experts: train, evaluate, report.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    methods = "\n".join(f"  {name:13} {method.summary}" for name, method in METHODS.items())
-    train = commands.add_parser("train", help="train a model into a new folder", description=TRAIN,
-                                epilog=f"methods:\n{methods}\n{SYMBOLS}",
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder to make, for weights and metrics")
-    train.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="TOML or JSON file of settings, such as docs/configs/*.toml, which the flags override",
-    )
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    train.add_argument(
-        "--save-every", type=_seconds, default=120.0, metavar="SECONDS", help="time between two savings of the state "
-        "from which --resume goes on (default: 120)"
-    )  # fmt: skip
-    train.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
-    _add_settings(train)
-    train.set_defaults(run=_train)
-
-    evaluate = commands.add_parser("evaluate", help="measure a trained model under attack")
-    evaluate.add_argument("run_folder", type=Path, metavar="RUN")
-    evaluate.add_argument("--weights", choices=("last", "best"), default="last", help="default: last, which no look at "
-                          "the held-out images has chosen")  # fmt: skip
-    _add_strength(evaluate, suite="full")
-    evaluate.add_argument("--queries", type=_positive, default=5000, help="of AutoAttack's Square (default: 5000)")
-    evaluate.add_argument("--images", type=_positive, metavar="N", help="measure on N of the test images, drawn by the "
-                          "run's seed in the proportions of the classes (default: all)")  # fmt: skip
-    evaluate.set_defaults(run=_evaluate)
-
-    report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run or of a sweep")
-    report.add_argument("run_folder", type=Path, metavar="RUN")
-    report.add_argument(
-        "--baselines", type=Path, nargs="+", default=[], metavar="RUN", help="evaluated runs to compare"
-    )
-    report.set_defaults(run=_report)
-
-    demo = commands.add_parser("demo", help="train, evaluate and compare standard training and RT-ER")
-    demo.add_argument("--out", type=Path, required=True, help="folder to make, with a run for each method")
-    _add_settings(demo, without=("method",))
-    _add_strength(demo, suite="quick")
-    demo.set_defaults(run=_demo)
-
-    sweep = commands.add_parser("sweep", help="all methods over several seeds, in one table of means and deviations")
-    sweep.add_argument("--out", type=Path, required=True, help="folder of the runs; finished ones in it are kept")
-    sweep.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    sweep.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help="some of the methods, or dense-pgd-at; default: all"
-    )
-    sweep.add_argument(
-        "--ablation", action="store_true", help="RT-ER without one part of the recipe at a time, instead"
-    )
-    sweep.add_argument(
-        "--equal-time", action="store_true", help="train every method for as many epochs as fit into RT-ER's time"
-    )
-    sweep.add_argument("--jobs", type=_positive, default=1, help="runs at a time, sharing the cores (default: 1)")
-    _add_settings(sweep, without=("method", "seed"))
-    _add_strength(sweep, suite="full")
-    sweep.set_defaults(run=_sweep)
-
-    add_data_command(commands)
-    return parser
-
-
-def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
-    """One flag per setting of Config."""
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    for field in dataclasses.fields(Config):
-        if field.name not in without:
-            choices = field.metadata["choices"]
-            own = (f"; {defaults[field.name]} for {name}" for name, defaults in OWN.items() if field.name in defaults)
-            default = f"default: {field.metadata['default'] or NOTHING[field.type]}{''.join(own)}"
-            one_of = f"one of {', '.join(choices)}; " if choices else ""
-            text = f"{field.metadata['help']} ({one_of}{default})"
-            flag = "--" + field.name.replace("_", "-")
-            kind: dict[str, Any] = {"metavar": "NAME" if choices else METAVARS.get(field.type)}
-            if field.type is bool:
-                kind = {"action": "store_const", "const": True}
-            groups[field.metadata["group"]].add_argument(flag, dest=f"set_{field.name}", help=text, **kind)
-
-
-def _add_strength(parser: argparse.ArgumentParser, suite: str) -> None:
-    parser.add_argument("--suite", choices=("quick", "full"), default=suite, help="attacks: the quick ones, or also "
-                        f"AutoAttack and every attack on the route (default: {suite})")  # fmt: skip
-    parser.add_argument("--steps", type=_positive, default=50, help="steps of PGD and APGD (default: 50)")
-    parser.add_argument("--restarts", type=_positive, help="PGD restarts on the whole model (default: 5, in the full "
-                        "suite 20)")  # fmt: skip
-
-
-def _strength(args: argparse.Namespace) -> tuple[int, int, str]:
-    """Steps, restarts and suite."""
-    from rter.evaluation import RESTARTS
-
-    return args.steps, args.restarts or RESTARTS[args.suite], args.suite
-
-
-def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings given as flags."""
-    flags = {name.removeprefix("set_"): value for name, value in vars(args).items() if name.startswith("set_")}
-    return {name: value for name, value in flags.items() if value is not None}
-
-
-def _train(args: argparse.Namespace) -> None:
-    from rter.train import train
-
-    before = dataclasses.asdict(run_config(args.out)) if args.resume and (args.out / "config.json").exists() else {}
-    settings = load_settings(args.config) if args.config else {}
-    config = Config(**(before | settings | given_settings(args)))
-    trained = train(config, args.out, resume=args.resume, save_every=args.save_every, tensorboard=args.tensorboard)
-    if is_first():
-        print(f"{'trained' if trained else 'finished already'}: {args.out}; next: rter evaluate {args.out}")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from rter.evaluate import evaluate
-    from rter.report import summary, table, verdict
-
-    report = evaluate(args.run_folder, args.weights, *_strength(args), args.queries, args.images)
-    print(table({args.run_folder.resolve().name: summary(report)}))
-    print(verdict(report))
-    print(f"written: {args.run_folder / 'report.json'}; next: rter report {args.run_folder}")
-
-
-def _report(args: argparse.Namespace) -> None:
-    from rter.comparison import write_comparison
-    from rter.report import make_report
-
-    compared = [
-        file.with_suffix("") for name in ("methods", "ablation") if (file := args.run_folder / f"{name}.json").exists()
-    ]
-    for written in map(write_comparison, compared):
-        print(written.read_text())
-    if not compared:
-        print(make_report(args.run_folder, args.baselines))
-        print(f"written: {args.run_folder / 'report.md'}")
-
-
-def _demo(args: argparse.Namespace) -> None:
-    from rter.evaluate import evaluate
-    from rter.report import make_report
-    from rter.train import train
-
-    runs = {method: args.out / method for method in ("rt-er", "standard")}
-    configs = {method: Config(**(given_settings(args) | {"method": method})) for method in runs}
-    for method, run in runs.items():
-        train(configs[method], run)
-        evaluate(run, "last", *_strength(args))
-    print(make_report(runs["rt-er"], [runs["standard"]]))
-    print(f"report: {runs['rt-er'] / 'report.md'}")
-
-
-def _sweep(args: argparse.Namespace) -> None:
-    from rter.sweep import ABLATION, ROWS, sweep
-
-    names = {name.replace(" ", "-"): name for name in ROWS}
-    for name in args.methods or ():
-        if name not in names:
-            raise UserError(f"--methods must be among {', '.join(names)}, got {name!r}")
-    rows = ABLATION if args.ablation else {names[name]: ROWS[names[name]] for name in args.methods or names}
-    settings, strength = given_settings(args), _strength(args)
-    written = sweep(args.out, args.seeds, settings, rows, *strength, equal_time=args.equal_time, jobs=args.jobs)
-    print(written.read_text())
-    print(f"written: {written}")
+# packages of the extra `rter`, by the names that they are imported by
+EXTRA = ("PIL", "matplotlib", "numpy", "pyautoattack", "safetensors", "scipy", "sklearn", "tomli", "torch", "tqdm")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 2 for a user's mistake, told in one line."""
+    _open_closed_streams()
     try:
-        args = make_parser().parse_args(arguments)
-        args.run(args)
-    except (UserError, OSError) as error:
-        print(f"rter: error: {error}", file=sys.stderr)
+        from rter.commands import run
+
+        return run(arguments)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        print(f"rter: error: the package {package} is missing: pip install 'moe_kernels[rter]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("rter: stopped", file=sys.stderr)
         return 130
-    return 0
+
+
+def _open_closed_streams() -> None:
+    """Gives /dev/null to closed standard streams, whose numbers would go to the next files, such as one of weights."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 if __name__ == "__main__":

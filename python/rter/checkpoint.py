@@ -16,8 +16,33 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rter.config import Config, load_config
+from rter.config import ABSOLUTE, Config, load_config
+from rter.console import say
+from rter.data.files import damaged
 from rter.errors import UserError
+
+NUMBER, OPTIONAL = (int, float), (int, float, type(None))
+NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+NAMES |= {type(None): "null"}
+METRICS = {"epoch": int, "loss": NUMBER, "seconds": NUMBER}
+REPORT: dict[Any, Any] = {  # what every report.json holds, at least
+    **dict.fromkeys(("method", "norm", "split", "suite", "worst_attack"), str),
+    **dict.fromkeys(("data", "weights"), (str, type(None))),
+    **dict.fromkeys(("seed", "num_experts", "epochs", "held_out"), int),
+    **dict.fromkeys(
+        ("eps", "train_seconds", "sa", "ra", "verdict", "route_flip_rate", "route_flip_rate_whole"), NUMBER
+    ),
+    **dict.fromkeys(("ra_r", "aa", "train_seconds"), OPTIONAL),
+    **{name: [NUMBER] for name in ("ra_e", "expert_load", "expert_load_adversarial")},
+    **dict.fromkeys(("route_radius", "certificate"), (dict, type(None))),
+    "aa_flags": (list, type(None)),
+    "attack": {"steps": int, "restarts": int, "alpha_ratio": NUMBER},
+    "attacks": {str: NUMBER},
+    "intervals": {str: [NUMBER]},
+    "checks": {str: {"passed": bool, "value": (*OPTIONAL, bool)}},
+    "eps_curve": [[NUMBER]],
+}
+REPORT["baselines"] = {str: REPORT}
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -26,7 +51,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     try:
         with _naming(path):
             with unfinished.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(path)
@@ -58,7 +83,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: did the command that writes it run to its end?") from None
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise damaged(path, str(error)) from None
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -92,8 +117,9 @@ def open_run(out: Path, config: Config, resume: bool) -> Iterator[None]:
             path.unlink()
         if holds_run:
             _demand_equal(config, run_config(out), out)
-        if not holds_run or run_config(out) != config:
-            write_atomic(out / "config.json", config.to_json())
+        else:
+            place = {ABSOLUTE: os.path.abspath(config.data_dir)}
+            write_json(out / "config.json", dataclasses.asdict(config) | place)
         yield
     finally:
         os.close(folder)
@@ -112,49 +138,94 @@ def _unfinished(out: Path) -> set[Path]:
 
 
 def _demand_equal(config: Config, before: Config, out: Path) -> None:
-    for field in dataclasses.fields(config):
-        new, old = getattr(config, field.name), getattr(before, field.name)
-        if new != old and field.name != "data_dir":
-            raise UserError(f"{field.name} must stay {old} for the run in {out}, got {new}: give another folder")
+    for name, new in dataclasses.asdict(config.elsewhere(before.data_dir)).items():
+        if new != (old := getattr(before, name)):
+            raise UserError(f"{name} must stay {old} for the run in {out}, got {new}: give another folder")
 
 
-def run_config(run: Path) -> Config:
+def run_config(run: Path, data_dir: str | None = None) -> Config:
+    """The settings of a run, with its data where they were, or in `data_dir`."""
     if not (run / "config.json").exists():
         raise UserError(f"RUN must be a folder made by `rter train`, and {run} holds no config.json")
-    return load_config(run / "config.json")
+    config = load_config(run / "config.json")
+    return config if data_dir is None else config.elsewhere(data_dir)
 
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+def read_json(path: Path, form: Any) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: if it is damaged, or has not the `form`, see `_demand_form`.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8, too
+        raise damaged(path, str(error)) from None
+    _demand_form(path, value, form, "the file")
+    return value
+
+
+def _demand_form(path: Path, value: Any, form: Any, name: str) -> None:
+    """`form` is a type or some; a dict of forms, of which that of the key `str` is for all; a list of one for all."""
+    expected = type(form) if isinstance(form, (dict, list)) else form
+    if not isinstance(value, expected) or (isinstance(value, bool) and form is not bool):
+        kinds = dict.fromkeys(NAMES[kind] for kind in (expected if isinstance(expected, tuple) else (expected,)))
+        raise damaged(path, f"{name} must be {' or '.join(kinds)}, got {value!r:.60}")
+    parts: list[tuple[Any, Any]] = []
+    if isinstance(form, list):
+        parts = [(i, form[0]) for i in range(len(value))]
+    elif isinstance(form, dict):
+        parts = [(key, form[str]) for key in value] if str in form else list(form.items())
+    for key, part in parts:
+        if isinstance(value, dict) and key not in value:
+            raise damaged(path, f"{name} must hold {key!r}, which is missing")
+        _demand_form(path, value[key], part, f"{name}[{key!r}]")
 
 
 def read_report(run: Path) -> dict[str, Any]:
     try:
-        return read_json(run / "report.json")
+        return read_json(run / "report.json", REPORT)
     except FileNotFoundError:
         raise UserError(f"{run} holds no report.json: run `rter evaluate {run}` first") from None
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    with _naming(path), path.open("a") as file:
+    with _naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The epochs in a metrics.jsonl. A torn last line, of an epoch in which training was stopped, is no epoch yet.
+
+    Raises:
+        UserError: if another line is damaged.
+    """
+    records = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for i, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if i == len(lines) and not line.endswith(b"\n"):
+                say(f"the last line of {path} is torn and left out: rter train --out {path.parent} --resume goes on")
+                break
+            raise damaged(path, f"line {i}: {error}") from None
+        _demand_form(path, record, METRICS, f"line {i}")
+        records.append(record)
+    return records
 
 
 def keep_lines(path: Path, count: int) -> None:
     """Cuts the file back to its first `count` lines; what follows, a torn line perhaps, is done again."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if len(lines) < count:
-        raise UserError(f"{path} is damaged: it holds {len(lines)} lines where the run's state says {count}")
+        raise damaged(path, f"it holds {len(lines)} lines where the run's state says {count}")
     if len(lines) > count:
         write_atomic(path, b"".join(lines[:count]))
 

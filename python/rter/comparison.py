@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rter import plots
-from rter.checkpoint import read_json, write_atomic
+from rter.checkpoint import OPTIONAL, read_json, write_atomic
+from rter.data.files import damaged
 from rter.report import COLUMNS, table
 
 PAIRED = ("SA", "RA", "AA", "verdict")
 Values = Sequence[float | None]
+FORM = {"seeds": [int], "equal_time_epochs": dict, "rows": {str: {key: [OPTIONAL] for key in PAIRED}}}
 
 
 def write_comparison(file: Path) -> Path:
     """Writes file.md and file.png from the file.json of a sweep; returns the path of the former."""
-    figures = read_json(file.with_suffix(".json"))
+    figures = read_json(file.with_suffix(".json"), FORM)
     seeds, rows = figures["seeds"], figures["rows"]
+    if not rows:
+        raise damaged(file.with_suffix(".json"), "it holds no rows")
     means = table({name: {key: _mean(row[key]) for key in row} for name, row in rows.items()})
     parts = [f"Mean and standard deviation over seeds {', '.join(map(str, seeds))}.", means]
     if figures["equal_time_epochs"]:

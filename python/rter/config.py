@@ -17,7 +17,7 @@ else:
 
 from rter.data import DATASETS
 from rter.data.augment import make_augment
-from rter.errors import UserError
+from rter.errors import UserError, did_you_mean
 from rter.methods import FAITHFUL, METHODS
 from rter.models import parse_normalize
 from rter.models.networks import NETWORKS
@@ -28,6 +28,7 @@ from rter.seeds import seed_for
 GATES = ("hard", "sigmoid", "softmax", "soft", "straight_through")
 NORMS = ("Linf", "L2", "L1")
 MIXES = ("logits", "probabilities")
+ABSOLUTE = "data_dir_absolute"  # in a run's config.json beside data_dir, which stands there as it was given
 GROUPS = ("run", "model", "data", "attack", "method", "optimisation")
 
 
@@ -122,6 +123,11 @@ class Config:
         for name in ("seed", "epochs", "image_size", "depth", "weight_decay", "clip_norm", "beta", "clean_weight",
                      "balance_weight", "awp_gamma", "awp_warmup"):  # fmt: skip
             self._demand(name, getattr(self, name) >= 0, "at least 0")
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                limit = 63 if field.name == "seed" else 31
+                self._demand(field.name, getattr(self, field.name) < 2**limit, f"below 2^{limit}")
+        self._demand("alpha_ratio", self.alpha_ratio <= 2, "at most 2: it is a part of eps, and 2 eps crosses the ball")
         self._demand("eps", self.eps <= 1 or self.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
         for name in ("explore", "dual_alpha", "lr_low"):
             self._demand(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
@@ -129,12 +135,13 @@ class Config:
             self._demand(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         if self.schedule == "multi-step" and self.epochs:
             epochs = self.drops.split(",")
-            valid = all(epoch.strip().isdigit() and 0 < int(epoch) < self.epochs for epoch in epochs)
+            valid = all(epoch.strip().isdecimal() and 0 < int(epoch) < self.epochs for epoch in epochs)
             self._demand("drops", valid, f"numbers below epochs, {self.epochs}, with commas between")
         for name in ("fgsm_reach", "pgd_scale"):
             self._demand(name, getattr(self, name) > 0, "above 0")
         if METHODS[self.method].second_expert:
-            self._demand("num_experts", self.num_experts > 1, f"at least 2 for {self.method}")
+            dense = ": one dense network is --method pgd-at --num-experts 1"
+            self._demand("num_experts", self.num_experts > 1, f"at least 2 for {self.method}", dense)
             self._demand("gate", self.gate != "soft", f"one that chooses an expert for {self.method}")
         elif self.faithful:
             raise UserError(f"faithful must be given with rt-er, dual or jtdmoe, got {self.method}")
@@ -145,9 +152,9 @@ class Config:
         if self.normalize != "data":
             parse_normalize(self.normalize)
 
-    def _demand(self, name: str, holds: bool, expected: str) -> None:
+    def _demand(self, name: str, holds: bool, expected: str, hint: str = "") -> None:
         if not holds:
-            raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
+            raise UserError(f"{name} must be {expected}, got {getattr(self, name)}{hint}")
 
     def _default(self, field: "dataclasses.Field[Any]") -> Any:
         own = {**METHODS[self.method].defaults} if self.method in METHODS else {}
@@ -162,6 +169,10 @@ class Config:
     def seed_for(self, *purpose: str | int) -> int:
         """A seed of its own for each purpose, such as ("attack", step), so that no draw depends on earlier ones."""
         return seed_for(self.seed, *purpose)
+
+    def elsewhere(self, data_dir: str) -> "Config":
+        """The same run on a machine, or from a folder, from which the data set's files are in `data_dir`."""
+        return dataclasses.replace(self, data_dir=data_dir)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -185,25 +196,32 @@ def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
         raise UserError(f"{field.name} must be {expected}, got {value!r}") from None
     choices = field.metadata["choices"]
     if choices and converted not in choices:
-        raise UserError(f"{field.name} must be one of {', '.join(choices)}, got {converted!r}")
+        meant = did_you_mean(converted, choices)
+        raise UserError(f"{field.name} must be one of {', '.join(choices)}, got {converted!r}{meant}")
     return converted
 
 
 def load_settings(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, or in a JSON file such as another run's config.json."""
-    kind, parse = ("TOML", tomllib.loads) if path.suffix == ".toml" else ("JSON", json.loads)
+    """The settings in a TOML file, or in a JSON file such as another run's config.json.
+
+    A run's data are where they were when it was made or, if they are there no more, at its `data_dir` from here.
+    """
+    kind, parse = ("TOML", tomllib.loads) if path.suffix.lower() == ".toml" else ("JSON", json.loads)
     try:
-        settings = parse(path.read_text())
+        settings = parse(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} must be a {kind} file: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold one JSON object, got {type(settings).__name__}")
+    if (place := settings.pop(ABSOLUTE, None)) and Path(str(place)).is_dir():
+        settings["data_dir"] = place
     known = {field.name for field in dataclasses.fields(Config)}
     for name in settings:
         if name not in known:
-            raise UserError(f"{path}: unknown setting {name!r}; known are {', '.join(sorted(known))}")
+            meant = did_you_mean(name, known)
+            raise UserError(f"{path}: unknown setting {name!r}; known are {', '.join(sorted(known))}{meant}")
     return settings
 
 

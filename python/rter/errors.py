@@ -1,5 +1,9 @@
 """The exceptions that stand for a user's mistake."""
 
+import difflib
+import re
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Shown as one line, without a traceback."""
@@ -10,3 +14,15 @@ class NonFiniteError(UserError):
 
     def __init__(self, what: str, value: float) -> None:
         super().__init__(f"{what} became {value}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint at the known name nearest to the word, but for case and dashes, to end a message; or nothing."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[\W_]", "", name.lower())
+
+    names = {plain(name): name for name in known}
+    begun = [name for name in names if plain(word) and name.startswith(plain(word))]
+    near = begun or difflib.get_close_matches(plain(word), names, 1, 0.7)
+    return f": did you mean {names[near[0]]}?" if near else ""

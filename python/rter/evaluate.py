@@ -50,13 +50,14 @@ def evaluate(
     queries: int = QUERIES,
     count: int | None = None,
     progress: bool = False,
+    data_dir: str | None = None,
 ) -> dict[str, Any]:
     """Attacks the run's `last` or `best` weights with a suite; writes report.json and examples.safetensors.
 
-    With `count` on so many of the test images, drawn by the run's seed in the proportions of the classes. An evaluation
-    that was killed goes on.
+    With `count` on so many of the test images, drawn by the run's seed in the proportions of the classes; with
+    `data_dir` on the images there, if they have moved since training. An evaluation that was killed goes on.
     """
-    config = run_config(run)
+    config = run_config(run, data_dir)
     data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size).to(device())
     test = data.test if count is None else data.test.sample(count, config.seed)
     model = build_model(config, data).to(device())

@@ -1,13 +1,16 @@
 """report.md: the figures of an evaluated run beside its baselines, with plots."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rter import plots
 from rter.checkpoint import load_tensors, read_lines, read_report, write_atomic, write_json
+from rter.data.files import damaged
 from rter.errors import UserError
 
+EXAMPLES = {"x", "x_adv", "label", "clean", "adversarial"}
 COLUMNS = {
     "SA": "accuracy on clean images",
     "RA": "accuracy under PGD on the whole model",
@@ -83,21 +86,27 @@ def measured_on(report: dict[str, Any]) -> str:
     )
 
 
+def name_of(run: Path) -> str:
+    """The name of a run's folder, in which the locale cannot hide letters."""
+    return os.fsencode(run.resolve().name).decode("utf-8", "replace")
+
+
 def make_report(run: Path, baselines: Sequence[Path]) -> str:
     """Writes report.md and its plots, puts the baselines into report.json; returns the table of figures."""
     report = read_report(run)
-    name = run.resolve().name
+    name = name_of(run)
     if baselines:
-        report["baselines"] = {path.resolve().name: read_report(path) | {"baselines": {}} for path in baselines}
+        report["baselines"] = {name_of(path): read_report(path) | {"baselines": {}} for path in baselines}
         if len({name, *report["baselines"]}) <= len(baselines):
             raise UserError(
                 f"RUN and --baselines must be folders of different names, got {name!r} among or beside them"
             )
         write_json(run / "report.json", report)
     figures = table({name: summary(report), **{n: summary(b) for n, b in report["baselines"].items()}})
-    plots.draw(
-        run / "plots", name, report, read_lines(run / "metrics.jsonl"), load_tensors(run / "examples.safetensors")
-    )
+    examples = load_tensors(run / "examples.safetensors")
+    if lacking := EXAMPLES - examples.keys():
+        raise damaged(run / "examples.safetensors", f"it holds no {', '.join(sorted(lacking))}")
+    plots.draw(run / "plots", name, report, read_lines(run / "metrics.jsonl"), examples)
     write_atomic(run / "report.md", _text(name, report, figures))
     return figures
 

@@ -81,7 +81,7 @@ def _finish(run: Path, config: Config, steps: int, restarts: int, suite: str) ->
     if (run / "report.json").exists():
         report = read_report(run)
         attack = report["attack"]["steps"], report["attack"]["restarts"], report["suite"]
-        if run_config(run) != config or attack != (steps, restarts, suite):
+        if run_config(run, config.data_dir) != config or attack != (steps, restarts, suite):
             raise UserError(f"--out holds {run} with other settings: give another folder, or remove it first")
         return report
     train(config, run, resume=True)
@@ -115,7 +115,7 @@ def _equal_epochs(file: Path, settings: dict[str, Any], rows: Rows) -> dict[str,
         raise UserError(f"--methods must include rt-er with --equal-time, got {', '.join(rows)}")
     if 0 in (Config(**(settings | row)).epochs for row in rows.values()):
         raise UserError("epochs must be above 0 with --equal-time, got 0")
-    known = read_json(file) if file.exists() else {}
+    known = read_json(file, {str: {"epochs": int}}) if file.exists() else {}
     if not rows.keys() <= known.keys():
         configs = {name: Config(**(settings | row)) for name, row in rows.items()}
         seconds = dict(zip(rows, seconds_per_step(list(configs.values())), strict=True))

@@ -2,7 +2,6 @@
 
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from rter.checkpoint import (
     write_csv,
 )
 from rter.config import Config
+from rter.console import at_terminal, say
 from rter.data import Data, Split, load_data
 from rter.data.augment import make_augment
 from rter.distributed import Share, device, is_first, processes, wait_for_all
@@ -109,7 +109,7 @@ class _Training:
             total=total,
             initial=state.step,
             unit="step",
-            disable=not (is_first() and sys.stderr.isatty()),
+            disable=not (is_first() and at_terminal()),
         )
         with progress:
             for epoch in range(state.step // self.steps, self.config.epochs):
@@ -195,8 +195,8 @@ def _note_differences(before: dict[str, int | str], now: dict[str, int | str], o
     other = [name for name in now if before[name] != now[name]]
     if other:
         began, goes_on = (", ".join(f"{name} {found[name]}" for name in other) for found in (before, now))
-        print(f"rter: the run in {out} began with {began} and goes on with {goes_on}, so its weights will not be bit "
-              "for bit those of an uninterrupted run", file=sys.stderr)  # fmt: skip
+        say(f"the run in {out} began with {began} and goes on with {goes_on}, so its weights will not be bit for bit "
+            "those of an uninterrupted run")  # fmt: skip
 
 
 def _means(records: Sequence[dict[str, Tensor]]) -> dict[str, float]:

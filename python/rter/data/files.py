@@ -13,7 +13,10 @@ def find_folder(folder: Path, name: str, file: str) -> Path | None:
 
 
 def missing(name: str, folder: Path, file: str) -> UserError:
-    return UserError(f"{folder / file} does not exist: `rter data fetch {name} --data-dir {folder}` brings it")
+    return UserError(
+        f"{folder / file} does not exist: `rter data fetch {name} --data-dir {folder}` brings it, or --data-dir says "
+        "where it is"
+    )
 
 
 def read_bytes(path: Path) -> bytes:

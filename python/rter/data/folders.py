@@ -48,7 +48,8 @@ def load_image_folder(folder: Path, image_size: int = 0) -> Source:
     test = _split(folder, TESTS) if train else None
     names = _classes(train or folder)
     if not names:
-        raise UserError(f"{folder} must hold a folder of images for each class, found none")
+        found = "found none" if folder.is_dir() else "and is no folder"
+        raise UserError(f"--data-dir {folder} must hold a folder of images for each class, {found}")
     unknown = set(_classes(test)) - set(names) if test else set()
     if unknown:
         raise UserError(f"{test} must have the classes of {train}, which holds no {', '.join(sorted(unknown))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,13 +25,35 @@ STATISTICS = 10_000  # training images that the normaliser is made of
 
 
 def build_model(config: Config, data: Data) -> RobustClassifier:
-    """The model before training; the global random state is left as it was."""
+    """The model before training; the global random state is left as it was.
+
+    Raises:
+        UserError: if the settings do not fit the images, or a model so large does not fit the memory.
+    """
+    _demand_memory(config, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed_for("init"))
         robust = _classifier(config, data)
         if not config.dual:
             return robust
         return DualClassifier(_classifier(config, data), robust, config.dual_alpha, config.dual_mix)
+
+
+def _demand_memory(config: Config, data: Data) -> None:
+    """Refuses a model that fails in any case: its weights, in fp32, fill the machine."""
+    image = data.train.pixels.shape[1:]
+    try:
+        with torch.device("meta"):
+            parts = make_experts(config, image, data.num_classes), make_router(config, image)
+        needed = (1 + config.dual) * 4 * sum(weight.numel() for part in parts for weight in part.parameters())
+    except RuntimeError:  # more elements than an int64 counts
+        needed = 2**63
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"num_experts, width and depth must give a model that fits the memory of {there / 1e9:.0f} GB, got "
+            f"{config.num_experts} experts of width {config.width}, whose weights take {needed / 1e9:.3g} GB"
+        )
 
 
 def _classifier(config: Config, data: Data) -> RobustClassifier:

@@ -46,7 +46,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a .safetensors file or in one of torch.save, without the prefix of DataParallel."""
     state: Any
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)

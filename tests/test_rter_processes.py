@@ -1,0 +1,106 @@
+"""The command in processes of their own: what it makes of its streams, its locale, Ctrl-C and missing packages."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = ["--epochs", "1", "--batch-size", "900", "--num-experts", "2", "--width", "2", "--attack-steps", "1",
+        "--held-out", "60", "--method", "standard"]  # fmt: skip
+CALL = "import sys; from rter.__main__ import main; sys.exit(main(sys.argv[1:]))"
+
+
+def rter(words: list[str], code: str = CALL, cwd: Path | None = None, **env: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, env={**os.environ, **env})
+
+
+def test_missing_packages_are_one_line(tmp_path: Path) -> None:
+    """One that is imported at the start and one that is imported when it is needed."""
+    code = """
+import sys
+from rter.__main__ import main
+for package in ("safetensors", "sklearn"):
+    sys.modules[package] = None
+    assert main(["train", "--out", sys.argv[1]]) == 2
+    del sys.modules[package]
+sys.modules["numpy.core.missing"] = None
+try:
+    main(["--version"])
+except SystemExit as end:
+    assert end.code == 0
+"""
+    done = rter([str(tmp_path / "run")], code)
+    expected = "".join(
+        f"rter: error: the package {package} is missing: pip install 'moe_kernels[rter]'\n"
+        for package in ("safetensors", "sklearn")
+    )
+    assert (done.returncode, done.stderr) == (0, expected) and not (tmp_path / "run").exists()
+    assert "moe_kernels 0.1.0, torch 2" in done.stdout
+
+
+def test_the_extra_is_known_by_its_imports() -> None:
+    """Every package that is needed and installed by pyproject.toml's extra is among those that are named."""
+    from rter.__main__ import EXTRA
+
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    extra = text[text.index("\nrter = [") : text.index("\nhub = [")]
+    named = {"pillow": "PIL", "scikit-learn": "sklearn"}
+    packages = {line.split(">=")[0].strip(" [\"'\n") for line in extra.partition("=")[2].split(",")}
+    assert {named.get(package, package) for package in packages} <= set(EXTRA)
+
+
+def test_ctrl_c_during_the_import(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = rter(["--version"], cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert (done.returncode, done.stderr, done.stdout) == (130, "rter: stopped\n", "")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&- <&-"])
+def test_closed_streams(closed: str, tmp_path: Path) -> None:
+    command = f'exec "$@" {closed}'
+    words = [sys.executable, "-c", CALL, "train", "--out", str(tmp_path / "run"), *TINY]
+    done = subprocess.run(["sh", "-c", command, "sh", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert record["epoch"] == 1
+
+
+def test_a_reader_that_has_read_enough(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CALL, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (1, b"")
+
+
+def test_names_outside_ascii_under_an_ascii_locale(tmp_path: Path) -> None:
+    """Of a settings file with a mark of its encoding, of the folder of the run, of the data and of a baseline."""
+    (tmp_path / "größe.TOML").write_text('\ufeff# ±\nmethod = "standard"\ndata_dir = "dätä"\n', encoding="utf-8")
+    code = """
+import locale, sys
+from rter.__main__ import main
+assert locale.getpreferredencoding(False) == "ANSI_X3.4-1968"
+settings, run, other, *tiny = sys.argv[1:]
+weak = "--suite quick --steps 1 --restarts 1".split()
+for each in (run, other):
+    assert main(["train", "--config", settings, "--out", each, *tiny]) == 0
+    assert main(["evaluate", each, *weak]) == 0
+assert main(["report", run, "--baselines", other]) == 0
+assert main(["train", "--config", run + "/config.json", "--out", run]) == 2
+assert main(["sweep", "--out", "sweep", "--methods", "standard", "--seeds", "0", "1", *tiny[:-2], *weak]) == 0
+"""
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = rter(["größe.TOML", "rün", "zwölf", *TINY], code, tmp_path, **ascii_locale)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1 and "already holds a run" in done.stderr
+    report = (tmp_path / "rün" / "report.md").read_text(encoding="utf-8")
+    assert report.startswith("# rün: standard on digits") and "| zwölf |" in report
+    config = json.loads((tmp_path / "rün" / "config.json").read_text(encoding="utf-8"))
+    assert [os.fsencode(config[key]) for key in ("data_dir", "data_dir_absolute")] == [
+        "dätä".encode(), f"{tmp_path}/dätä".encode(),
+    ]  # fmt: skip
