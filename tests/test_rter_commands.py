@@ -215,6 +215,18 @@ def test_a_mistake_is_one_line(command: str, message: str, tmp_path: Path, capsy
     assert not places["new"].exists()
 
 
+def test_memory_that_ends_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhaust(*args: Any, **kwargs: Any) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("rter.train.train", exhaust)
+    assert main(["train", "--out", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rter: error: out of memory: num_experts, width, ") and error.count("\n") == 1
+
+
 DAMAGED: list[tuple[str, Any, str]] = [
     ("config.json", b"", "config.json must be a JSON file"),
     ("config.json", b"\xff\xfe{", "cannot read {run}/config.json: 'utf-8' codec"),
@@ -265,6 +277,36 @@ def test_a_damaged_file_of_a_sweep_is_named(
         assert main([command, *options, str(tmp_path)]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"rter: error: {tmp_path / name} is damaged: ") and error.count("\n") == 1
+
+
+def test_data_are_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained beside the data by a relative path, evaluated from elsewhere, and again after the data have moved."""
+    for at in ("here", "there"):
+        (tmp_path / at).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["data", "make-cifar-digits", "--data-dir", "data"]) == 0
+    train = ["train", "--data", "cifar10", "--out", "run", *TINY, "--epochs", "1", "--method", "standard"]
+    assert main(train) == 0
+    config = (tmp_path / "here" / "run" / "config.json").read_text()
+    assert '"data_dir": "data"' in config and f'"data_dir_absolute": "{tmp_path}/here/data"' in config
+    monkeypatch.chdir(tmp_path / "there")
+    run = ["../here/run", *WEAK, "--images", "5"]
+    assert main(["evaluate", *run]) == 0
+    assert main(["train", "--config", "../here/run/config.json", "--epochs", "0", "--out", "again"]) == 0
+    (tmp_path / "here" / "data").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["evaluate", *run]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "data/cifar-10-batches-bin/data_batch_1.bin does not exist" in error and "--data-dir says where it is" in error
+    )
+    assert main(["evaluate", *run, "--data-dir", "../moved"]) == 0
+    assert main(["train", "--resume", "--out", "../here/run", "--data-dir", "../moved"]) == 0
+    assert (tmp_path / "here" / "run" / "config.json").read_text() == config
+    (tmp_path / "moved").rename(tmp_path / "there" / "data")  # as it was given, from here
+    assert main(["evaluate", *run]) == 0
 
 
 def test_a_torn_last_line_is_left_out(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

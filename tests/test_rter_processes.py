@@ -1,5 +1,6 @@
 """The command in processes of their own: what it makes of its streams, its locale, Ctrl-C and missing packages."""
 
+import ast
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
 TINY = ["--epochs", "1", "--batch-size", "900", "--num-experts", "2", "--width", "2", "--attack-steps", "1",
         "--held-out", "60", "--method", "standard"]  # fmt: skip
 CALL = "import sys; from rter.__main__ import main; sys.exit(main(sys.argv[1:]))"
@@ -46,7 +48,7 @@ def test_the_extra_is_known_by_its_imports() -> None:
     """Every package that is needed and installed by pyproject.toml's extra is among those that are named."""
     from rter.__main__ import EXTRA
 
-    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    text = (ROOT / "pyproject.toml").read_text()
     extra = text[text.index("\nrter = [") : text.index("\nhub = [")]
     named = {"pillow": "PIL", "scikit-learn": "sklearn"}
     packages = {line.split(">=")[0].strip(" [\"'\n") for line in extra.partition("=")[2].split(",")}
@@ -104,3 +106,14 @@ assert main(["sweep", "--out", "sweep", "--methods", "standard", "--seeds", "0",
     assert [os.fsencode(config[key]) for key in ("data_dir", "data_dir_absolute")] == [
         "dätä".encode(), f"{tmp_path}/dätä".encode(),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "python").rglob("*.py")), ids=lambda path: path.stem)
+def test_texts_are_utf8_in_every_locale(path: Path) -> None:
+    for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        words = {word.arg for word in call.keywords}
+        strings = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        opens_text = name == "open" and any(set(mode) <= set("rwax+") for mode in strings)
+        if name in ("read_text", "write_text") or opens_text:
+            assert "encoding" in words, f"{path}, line {call.lineno}: a text without its encoding"

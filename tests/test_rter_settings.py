@@ -24,6 +24,13 @@ def test_config_survives_its_file(tmp_path: Path) -> None:
     assert load_config(tmp_path / "settings.toml") == config
 
 
+@pytest.mark.parametrize(("name", "text"), [("C.TOML", "seed = 3  # größe"), ("C.JSON", '{"seed": 3}')])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # the latter with a byte order mark, as Windows writes it
+def test_settings_of_other_systems(tmp_path: Path, name: str, text: str, encoding: str) -> None:
+    (tmp_path / name).write_text(text, encoding=encoding)
+    assert load_settings(tmp_path / name) == {"seed": 3}
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_documented_settings_are_valid(path: Path) -> None:
     assert load_config(path) != Config()

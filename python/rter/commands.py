@@ -203,7 +203,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     from rter.evaluate import evaluate
     from rter.report import name_of, summary, table, verdict
 
-    report = evaluate(args.run_folder, args.weights, *_strength(args), args.queries, args.images, data_dir=args.data_dir)
+    report = evaluate(
+        args.run_folder, args.weights, *_strength(args), args.queries, args.images, data_dir=args.data_dir
+    )
     print(table({name_of(args.run_folder): summary(report)}))
     print(verdict(report))
     print(f"written: {args.run_folder / 'report.json'}; next: rter report {args.run_folder}")
@@ -217,7 +219,7 @@ def _report(args: argparse.Namespace) -> None:
         file.with_suffix("") for name in ("methods", "ablation") if (file := args.run_folder / f"{name}.json").exists()
     ]
     for written in map(write_comparison, compared):
-        print(written.read_text())
+        print(written.read_text(encoding="utf-8"))
     if not compared:
         print(make_report(args.run_folder, args.baselines))
         print(f"written: {args.run_folder / 'report.md'}")
@@ -248,7 +250,7 @@ def _sweep(args: argparse.Namespace) -> None:
     rows = ABLATION if args.ablation else {names[name]: ROWS[names[name]] for name in args.methods or names}
     settings, strength = given_settings(args), _strength(args)
     written = sweep(args.out, args.seeds, settings, rows, *strength, equal_time=args.equal_time, jobs=args.jobs)
-    print(written.read_text())
+    print(written.read_text(encoding="utf-8"))
     print(f"written: {written}")
 
 
@@ -267,14 +269,15 @@ def run(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is buffered still goes
         return 1
     except (UserError, OSError) as error:
-        print(f"rter: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         reason = str(error).strip().partition("\n")[0]
-        print(
-            f"rter: error: out of memory: give a smaller num_experts, width or batch_size ({reason})", file=sys.stderr
-        )
-        return 2
+        return _fail(f"out of memory: num_experts, width, batch_size or image_size must be smaller ({reason})")
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"rter: error: {message}", file=sys.stderr)
+    return 2

@@ -82,7 +82,7 @@ def _where(error: Exception, path: Path) -> str:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    given = load_tensors(path) if path.suffix == ".safetensors" else _state_dict(path)
+    given = load_tensors(path) if path.suffix.lower() == ".safetensors" else _state_dict(path)
     own = model.state_dict()
     if given and all(name.startswith("module.") for name in given):  # saved through DistributedDataParallel
         given = {name.removeprefix("module."): value for name, value in given.items()}
