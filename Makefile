@@ -50,11 +50,9 @@ gpu-static: $(READY)  ## every GPU kernel compiled for every architecture: regis
 versions: $(READY)  ## build, load, test and compile with each supported torch, into docs/versions.md
 	$(BIN)/python benchmarks/versions.py --environments $(ENVIRONMENTS)
 
-# On the machine's own Python, which has a CUDA torch; builds offline, where that was not done yet.
-gpu:  ## on a machine with a GPU: all cases, compute-sanitizer, graphs, benchmarks, into benchmarks/results
-	$(PYTHON) -c "from moe_kernels import _library; assert _library.cuda_library()" 2>/dev/null || \
-	    MOE_KERNELS_CUDA=1 $(PYTHON) -m pip install -q -e . --no-build-isolation --no-deps
-	$(PYTHON) benchmarks/gpu.py
+# On the machine's own Python, which has a CUDA torch, setuptools, ninja and pybind11; RESULTS=DIR says where to.
+gpu:  ## on a machine with a GPU, in six minutes: build, smoke test, speed, all cases, graphs, compute-sanitizer
+	$(PYTHON) benchmarks/gpu.py $(if $(RESULTS),--results $(RESULTS))
 
 install: $(READY)
 

@@ -1,94 +1,71 @@
-"""`make gpu`: every proof and every figure that needs a GPU, into benchmarks/results/<device>/<date>-<commit>.json.
+"""`make gpu`: every proof and every figure that needs a GPU, in six minutes.
 
-Correctness first, in several processes at a time, then speed, alone. Each job has its own time limit, and none takes
-another down. Exits with 1 if anything was wrong or unfinished, whereas a benchmark that fails is only recorded.
-`--dry-run` rehearses all of it on the CPU with tiny sizes.
+Builds for this GPU, smoke test, speed, all cases, sanitizers, the most telling first: see `gpu_jobs.stages`. Every
+check and every figure is appended to one file as soon as it exists, so nothing is lost where the machine is taken away;
+`--summary FILE` says what such a file holds. Exits with 1 if anything was wrong or cut off, whereas a benchmark that
+fails is only recorded. `--dry-run` rehearses all of it on the CPU with tiny sizes.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import traceback
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1" if "--dry-run" in sys.argv else "0")  # read when triton is imported
 
-import gpu_checks
-import gpu_speed
+import gpu_jobs
 import torch
-import triton
-from gpu_device import ROOT, SCRIPT, Device, Gpu, Rehearsal
-from gpu_report import Report
+from gpu_jobs import ROOT, Job
+from gpu_report import Report, summary, table
 
-PARTS: dict[str, Callable[[Device, Report, str | None, int], None]] = {
-    "cases": gpu_checks.cases,
-    "tests": gpu_checks.kernel_tests,
-    "graphs": gpu_checks.graphs,
-    "syncs": gpu_checks.syncs,
-    "compilation": gpu_checks.compilation,
-    "speed": gpu_speed.speed,
-    "tuned": gpu_speed.tuned,
+PARTS = {
+    "warm": "gpu_checks",
+    "smoke": "gpu_checks",
+    "speed": "gpu_speed",
+    "cases": "gpu_checks",
+    "graphs": "gpu_checks",
+    "first act": "gpu_checks",
+    "syncs": "gpu_checks",
+    "kernel tests": "gpu_checks",
+    "compilation": "gpu_checks",
+    "tuned": "gpu_speed",
 }
-CORRECTNESS = ("cases", "tests", "graphs", "syncs", "compilation")
-LIMIT = 400  # seconds: with the build, eight minutes
 
 
-@dataclass(frozen=True)
-class Job:
-    """A part of the work, on a shard of it or under a tool of compute-sanitizer."""
+def work(part: str, which: str, tool: str, path: Path, dry: bool) -> None:
+    """A part, in this process."""
+    if part == "build":  # rehearsed: it was built before
+        importlib.import_module("moe_kernels")
+        return
+    if part == "warm" and not dry:
+        gpu_jobs.wait_for_the_library()
+    from gpu_device import Gpu, Rehearsal
 
-    part: str
-    seconds: int
-    tool: str | None = None
-    shard: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.part} under {self.tool}" if self.tool else f"{self.part} {self.shard}"
-
-    def command(self, path: Path) -> list[str]:
-        script = [sys.executable, str(SCRIPT), "--part", self.part, "--shard", str(self.shard), "--into", str(path)]
-        return [*script, "--tool", self.tool] if self.tool else script
-
-
-def correctness(device: Device) -> Iterator[Job]:
-    for shard in range(device.shards):
-        yield Job("cases", 150, shard=shard)
-    for tool in device.sanitizers:
-        yield Job("cases", 200, tool=tool)
-    for part in CORRECTNESS[1:]:
-        yield Job(part, 150)
-
-
-def work(job: Job, device: Device, path: Path) -> None:
+    device = Rehearsal() if dry else Gpu()
     torch.manual_seed(0)
-    report = Report(path)
-    report.add(kind="device", label=device.label())
-    with device.prepared(job.part, job.tool):
-        PARTS[job.part](device, report, job.tool, job.shard)
+    function = getattr(importlib.import_module(PARTS[part]), part.replace(" ", "_"))
+    with device.prepared(part, tool):
+        function(device, Report(path), which, tool)
 
 
-def run(job: Job, device: Device, folder: Path, deadline: float) -> list[dict[str, Any]]:
-    """The report of a job, wherever it ended: at the latest at the deadline."""
-    path = folder / f"{job}.jsonl".replace(" ", "-")
-    start = time.perf_counter()
-    seconds = max(1.0, min(job.seconds, deadline - start))
-    error = device.run(job.command(path), job.tool, seconds, partial(work, job, device, path))
-    report = Report(path)
-    kind = "check" if job.part in CORRECTNESS else "time"
-    report.add(kind=kind, name=str(job), ok=not error, seconds=round(time.perf_counter() - start, 1), error=error)
-    entries = report.entries()
-    failed = sum(not e["ok"] for e in entries if "ok" in e)
-    print(f"{job!s:24} {entries[-1]['seconds']:6.1f} s  {len(entries) - 1:4} entries, {failed} failed", flush=True)
-    return entries
+def rehearse(job: Job, seconds: float, path: Path) -> str:
+    """In this process, but for what is rehearsed under g++'s sanitizers instead of compute-sanitizer."""
+    if job.tool:
+        return gpu_jobs.run([*job.command(path), "--dry-run"], gpu_jobs.environment(), seconds)
+    try:
+        work(job.part, job.which, job.tool, path, dry=True)
+    except Exception:
+        return traceback.format_exc()
+    return ""
 
 
 def versions() -> dict[str, str]:
@@ -98,92 +75,73 @@ def versions() -> dict[str, str]:
         except OSError:
             return ""
 
-    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     nvcc = re.search(r"release (\S+),", said("nvcc", "--version"))
     return {
         "commit": said("git", "rev-parse", "--short", "HEAD") or "unknown",
         "changed": said("git", "status", "--porcelain", "--untracked-files=no"),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": importlib.import_module("triton").__version__,
         "cuda": torch.version.cuda or "none",
         "nvcc": nvcc.group(1) if nvcc else "none",
-        "driver": said(*driver),
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
     }
 
 
-def summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The results file: what was checked, what failed, and every figure."""
-    checks = [e for e in entries if e["kind"] == "check"]
-    return {
-        "device": next((e["label"] for e in entries if e["kind"] == "device"), "unknown"),
-        "versions": versions(),
-        "checks": {"passed": sum(e["ok"] for e in checks), "failed": [e for e in checks if not e["ok"]]},
-        "not_measured": [e for e in entries if e["kind"] == "time" and not e["ok"]],
-        "tiles": [{k: v for k, v in e.items() if k != "kind"} for e in entries if e["kind"] == "tile"],
-        "speed": [{k: v for k, v in e.items() if k != "kind"} for e in entries if e["kind"] == "speed"],
-    }
-
-
-def table(results: dict[str, Any]) -> str:
-    """The figures in few columns."""
-    lines = [f"{'kernel':44}{'ms':>9}{'floor':>9}{'of floor':>9}{'TFLOP/s':>9}{'GB/s':>8}  beside (its time / ours)"]
-    for row in results["speed"]:
-        beside = ", ".join(f"{who} {ms / row['ms']:.2f}" for who, ms in row["beside_ms"].items())
-        figures = f"{row['ms']:9.3f}{row['floor_ms']:9.3f}{row['floor_ms'] / row['ms']:9.1%}"
-        lines.append(f"{row['kernel']:44}{figures}{row['tflops']:9.1f}{row['gb_per_s']:8.0f}  {beside}")
-        lines.append(f"    {row['shape']}")
-    return "\n".join(lines)
-
-
-def perform(device: Device, results_folder: Path) -> int:
-    """Runs everything and writes the results file; the process's exit status."""
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(16) as pool:
-        folder = Path(name)
-        jobs = list(correctness(device))
-        if device.dry:
-            print(*("On a GPU: " + " ".join(job.command(Path("REPORT"))) for job in correctness(Gpu())), sep="\n")
-        work_off = partial(run, device=device, folder=folder, deadline=start + LIMIT)
-        reports = list(pool.map(work_off, jobs))
-        reports += [work_off(job) for job in (Job("speed", 180), Job("tuned", 120))]
-        shown = "\n".join(e["error"] for report in reports for e in report if e.get("error"))
-    results = summary([entry for report in reports for entry in report])
-    results["seconds"] = round(time.perf_counter() - start, 1)
-    slug = re.sub(r"\W+", "-", results["device"].lower())
-    path = results_folder / slug / f"{results['versions']['date']}-{results['versions']['commit']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    checks = results["checks"]
-    print(shown, table(results), sep="\n")
-    print(
-        f"\n{checks['passed']} checks passed, {len(checks['failed'])} failed:", *(c["name"] for c in checks["failed"])
-    )
-    print(
-        f"{len(results['speed'])} figures, {len(results['not_measured'])} not measured; {results['seconds']} s; {path}"
-    )
-    return 1 if checks["failed"] else 0
+def perform(dry: bool, results: Path | None, limit: float) -> int:
+    """Runs everything; the process's exit status."""
+    start, facts = time.perf_counter(), versions()
+    device = "rehearsal on the CPU" if dry else torch.cuda.get_device_name()
+    folder = results or ROOT / "benchmarks/results" / re.sub(r"\W+", "-", device.lower())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{re.sub(r'[^0-9-]+', '-', facts['date'])}-{facts['commit']}.jsonl"
+    report = Report(path)
+    plan = gpu_jobs.rehearsed(gpu_jobs.STAGES) if dry else gpu_jobs.STAGES
+    names = [str(job) for stage in plan for job in stage.jobs]
+    report.add(kind="begin", device=device, gpus=0 if dry else torch.cuda.device_count(), versions=facts, plan=names)
+    print(f"{device}; results in {path}", flush=True)
+    if not dry and torch.cuda.device_count() > 1:
+        print(f"{torch.cuda.device_count()} GPUs, of which all but one check use cuda:0", flush=True)
+    signal.signal(signal.SIGTERM, gpu_jobs.stop_all)
+    signal.signal(signal.SIGINT, gpu_jobs.stop_all)
+    if dry:
+        runner = gpu_jobs.Runner(report, start + limit, partial(rehearse, path=path))
+    else:
+        capability = torch.cuda.get_device_capability()
+        runner = gpu_jobs.Runner(report, start + limit, partial(gpu_jobs.on_gpu, report=report, capability=capability))
+    runner.run_all(plan)
+    found = summary(report.entries()) | {"seconds": round(time.perf_counter() - start, 1)}
+    path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found), f"{found['seconds']} s; {path.with_suffix('.json')}", sep="\n")
+    return 1 if found["checks"]["failed"] or found["cut_off"] else 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU")
-    parser.add_argument("--results", type=Path, help="folder of the results; by default benchmarks/results")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="by default benchmarks/results/<device>")
+    parser.add_argument("--seconds", type=float, help="after which nothing runs any more")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE", help="say what a file of results holds, and run nothing"
+    )
     parser.add_argument("--part", choices=PARTS, help="run only this, in this process (what a job does)")
-    parser.add_argument("--shard", type=int, default=0)
-    parser.add_argument("--tool")
-    parser.add_argument("--into", type=Path, help="file of the report of --part")
+    parser.add_argument("--which", default="")
+    parser.add_argument("--tool", default="")
+    parser.add_argument("--into", type=Path)
     options = parser.parse_args()
-    device: Device = Rehearsal() if options.dry_run else Gpu()
-    if not options.dry_run and not torch.cuda.is_available():
-        sys.exit("there is no GPU that torch can use; --dry-run rehearses on the CPU")
+    if options.summary is not None:
+        print(table(summary(Report(options.summary).entries())))
+        return 0
     if options.part is not None:
-        work(Job(options.part, 0, options.tool, options.shard), device, options.into)
-        return int(any(not e["ok"] for e in Report(options.into).entries() if e["kind"] == "check"))
-    with tempfile.TemporaryDirectory() as scratch:
-        default = Path(scratch) if options.dry_run else ROOT / "benchmarks/results"
-        return perform(device, options.results or default)
+        work(options.part, options.which, options.tool, options.into, options.dry_run)
+        return 0
+    if options.dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            return perform(True, options.results or Path(scratch), options.seconds or 3600)
+    if not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} must see a GPU, got none; --dry-run rehearses on the CPU")
+    return perform(False, options.results, options.seconds or gpu_jobs.LIMIT)
 
 
 if __name__ == "__main__":

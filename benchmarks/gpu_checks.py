@@ -5,14 +5,16 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import gpu_speed
 import pytest
 import torch
-from gpu_device import ROOT, Device, Outputs, first_cases
+from gpu_device import Device, Outputs, first_cases
+from gpu_jobs import ROOT
 from gpu_report import Report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_kernels import PGD, ExpertResNet18, RobustMoE, attack_mode, pgd_step_, testing
+from moe_kernels import PGD, ExpertResNet18, RobustMoE, _library, attack_mode, pgd_step_, testing
 
 EPS, ALPHA = 8 / 255, 2 / 255
 
@@ -23,14 +25,57 @@ def poison(on: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = on
 
 
-def cases(device: Device, report: Report, tool: str | None, shard: int) -> None:
+def share(items: list[Any], which: str) -> list[Any]:
+    """The part "3/8", say, of the items; all for ""."""
+    first, step = map(int, which.split("/")) if which else (0, 1)
+    return items[first::step]
+
+
+def warm(device: Device, report: Report, which: str, tool: str) -> None:
+    """Compiles Triton's kernels, while nvcc compiles the others: those that are timed, then those of the cases."""
+    calls = [(f"warm {name}", call) for name, call in gpu_speed.triton_calls(device)]
+    pairs = [(case, dtype) for case in device.cases for dtype in dtypes(device, case)]
+    calls += [(f"warm {c} {str(d)[6:]}", lambda c=c, d=d: warm_case(device, c, d)) for c, d in pairs]
+    for name, call in share(calls, which):
+        report.check(name, call, "warm")
+
+
+def warm_case(device: Device, case: testing.Case, dtype: torch.dtype) -> None:
+    """The case on the CPU, and of all operators that it reaches, those of Triton on the device too."""
+    for function, args in testing.reached(case, dtype):
+        if function.name().split("::")[1].split(".")[0] in _library.TRITON:
+            function(*(a.to(device.name) if isinstance(a, Tensor) else a for a in args))
+
+
+def smoke(device: Device, report: Report, which: str, tool: str) -> None:
+    """One case of every operator, with its gradients, against the reference. Whatever follows rests on this."""
+    poison(True)
+    failed = []
+    for case in first_cases():
+        dtype = torch.bfloat16 if torch.bfloat16 in case.dtypes and not device.dry else torch.float32
+        if not report.check(f"smoke {case} {str(dtype)[6:]}", lambda c=case, d=dtype: smoke_case(device, c, d)):
+            failed.append(case.op)
+    assert not failed, f"wrong: {', '.join(failed)}"
+
+
+def smoke_case(device: Device, case: testing.Case, dtype: torch.dtype) -> None:
+    testing.check_values(case, dtype, device.name)
+    if case.has_gradient:
+        testing.check_gradients(case, dtype, device.name)
+
+
+def cases(device: Device, report: Report, which: str, tool: str) -> None:
     """Every case on the device: values, gradients, the same bits again, and the same bits on another stream."""
-    poison(tool != "initcheck")  # which looks for reads of memory nobody wrote, poison included
-    chosen = [c for c in device.cases if tool is None or c.op in device.sanitized]
-    dtypes = device.dtypes if tool is None else device.dtypes[:2]
-    pairs = [(c, dtype) for c in chosen for dtype in dtypes if dtype in c.dtypes or _takes_half(c, dtype)]
-    for case, dtype in pairs[shard :: device.shards] if tool is None else pairs:
+    poison(True)
+    chosen = [c for c in device.cases if not tool or c.op in device.sanitized]
+    pairs = [(c, dtype) for c in chosen for dtype in dtypes(device, c)[: 2 if tool else None]]
+    for case, dtype in share(pairs, which):
         report.check(f"{case} {str(dtype)[6:]}", lambda c=case, d=dtype: check_case(device, c, d))
+
+
+def dtypes(device: Device, case: testing.Case) -> list[torch.dtype]:
+    """Those of the device that the case has; fp16 wherever bf16 is."""
+    return [d for d in device.dtypes if d in case.dtypes or _takes_half(case, d)]
 
 
 def _takes_half(case: testing.Case, dtype: torch.dtype) -> bool:
@@ -64,7 +109,7 @@ def assert_equal(ours: Outputs, theirs: Outputs) -> None:
         assert torch.equal(a, b), f"differs by {(a.double() - b.double()).abs().max():.3e}"
 
 
-def kernel_tests(device: Device, report: Report, tool: str | None, shard: int) -> None:
+def kernel_tests(device: Device, report: Report, which: str, tool: str) -> None:
     """The tests of the Triton kernels that reach further than their operators: tiles, epilogues, descriptors."""
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_triton_expert_*.py"))]
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
@@ -99,13 +144,14 @@ class LayerStep:
 class AttackSteps:
     """PGD from x on a mixture of ResNets, of public parts, inside `attack_mode`: PGD itself reads x and y first."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, where: str = "") -> None:
         width, size, batch, self.steps = device.attack
-        experts = ExpertResNet18(4, width=width, device=device.name)
-        router = nn.Sequential(nn.Flatten(), nn.Linear(3 * size**2, 4, device=device.name))
+        to: dict[str, Any] = {"device": where or device.name}
+        experts = ExpertResNet18(4, width=width, **to)
+        router = nn.Sequential(nn.Flatten(), nn.Linear(3 * size**2, 4, **to))
         self.model = RobustMoE.from_experts(experts, router)
-        self.x = torch.rand(batch, 3, size, size, device=device.name)
-        self.y = torch.randint(10, (batch,), device=device.name)
+        self.x = torch.rand(batch, 3, size, size, **to)
+        self.y = torch.randint(10, (batch,), **to)
 
     def __call__(self) -> Outputs:
         x_adv = self.x.clone()
@@ -127,7 +173,7 @@ class AttackSteps:
         return PGD(self.model, EPS, ALPHA, self.steps, **options)
 
 
-def graphs(device: Device, report: Report, tool: str | None, shard: int) -> None:
+def graphs(device: Device, report: Report, which: str, tool: str) -> None:
     """What was captured once and is replayed on new data gives the bits of an eager run."""
     poison(True)
     for activation in ("gelu", "swiglu"):
@@ -147,6 +193,19 @@ def graphs(device: Device, report: Report, tool: str | None, shard: int) -> None
 
     report.check(f"captured PGD-{attack.steps}", captured_attack)
     report.check(f'PGD-{attack.steps}(capture="auto")', attack_that_captures_itself)
+    if not device.dry and torch.cuda.device_count() > 1:
+        report.check("PGD on cuda:1 while cuda:0 is current", lambda: check_captured_pgd(AttackSteps(device, "cuda:1")))
+
+
+def first_act(device: Device, report: Report, which: str, tool: str) -> None:
+    """A captured PGD before anything else in its process: no kernel is loaded, no library has chosen."""
+    poison(True)
+    report.check("a captured PGD first of all", lambda: check_captured_pgd(AttackSteps(device)))
+
+
+def check_captured_pgd(attack: "AttackSteps") -> None:
+    captured = attack.pgd(capture="auto")(attack.x, attack.y)
+    assert_equal((captured,), attack.eager())
 
 
 def check_replay(
@@ -159,7 +218,7 @@ def check_replay(
         assert_equal(outputs, eager())
 
 
-def syncs(device: Device, report: Report, tool: str | None, shard: int) -> None:
+def syncs(device: Device, report: Report, which: str, tool: str) -> None:
     """The host never waits between router and combine, nor between the steps of an attack."""
     layer, attack = LayerStep(device, "gelu"), AttackSteps(device)
 
@@ -173,7 +232,7 @@ def syncs(device: Device, report: Report, tool: str | None, shard: int) -> None:
         report.check("the host does not wait in the attack", lambda: check(attack))
 
 
-def compilation(device: Device, report: Report, tool: str | None, shard: int) -> None:
+def compilation(device: Device, report: Report, which: str, tool: str) -> None:
     """opcheck of the operators, and the layer under torch.compile without a graph break."""
     for case in first_cases():
         report.check(f"opcheck {case.op}", lambda c=case: testing.check_opcheck(c, False, device.name))

@@ -1,82 +1,72 @@
 """Where `make gpu` runs: on a GPU, or rehearsed on the CPU by the nearest thing that one has."""
 
-import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
+from gpu_jobs import ROOT
 from roofline import TARGETS, Conv, Layer, Linear, Shapes
 from torch import Tensor
 
 from moe_kernels import _library, testing
 from moe_kernels.testing.host_sync import HostSyncs
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "benchmarks/gpu.py"
-
 Outputs = tuple[Tensor, ...]
 
 
-def first_cases() -> list[testing.Case]:
-    """One case of every operator."""
-    return list({c.op: c for c in reversed(testing.CASES) if "no_rows" not in c.name}.values())
-
-
 def cuda_operators() -> frozenset[str]:
-    """The operators with cases that CUDA C++ computes."""
-    registered = {op for path in ROOT.glob("csrc/cuda/*.cu") for op in re.findall(r'impl\("(\w+)"', path.read_text())}
-    return frozenset(c.op for c in testing.CASES if {c.op, f"{c.op}_forward"} & registered)
+    """The operators that CUDA C++ computes."""
+    return frozenset(
+        op for path in ROOT.glob("csrc/cuda/*.cu") for op in re.findall(r'impl\("(\w+)"', path.read_text())
+    )
+
+
+def on_gpu(op: str, operators: frozenset[str]) -> bool:
+    """Whether an operator has a kernel on a GPU: in CUDA C++ (`operators`), in Triton, or composed of others."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(
+        n in operators or has(f"moe_kernels::{n}", "CUDA") for n in (op, f"{op}_forward") if n in _library.OPERATORS
+    )
+
+
+CUDA = cuda_operators()
+CASES = [c for c in testing.CASES if on_gpu(c.op, CUDA)]
+
+
+def first_cases() -> list[testing.Case]:
+    """One case of every operator that a GPU has."""
+    return list({c.op: c for c in reversed(CASES) if "no_rows" not in c.name}.values())
 
 
 class Gpu:
-    """A CUDA device. Every job has a process of its own, so that a fault or a hang ends that job alone."""
+    """A CUDA device."""
 
     name = "cuda"
     dry = False
-    shards = 8  # processes that share the cases, since most of their time goes into compiling Triton kernels
-    sanitizers = ("memcheck", "racecheck", "initcheck")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     compiler = "inductor"
-    cases = testing.CASES
-    sanitized = cuda_operators()
+    cases = CASES
+    sanitized = frozenset(c.op for c in CASES if {c.op, f"{c.op}_forward"} & CUDA)
     pytest_options: tuple[str, ...] = ()
     shapes: Shapes = TARGETS
     layer = (64, 128, 8, 512)  # width, hidden, experts, rows of the layer that is captured
     attack = (16, 32, 32, 10)  # width of the ResNet-18, size and number of the images, steps
 
-    @staticmethod
-    def label() -> str:
-        return torch.cuda.get_device_name()
-
     @contextmanager
-    def prepared(self, part: str, tool: str | None) -> Iterator[None]:
+    def prepared(self, part: str, tool: str) -> Iterator[None]:
         """The state in which a part of the work runs."""
-        torch.backends.cudnn.benchmark = part == "speed"
-        if part != "speed":  # the reference is to be exact in its dtype
+        timed = part in ("speed", "tuned")
+        torch.backends.cudnn.benchmark = timed
+        if not timed:  # the reference is to be exact in its dtype
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         yield
-
-    def run(self, command: Sequence[str], tool: str | None, seconds: float, work: Callable[[], None]) -> str:
-        """Runs a job by its command line, and says how it failed, if it did."""
-        environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-        prefix: list[str] = []
-        if tool is not None:
-            program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-            prefix = [program, "--tool", tool, "--kernel-regex", "kns=moe", "--error-exitcode", "3"]
-            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or a write past an array stays within the cache
-        return run([*prefix, *command], environment, seconds)
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -124,12 +114,10 @@ class Rehearsal:
 
     name = "cpu"
     dry = True
-    shards = 1
-    sanitizers = ("memcheck",)
     dtypes = (torch.float32,)
     compiler = "aot_eager"
     cases = first_cases()
-    sanitized = frozenset(op for op in cuda_operators() if "pgd_step" not in op)  # whose emulation is not in place
+    sanitized = frozenset(op for op in Gpu.sanitized if "pgd_step" not in op)  # whose emulation is not in place
     pytest_options = ("-k", "test_hidden_grad and relu2 and float32")
     shapes = Shapes(
         linear=(Linear(32, 16, 16, 2),),
@@ -143,36 +131,22 @@ class Rehearsal:
     layer = (16, 16, 4, 8)
     attack = (2, 8, 2, 2)
 
-    @staticmethod
-    def label() -> str:
-        return "rehearsal on the CPU"
-
-    def __init__(self) -> None:
-        self._alone = threading.Lock()
-
     @contextmanager
-    def prepared(self, part: str, tool: str | None) -> Iterator[None]:
+    def prepared(self, part: str, tool: str) -> Iterator[None]:
         """In the cases, the operators run on CPU tensors what a GPU would run; for networks that would take minutes."""
         kernels: dict[str, Callable[..., object]] = {}
-        if tool is not None:
+        if tool:
             sys.path.insert(0, str(ROOT / "tests"))
             from simt import emulate
 
             kernels = {op: getattr(emulate, op) for op in emulate.__all__}
-        elif part == "cases":
+        elif part in ("warm", "smoke", "cases"):
             kernels = {op: partial(_library.run_triton, file, op) for op, file in _library.TRITON.items()}
         with warnings.catch_warnings(), torch.library._scoped_library("moe_kernels", "IMPL") as library:
             warnings.simplefilter("ignore", UserWarning)  # that kernels are overridden
             for op, kernel in kernels.items():
                 library.impl(op, kernel, "CPU", allow_override=True)
             yield
-
-    def run(self, command: Sequence[str], tool: str | None, seconds: float, work: Callable[[], None]) -> str:
-        if tool is not None:
-            return run([*command, "--dry-run"], dict(os.environ), seconds)
-        with self._alone:
-            work()
-        return ""
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -201,25 +175,3 @@ class Rehearsal:
 
 
 Device = Gpu | Rehearsal
-
-
-def run(command: Sequence[str], environment: dict[str, str], seconds: float) -> str:
-    """Runs a command; "" if it succeeded, else why not, with the end of what it wrote."""
-    try:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return str(error)
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with its children: a sanitizer's target, a test's workers
-        process.communicate()
-        return f"did not finish within {seconds:.0f} s"
-    return f"ended with status {process.returncode}: {output[-2000:]}" if process.returncode else ""

@@ -1,6 +1,7 @@
 """The benchmarks of `make gpu`: each result is checked, then timed beside the strongest library call there is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,15 +9,19 @@ import peers
 import roofline
 import torch
 from gpu_device import Device
+from gpu_jobs import SECTIONS
 from gpu_report import Report
 from roofline import Conv, Layer, Linear, Work
-from rt_er import rt_er_step
+from rt_er import ALPHA, EPS, rt_er_step
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels import (
+    PGD,
+    ExpertConv2d,
     ExpertResNet18,
     RobustMoE,
+    attack_mode,
     autotune,
     combine,
     group_by_expert,
@@ -51,24 +56,25 @@ class Contest:
         name = f"{kernel}, {work.shape}"
         if exact is not None and not self.report.check(f"right: {name}", lambda: check_result(ours(), exact())):
             return
-        times: dict[str, float] = {}
         for who, function in ({"ours": ours} | (beside or {})).items():
-            self.report.check(f"time of {who}: {name}", partial(self._time, times, who, function, budget), "time")
-        if "ours" in times:
-            seconds = times["ours"] / 1e3
-            self.report.add(
-                kind="speed",
-                kernel=kernel,
-                shape=work.shape,
-                ms=times.pop("ours"),
-                floor_ms=work.floor * 1e3,
-                tflops=work.flops / seconds / 1e12,
-                gb_per_s=work.bytes / seconds / 1e9,
-                beside_ms=times,
-            )
+            time = partial(self._time, work, kernel, who, function, budget)
+            if not self.report.check(f"time of {who}: {name}", time, "time") and who == "ours":
+                return
 
-    def _time(self, times: dict[str, float], who: str, function: Callable[[], Any], budget: int) -> None:
-        times[who] = self.device.milliseconds(function, budget)
+    def _time(self, work: Work, kernel: str, who: str, function: Callable[[], Any], budget: int) -> None:
+        ms = self.device.milliseconds(function, budget)
+        if who != "ours":
+            self.report.add(kind="beside", kernel=kernel, shape=work.shape, who=who, ms=ms)
+            return
+        self.report.add(
+            kind="speed",
+            kernel=kernel,
+            shape=work.shape,
+            ms=ms,
+            floor_ms=work.floor * 1e3,
+            tflops=work.flops / ms / 1e9,
+            gb_per_s=work.bytes / ms / 1e6,
+        )
 
 
 def check_result(out: Any, exact: Any) -> None:
@@ -98,41 +104,73 @@ def ceilings(contest: Contest) -> None:
     contest(Work("cuBLAS bf16", f"{side}^3", 6 * side**2, 2 * side**3), lambda: a @ b)
 
 
+Calls = dict[str, Callable[[], Any]]
+
+
+class LinearCalls:
+    """expert_linear and its gradients on random operands of a shape, an equal part of the rows for each expert."""
+
+    def __init__(self, device: Device, shape: Linear) -> None:
+        rows, k, n, experts = shape
+        self.x, self.grad = randn(device, rows, k), randn(device, rows, n)
+        self.weight = randn(device, experts, n, k) / k**0.5
+        self.back, self.offsets = self.weight.transpose(1, 2), even_offsets(device, rows, experts)
+        self.calls: Calls = {
+            "forward": lambda: ops.expert_linear(self.x, self.weight, None, self.offsets, None),
+            "dX": lambda: ops.expert_linear(self.grad, self.back, None, self.offsets, None),
+            "dW": lambda: ops.expert_linear_weight_grad(self.grad, self.x, self.offsets, None),
+        }
+
+
 def linear(contest: Contest, shape: Linear) -> None:
-    rows, k, n, experts = shape
-    device, works = contest.device, roofline.linear(shape)
-    x, grad, weight = randn(device, rows, k), randn(device, rows, n), randn(device, experts, n, k) / k**0.5
-    offsets = even_offsets(device, rows, experts)
-    back, one = weight.transpose(1, 2), weight[0]
+    works, of = roofline.linear(shape), LinearCalls(contest.device, shape)
+    x, grad, weight, back, offsets = of.x, of.grad, of.weight, of.back, of.offsets
+    one, ends = weight[0], offsets[1:]
     contest(
         works["forward"],
-        lambda: ops.expert_linear(x, weight, None, offsets, None),
+        of.calls["forward"],
         lambda: reference.expert_linear(*to_double((x, weight)), None, offsets),
-        {"one dense GEMM": lambda: x @ one.T, "F.grouped_mm": lambda: F.grouped_mm(x, back, offs=offsets[1:])},
+        {"one dense GEMM": lambda: x @ one.T, "F.grouped_mm": lambda: F.grouped_mm(x, back, offs=ends)},
     )
     contest(
         works["dX"],
-        lambda: ops.expert_linear(grad, back, None, offsets, None),
+        of.calls["dX"],
         lambda: reference.expert_linear(*to_double((grad, back)), None, offsets),
-        {"one dense GEMM": lambda: grad @ one, "F.grouped_mm": lambda: F.grouped_mm(grad, weight, offs=offsets[1:])},
+        {"one dense GEMM": lambda: grad @ one, "F.grouped_mm": lambda: F.grouped_mm(grad, weight, offs=ends)},
     )
     contest(
         works["dW"],
-        lambda: ops.expert_linear_weight_grad(grad, x, offsets, None),
+        of.calls["dW"],
         lambda: reference.expert_linear_weight_grad(*to_double((grad, x)), offsets),
-        {"one dense GEMM": lambda: grad.T @ x, "F.grouped_mm": lambda: F.grouped_mm(grad.T, x, offs=offsets[1:])},
+        {"one dense GEMM": lambda: grad.T @ x, "F.grouped_mm": lambda: F.grouped_mm(grad.T, x, offs=ends)},
     )
 
 
+class ConvCalls:
+    """expert_conv2d and its gradients on random operands of a shape, laid out as in the networks."""
+
+    def __init__(self, device: Device, shape: Conv) -> None:
+        images, experts, c_in, c_out, size, kernel, stride = shape
+        layer = ExpertConv2d(experts, c_in, c_out, kernel, stride, kernel // 2, bias=False, device=device.name)
+        self.weight = layer.weight.detach().to(torch.bfloat16)  # as under autocast
+        self.x, self.grad = (
+            randn(device, images, c, side, side).contiguous(memory_format=torch.channels_last)
+            for c, side in ((c_in, size), (c_out, size // stride))
+        )
+        self.offsets = even_offsets(device, images, experts)
+        self.steps = steps = [stride, stride], [kernel // 2, kernel // 2]
+        sizes = size, size
+        self.calls: Calls = {
+            "forward": lambda: ops.expert_conv2d(self.x, self.weight, None, self.offsets, *steps),
+            "dX": lambda: ops.expert_conv2d_input_grad(self.grad, self.weight, self.offsets, *sizes, *steps),
+            "dW": lambda: ops.expert_conv2d_weight_grad(self.grad, self.x, self.offsets, kernel, kernel, *steps),
+        }
+
+
 def conv(contest: Contest, shape: Conv) -> None:
-    images, experts, c_in, c_out, size, kernel, stride = shape
-    device, works = contest.device, roofline.conv(shape)
-    weight = randn(device, experts, c_out, kernel, kernel, c_in).permute(0, 1, 4, 2, 3) / (c_in * kernel**2) ** 0.5
-    x = randn(device, images, c_in, size, size).contiguous(memory_format=torch.channels_last)
-    out = images, c_out, size // stride, size // stride
-    grad = randn(device, *out).contiguous(memory_format=torch.channels_last)
-    offsets = even_offsets(device, images, experts)
-    steps = [stride, stride], [kernel // 2, kernel // 2]
+    works, of = roofline.conv(shape), ConvCalls(contest.device, shape)
+    x, grad, weight, steps = of.x, of.grad, of.weight, of.steps
+    images, experts = shape.images, shape.experts
     groups = [slice(i * images // experts, (i + 1) * images // experts) for i in range(experts)]
 
     def each(x: Tensor, weight: Tensor) -> Tensor:
@@ -148,22 +186,41 @@ def conv(contest: Contest, shape: Conv) -> None:
 
     contest(
         works["forward"],
-        lambda: ops.expert_conv2d(x, weight, None, offsets, *steps),
+        of.calls["forward"],
         lambda: each(x.float(), weight.float()),
         {"cuDNN for each expert": lambda: each(x, weight)},
     )
     contest(
         works["dX"],
-        lambda: ops.expert_conv2d_input_grad(grad, weight, offsets, size, size, *steps),
+        of.calls["dX"],
         lambda: torch.cat([dx for dx, _, _ in wide(True, False)]),
         {"cuDNN for each expert": lambda: gradients(torch.bfloat16, True, False)},
     )
     contest(
         works["dW"],
-        lambda: ops.expert_conv2d_weight_grad(grad, x, offsets, kernel, kernel, *steps),
+        of.calls["dW"],
         lambda: torch.stack([dw for _, dw, _ in wide(False, True)]),
         {"cuDNN for each expert": lambda: gradients(torch.bfloat16, False, True)},
     )
+
+
+def triton_calls(device: Device) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A call of each of Triton's kernels that is timed, the convolutions of an RT-ER step first."""
+    shapes = device.shapes
+    batch, experts, width = shapes.rt_er
+    networks = {c for n in (2, 3) for c in roofline.resnet18(n * batch, experts, width, device.attack[1])}
+    layer = shapes.layer
+    slots = layer.tokens * layer.top_k
+    halves = Linear(slots, layer.d, 2 * layer.n, layer.experts), Linear(slots, layer.n, layer.d, layer.experts)
+
+    def run(calls: type[LinearCalls] | type[ConvCalls], shape: Any, part: str) -> None:
+        calls(device, shape).calls[part]()
+
+    for part in ("forward", "dX", "dW"):
+        for conv_shape in sorted(networks) + [c for c in shapes.conv if c not in networks]:
+            yield f"expert_conv2d {part}, {conv_shape}", partial(run, ConvCalls, conv_shape, part)
+        for shape in (*shapes.linear, *halves):
+            yield f"expert_linear {part}, {shape}", partial(run, LinearCalls, shape, part)
 
 
 def routing(contest: Contest, shape: Layer) -> None:
@@ -266,40 +323,94 @@ def passes(contest: Contest, shapes: roofline.Shapes) -> None:
     )
 
 
-def rt_er(contest: Contest, shape: tuple[int, int, int], size: int, steps: int) -> None:
-    """One training step under bf16 autocast: both attacks as one batch of 2 B, the forwards as one of 3 B."""
-    batch, experts, width = shape
-    device, works = contest.device, roofline.rt_er(shape, steps)
-    net = ExpertResNet18(experts, width=width, device=device.name)
-    router = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size**2, experts, device=device.name))
-    moe = RobustMoE.from_experts(net, router)
-    x = torch.rand(batch, 3, size, size, device=device.name).contiguous(memory_format=torch.channels_last)
-    y = torch.randint(10, (batch,), device=device.name)
+class Mixture:
+    """Four ResNet-18 experts and a batch, as in `benchmarks/bench_rt_er.py`; everything under bf16 autocast."""
 
-    def step() -> None:
-        with torch.autocast(device.name, torch.bfloat16):
-            rt_er_step(moe, x, y, steps)
+    def __init__(self, device: Device, images: int) -> None:
+        _, experts, width = device.shapes.rt_er
+        _, size, _, self.steps = device.attack
+        self.device = device
+        net = ExpertResNet18(experts, width=width, device=device.name)
+        router = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size**2, experts, device=device.name))
+        self.moe = RobustMoE.from_experts(net, router)
+        x = torch.rand(images, 3, size, size, device=device.name)
+        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.y = torch.randint(10, (images,), device=device.name)
 
-    contest(works["step"], step, budget=4000)
+    def train(self, capture: str | bool) -> Tensor:
+        with torch.autocast(self.device.name, torch.bfloat16):
+            return rt_er_step(self.moe, self.x, self.y, self.steps, capture=capture)
 
+    def attack(self, capture: str | bool) -> Tensor:
+        options: dict[str, Any] = {"steps": self.steps, "best_iterate": False, "seed": 0, "capture": capture}
+        with torch.autocast(self.device.name, torch.bfloat16):
+            return PGD(self.moe, EPS, ALPHA, **options)(self.x, self.y)
 
-def speed(device: Device, report: Report, tool: str | None, shard: int) -> None:
-    contest, shapes = Contest(device, report), device.shapes
-    _, size, _, steps = device.attack
-    sections: Sequence[tuple[str, Callable[[], None]]] = [
-        ("ceilings", lambda: ceilings(contest)),
-        *((f"expert_linear {s}", partial(linear, contest, s)) for s in shapes.linear),
-        ("passes", lambda: passes(contest, shapes)),
-        ("routing", lambda: routing(contest, shapes.layer)),
-        *((f"expert_conv2d {s}", partial(conv, contest, s)) for s in shapes.conv),
-        ("layer", lambda: layer(contest, shapes.layer)),
-        ("RT-ER step", lambda: rt_er(contest, shapes.rt_er, size, steps)),
-    ]
-    for name, section in sections:
-        report.check(f"benchmark of {name}", section, "time")
+    def attack_step(self) -> None:
+        with torch.autocast(self.device.name, torch.bfloat16):
+            leaf = self.x.detach().requires_grad_()
+            loss = F.cross_entropy(self.moe(leaf).float(), self.y, reduction="sum")
+            pgd_step_(self.x.clone(), torch.autograd.grad(loss, [leaf])[0], self.x, EPS, ALPHA)
 
 
-def tuned(device: Device, report: Report, tool: str | None, shard: int) -> None:
+def rt_er(contest: Contest) -> None:
+    """One training step: both attacks as one batch of 2 B, the forwards as one of 3 B."""
+    shape = contest.device.shapes.rt_er
+    mixture = Mixture(contest.device, shape[0])
+    work = roofline.rt_er(shape, mixture.steps)["step"]
+    for name, capture in ((", step by step", False), (", captured", "auto")):
+        contest(replace(work, kernel=work.kernel + name), partial(mixture.train, capture), budget=1500)
+
+
+def attack(contest: Contest) -> None:
+    shape = contest.device.shapes.rt_er
+    mixture = Mixture(contest.device, 2 * shape[0])
+    works = roofline.attack(shape, mixture.steps)
+    with attack_mode(mixture.moe):
+        contest(works["step"], mixture.attack_step, budget=300)
+
+    def same() -> None:
+        assert torch.equal(mixture.attack("auto"), mixture.attack(False))
+
+    if contest.report.check("a captured attack has the bits of one step by step", same):
+        contest(works["eager"], partial(mixture.attack, False), budget=1000)
+        contest(works["captured"], partial(mixture.attack, "auto"), budget=1000)
+
+
+def grouped_gemms(contest: Contest) -> None:
+    ceilings(contest)
+    for shape in contest.device.shapes.linear:
+        contest.report.check(f"benchmark of {shape}", partial(linear, contest, shape), "time")
+
+
+def convolutions(contest: Contest) -> None:
+    for shape in contest.device.shapes.conv:
+        contest.report.check(f"benchmark of {shape}", partial(conv, contest, shape), "time")
+
+
+def passes_and_routing(contest: Contest) -> None:
+    for name, function in (
+        ("the passes", lambda: passes(contest, contest.device.shapes)),
+        ("routing", lambda: routing(contest, contest.device.shapes.layer)),
+    ):
+        contest.report.check(f"benchmark of {name}", function, "time")
+
+
+TIMED: dict[str, Callable[[Contest], None]] = dict(
+    zip(
+        SECTIONS,
+        (rt_er, attack, grouped_gemms, convolutions, lambda c: layer(c, c.device.shapes.layer), passes_and_routing),
+        strict=True,
+    )
+)
+
+
+def speed(device: Device, report: Report, which: str, tool: str) -> None:
+    contest = Contest(device, report)
+    report.check(f"benchmark of {which}", lambda: TIMED[which](contest), "time")
+
+
+def tuned(device: Device, report: Report, which: str, tool: str) -> None:
     """The grouped GEMMs and convolutions once more, with the tiles that autotune() finds here."""
     contest = Contest(device, report, "autotuned ")
     with autotune():

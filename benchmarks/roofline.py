@@ -199,6 +199,19 @@ def rt_er(shape: tuple[int, int, int], steps: int = 10) -> dict[str, Work]:
     return {"step": Work("RT-ER step", name, moved, flops, launches)}
 
 
+def attack(shape: tuple[int, int, int], steps: int) -> dict[str, Work]:
+    """A step of both attacks of RT-ER as one batch, and all of them: forward and input gradient of the convolutions."""
+    batch, experts, width = shape
+    name = f"{2 * batch} images, {experts} x ResNet-18 of width {width}"
+    layers = [conv(layer)[part] for layer in resnet18(2 * batch, experts, width) for part in ("forward", "dX")]
+    moved, flops, launches = (sum(getattr(w, what) for w in layers) for what in ("bytes", "flops", "launches"))
+    return {
+        "step": Work("attack step", name, moved, flops, launches),
+        "eager": Work(f"PGD-{steps}, step by step", name, steps * moved, steps * flops, steps * launches),
+        "captured": Work(f"PGD-{steps}, captured", name, steps * moved, steps * flops, steps * launches),
+    }
+
+
 def every(shapes: Shapes) -> Iterator[Work]:
     for gemm in shapes.linear:
         yield from linear(gemm).values()
