@@ -4,6 +4,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from fractions import Fraction
 from numbers import Integral
 from typing import Any
@@ -27,6 +28,7 @@ class Attack(ABC):
 
     targeted = False
     draws = 1
+    _in_model: Any = nullcontext()
     loss: Any = None
 
     def __init__(
@@ -140,8 +142,10 @@ class Attack(ABC):
         return generator
 
     def _logits(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        with self._in_model:
+        with self._in_model as mode:
             logits = self.model(x, **kwargs)
+        if x.requires_grad and mode is not None and not mode.applied:
+            self._in_model = nullcontext()  # too small a network for any rule
         _check_logits(logits, len(x), self._least_classes)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -218,12 +222,16 @@ def magnitude(name: str, value: float | str | Tensor) -> float | Tensor:
     try:
         number = float(Fraction(value)) if isinstance(value, str) else value
         number = number.detach() if isinstance(number, Tensor) else number
-        valid = bool(torch.as_tensor(number).isfinite().all() and (torch.as_tensor(number) >= 0).all())
+        valid = math.isfinite(number) and number >= 0 if isinstance(number, float) else _is_magnitude(number)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError):
         valid = False
     if not valid:
         raise ValueError(f"{name} must be finite and >= 0: a number, a fraction '8/255' or a tensor [B], got {value!r}")
     return number
+
+
+def _is_magnitude(number: Any) -> bool:
+    return bool(torch.as_tensor(number).isfinite().all() and (torch.as_tensor(number) >= 0).all())
 
 
 def _check_shapes(x: Tensor, y: Tensor, **magnitudes: float | Tensor) -> None:

@@ -73,36 +73,36 @@ def frozen(model: Callable[..., Any]) -> Iterator[None]:
 
 def _freeze(model: nn.Module, stack: ExitStack) -> None:
     modules: list[tuple[nn.Module, bool, list[Any], list[Any]]] = []
-    flags: dict[Tensor, tuple[bool, Tensor | None]] = {}
-    stack.callback(_thaw, modules, flags)
+    parameters: dict[int, tuple[Tensor, bool, Tensor | None]] = {}
+    stack.callback(_thaw, modules, parameters)
     # A copy instead of saving and restoring values: batch norm writes its statistics without raising their version,
     # and writing them back would raise it under a graph of the caller's that saved them.
-    copies: dict[Tensor | None, Tensor | None] = {None: None}
-    detached: dict[Tensor, Tensor] = {}  # of what torch.func.functional_call has put there
+    copies: dict[int, Tensor | None] = {id(None): None}
+    detached: dict[int, Any] = {}  # of what torch.func.functional_call has put there
     for module in model.modules():
         buffers = [(name, b) for name, b in module._buffers.items() if b is None or not is_lazy(b)]
         moving = [(name, p) for name, p in module._parameters.items() if p is not None and not p.is_leaf]
         modules.append((module, module.training, buffers, moving))
         if module.training:
             module.training = False
-        for name, buffer in buffers:
-            if buffer not in copies:
-                copies[buffer] = buffer.detach().clone()  # type: ignore[union-attr]
-            module._buffers[name] = copies[buffer]
-        for name, parameter in moving:
-            module._parameters[name] = detached.setdefault(parameter, parameter.detach())  # type: ignore[assignment]
-        for p in module._parameters.values():
-            if p is not None and p not in flags:
-                flags[p] = (p.requires_grad, p.grad)
-                p.grad, p.requires_grad = None, False
+        for name, b in buffers:
+            if id(b) not in copies:
+                copies[id(b)] = b.detach().clone()  # type: ignore[union-attr]
+            module._buffers[name] = copies[id(b)]
+        for name, p in moving:
+            module._parameters[name] = detached.setdefault(id(p), p.detach())
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in parameters:
+                parameters[id(parameter)] = (parameter, parameter.requires_grad, parameter.grad)
+                parameter.grad, parameter.requires_grad = None, False
 
 
-def _thaw(modules: list[Any], flags: dict[Tensor, tuple[bool, Tensor | None]]) -> None:
-    for parameter, (requires_grad, grad) in flags.items():
-        parameter.grad, parameter.requires_grad = grad, requires_grad
-    for module, training, buffers, parameters in modules:
+def _thaw(modules: list[Any], parameters: dict[int, tuple[Tensor, bool, Tensor | None]]) -> None:
+    for p, requires_grad, grad in parameters.values():
+        p.grad, p.requires_grad = grad, requires_grad
+    for module, training, buffers, moving in modules:
         if module.training != training:
             module.training = training
-        for tensors, before in ((module._buffers, buffers), (module._parameters, parameters)):
+        for tensors, before in ((module._buffers, buffers), (module._parameters, moving)):
             for name, tensor in before:
                 tensors[name] = tensor

@@ -47,9 +47,12 @@ class LeanMode(TorchFunctionMode):
     may recompute on a thread without the mode; and what the mode does not see, TorchScript and other threads.
     """
 
+    applied = False  # whether any rule has been followed
+
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = _by_rule(func, args, kwargs or {}) if func in RULES else NotImplemented
         if out is not NotImplemented:
+            self.applied = True
             return out
         return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -59,6 +62,8 @@ class RecomputingMode(LeanMode):
 
     A recipe begins at what is kept anyway, the inputs of norms and the results of attention.
     """
+
+    applied = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -372,7 +372,7 @@ def _of_signals(rule: Rule, pool2d: Any) -> Rule:
 
 def each(size: Any, n: int) -> list[Any]:
     """One number or n, as n."""
-    sizes = list(size) if isinstance(size, Sequence) else [int(size)]
+    sizes = list(size) if isinstance(size, tuple | list) else [int(size)]
     return sizes * n if len(sizes) == 1 else sizes
 
 
