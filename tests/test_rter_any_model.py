@@ -1,14 +1,16 @@
 """Anybody's model is evaluated: a plain CNN, a transformer, a mixture of modules; killed, gone on to the same bits."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rter import Report, evaluate_model
+from rter import Report, UserError, evaluate_model
 from rter.evaluate import JOURNAL
 from rter.journal import Journal
+from rter.models.adapted import adapt
 from torch import Tensor, nn
 
 from moe_kernels import RobustMoE
@@ -114,3 +116,211 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "examples.safetensors"}
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(resumed.to_json())
     assert model.training and 0 < whole.verdict.value <= whole.ra.value <= whole.sa.value == 0.95
+
+
+def test_the_report_of_a_plain_model(tmp_path: Path) -> None:
+    model = cnn()
+    x, y = images(model)
+    report = evaluate_model(model, x, y, suite="full", out=tmp_path, **WEAK | {"batch_size": 20})
+    figures = json.loads(report.to_json())
+    assert figures.keys() >= KEYS and figures == json.loads((tmp_path / "report.json").read_text())
+    assert (figures["num_experts"], figures["ra_e"], figures["expert_load"], figures["ra_r"]) == (0, [], [], None)
+    assert figures["routes"] == "none: the model has no experts, so attacks on routes drop out"
+    assert report.aa is not None and report.verdict.value <= report.aa.value <= report.sa.value == 0.95
+    for accuracy in (report.sa, report.ra, report.aa, report.verdict):
+        assert 0 <= accuracy.low <= accuracy.value <= accuracy.high <= 1 and accuracy.low < accuracy.high
+    names = [result.name for result in report.attacks]
+    assert names[0] == "pgd" and "square" in names and names[-1] == "autoattack" and "joint" not in names
+    first = report.attacks[0]
+    assert first.attacked == 19 and first.broken == first.new == round(20 * (report.sa.value - report.ra.value))
+    assert all(result.attacked <= 19 - first.broken for result in report.attacks[1:] if "autoattack" not in result.name)
+    assert sum(result.new for result in report.attacks) == round(20 * (report.sa.value - report.verdict.value))
+    text = str(report)
+    assert (
+        "clean accuracy         95.00%   [76.39%, 99.11%]" in text and "autoattack fab-t" in text and "attacks on routes drop out" in text
+    )
+    assert report.checks["no image withstands an unbounded attack"] == {"passed": True, "value": 0.0}
+    rows = torch.cat([(y == label).nonzero()[0] for label in y.unique()])
+    assert torch.equal(report.examples["x"], x[rows])
+    assert (report.examples["x_adv"] - x[rows]).abs().max() <= 1 / 50 + 1e-6
+
+
+def test_a_mixture_inside_a_module_is_attacked_as_one_that_offers_its_route() -> None:
+    """The model routes by itself, as the README's block does; forcing its route from outside comes to the same."""
+
+    class Offering(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.num_experts = inner, 3
+
+        def route(self, x: Tensor) -> Any:
+            return self.inner[1].route(self.inner[0](x))  # type: ignore[index]
+
+        def forward(self, x: Tensor, routing: Any = None) -> Tensor:
+            y: Tensor = self.inner[1](self.inner[0](x), routing=routing)  # type: ignore[index]
+            return y
+
+    class Routing(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inner[0](x)  # type: ignore[index]
+            y: Tensor = self.inner[1](h, routing=self.inner[1].route(h))  # type: ignore[index]
+            return y
+
+    model = mixture()
+    x, y = images(model)
+    reports = [evaluate_model(m, x, y, suite="quick", **WEAK) for m in (model, Offering(model), Routing(model))]
+    for report in reports:
+        assert report.figures["routes"] == "attacked" and len(report.figures["ra_e"]) == 3
+        assert "expert and route, weight 0.1" in report.figures["attacks"] and report.figures["route_flip_rate"] > 0
+        assert timeless(report) | {"method": 0} == timeless(reports[0]) | {"method": 0}
+
+
+@pytest.mark.parametrize("kind", ["two layers", "tokens", "twice", "lambda", "no gradient"])
+def test_a_route_that_cannot_be_attacked_is_named(kind: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self, moe: RobustMoE) -> None:
+            super().__init__()
+            self.moe = moe
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.moe(self.moe(x.flatten(1)))
+
+    class Deaf(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach().flatten(1)[:, :2]
+
+    layer = RobustMoE(192, 8, 2, 1)
+    models: dict[str, tuple[Any, str]] = {
+        "two layers": (nn.Sequential(nn.Flatten(), layer, RobustMoE(192, 8, 2)), "2 RobustMoE layers"),
+        "tokens": (nn.Sequential(nn.Flatten(2), RobustMoE(64, 8, 2, 1), nn.Flatten()), r"\[2, 3, 2\]"),
+        "twice": (Twice(layer), "does not run once at each forward"),
+        "lambda": (lambda x: layer(x.flatten(1)), "is no module"),
+        "no gradient": (RobustMoE.from_experts([nn.Flatten(), nn.Flatten()], Deaf()), "have no gradient"),
+    }
+    model, said = models[kind]
+    adapted, routes = adapt(model, torch.rand(2, 3, 8, 8), (0, 1))
+    assert adapted.num_experts == 0 and re.search(said, routes) and "attacked" in routes
+
+
+def test_other_bounds_are_only_other_units() -> None:
+    model = cnn()
+    x, y = images(model)
+    report = evaluate_model(model, x, y, suite="quick", **WEAK)
+    wide = evaluate_model(lambda v: model.eval()(v / 256), 256 * x, y, bounds=(0, 256), suite="quick",
+                          **WEAK | {"eps": "256/50"})  # fmt: skip
+    assert wide.figures["attacks"] == report.figures["attacks"] and wide.figures["eps"] == pytest.approx(256 / 50)
+    assert torch.equal(wide.examples["x_adv"] / 256, report.examples["x_adv"])
+    assert wide.figures["eps_curve"][1][0] == pytest.approx(0.25 * 256 / 50)
+
+
+class Says(nn.Module):
+    """Returns what a function makes of logits."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.net, self.function = cnn(), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda z: z.softmax(1), "model must return logits, got probabilities"),
+        (lambda z: (z, z), "model must return logits [B, classes], got a tuple of 2"),
+        (lambda z: {"a": z}, "model must return logits [B, classes], got a dict"),
+        (lambda z: z[:1], "model must return logits [2, classes] for 2 images, got torch.float32 [1, 4]"),
+        (lambda z: z[:, :, None], "model must return logits [2, classes] for 2 images, got torch.float32 [2, 4, 1]"),
+        (lambda z: z.argmax(1), "model must return logits [2, classes] for 2 images, got torch.int64 [2]"),
+        (lambda z: z * float("nan"), "model must return finite logits, got nan"),
+        (lambda z: z[:, :1], "model must return the logits of at least 2 classes, got shape [2, 1]"),
+        (lambda z: z @ z, "model must take images float32 [2, 3, 8, 8], and raised RuntimeError: mat1 and mat2"),
+    ],
+)
+def test_what_a_model_must_return(function: Any, message: str) -> None:
+    model = Says(function).train()
+    with pytest.raises(UserError, match=rf"^{re.escape(message)}[^\n]*$"):
+        evaluate_model(model, torch.rand(4, 3, 8, 8), torch.arange(4), suite="quick", **WEAK)
+    assert model.training and model.net[3].training
+
+
+def test_a_random_model_is_said_to_be_one_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Says(lambda z: z + 0.1 * torch.randn_like(z))
+    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 4
+    options = {"suite": "quick"} | WEAK | {"steps": 1}
+    whole = evaluate_model(model, x, y, **options)
+    assert (
+        not whole.checks["deterministic"]["passed"] and "FAILED, of 1" in str(whole) and "deterministic" in str(whole)
+    )
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        broken_off(5, patch)
+        evaluate_model(model, x, y, out=tmp_path, **options)
+    torch.manual_seed(9)
+    assert timeless(evaluate_model(model, x, y, out=tmp_path, **options)) == timeless(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eps": 0}, "eps must be a number above 0 or a fraction such as 8/255, got 0"),
+        ({"eps": "8/x"}, "eps must be a number above 0 or a fraction such as 8/255, got '8/x'"),
+        ({"eps": 8}, "eps must be at most 1, the width of bounds (0, 1), got 8: is 8/255 meant by 8?"),
+        ({"norm": "L0"}, "norm must be one of Linf, L2, L1, got 'L0'"),
+        ({"suite": "all"}, "suite must be one of quick, full, got 'all'"),
+        ({"bounds": (1, 0)}, "bounds must be (low, high) with low < high, got (1, 0)"),
+        ({"bounds": (0, 0.5)}, "x must lie within bounds (0, 0.5), got values from"),
+        ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),
+        ({"seed": -1}, "seed must be a whole number, at least 0, got -1"),
+        ({"x": torch.zeros(4, 3, 8)}, "x must be images [n, C, H, W], at least one, got shape [4, 3, 8]"),
+        ({"x": torch.zeros(0, 3, 8, 8)}, "x must be images [n, C, H, W], at least one, got shape [0, 3, 8, 8]"),
+        ({"x": torch.zeros(4, 3, 8, 8).byte()}, "x must be floats within bounds (0, 1), got torch.uint8: divide"),
+        ({"x": torch.full((4, 3, 8, 8), torch.nan)}, "x must lie within bounds (0, 1), got values from nan"),
+        ({"x": "images"}, "x and y must be tensors: "),
+        ({"y": torch.zeros(3).long()}, "y must be 4 integer classes, one for each image, got torch.int64 [3]"),
+        ({"y": torch.zeros(4)}, "y must be 4 integer classes, one for each image, got torch.float32 [4]"),
+        ({"y": torch.arange(4) + 1}, "y must be less than the 4 classes of the model's logits, got 4"),
+        ({"y": torch.arange(4) - 1}, "y must be classes, at least 0, got -1"),
+        ({"model": None}, "model must be a module or another callable from images to logits, got NoneType"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
+    data = {"x": torch.rand(4, 3, 8, 8), "y": torch.arange(4)}
+    arguments: dict[str, Any] = {"model": cnn(), "suite": "quick", **data, **WEAK, **changes}
+    with pytest.raises(UserError, match=rf"^{re.escape(message)}[^\n]*$"):
+        evaluate_model(arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+def test_a_folder_that_holds_another_half_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cnn()
+    x, y = images(model)
+    options = {"suite": "quick", "out": tmp_path} | WEAK
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        broken_off(3, patch)
+        evaluate_model(model, x, y, **options)
+    file = tmp_path / JOURNAL
+    kept = file.read_bytes()
+    other = cnn()
+    with torch.no_grad():
+        other[5].bias[0] += 1e-6
+    for changed, message in (
+        (lambda: evaluate_model(other, x, y, **options), "another model"),
+        (lambda: evaluate_model(nn.Sequential(model, nn.Hardtanh()), x, y, **options), "another model"),
+        (lambda: evaluate_model(model, x[:10], y[:10], **options), "other images"),
+        (lambda: evaluate_model(model, x, y, **options | {"eps": 0.05}), "eps 0.02, not 0.05"),
+        (lambda: evaluate_model(model, x, y, **options | {"suite": "full"}), "suite quick, not full"),
+    ):
+        with pytest.raises(UserError, match=rf"holds a half evaluation (of|with) {message}: [^\n]*$"):
+            changed()
+    assert file.read_bytes() == kept[: kept.rindex(b"\n") + 1]  # without the torn line
+    with Journal(file, {}, 0, x.device).file, pytest.raises(UserError, match=r"is in use by another evaluation$"):
+        evaluate_model(model, x, y, **options)
+    file.write_bytes(kept.replace(b'"seconds"', b'"second'))
+    with pytest.raises(UserError, match=r"is damaged: remove it, and the evaluation begins anew$"):
+        evaluate_model(model, x, y, **options)
+    file.unlink()
+    assert evaluate_model(model, x, y, **options).sa.value == 0.95

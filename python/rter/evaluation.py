@@ -141,7 +141,7 @@ class Evaluation:
             weights.update(predict(self.model, self.x[:64]).cpu().numpy().tobytes())
         for tensor in (self.x, self.y):
             images.update(f"{tensor.dtype} {list(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
-        hashes = {"model": weights.hexdigest(), "images": images.hexdigest()}
+        hashes = {"images": images.hexdigest(), "model": weights.hexdigest()}
         return hashes | asdict(self.strength) | {"torch": torch.__version__}
 
     @property

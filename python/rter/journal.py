@@ -73,12 +73,9 @@ class Journal:
             raise UserError(f"{self.path} is damaged: remove it, and the evaluation begins anew") from None
         for name, value in identity.items():
             if value != before[name]:
-                what = f"another {name}" if name in ("model", "images") else f"{name} {before[name]}, not {value}"
-                raise UserError(
-                    f"{self.path} holds a half evaluation of {what}: give another folder, or remove the file"
-                    if name in ("model", "images")
-                    else f"{self.path} holds a half evaluation with {what}: give another folder, or remove the file"
-                )
+                hashed = {"model": "of another model", "images": "of other images"}
+                what = hashed.get(name, f"with {name} {before[name]}, not {value}")
+                raise UserError(f"{self.path} holds a half evaluation {what}: give another folder, or remove the file")
 
     def _append(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record).encode() + b"\n")

@@ -75,8 +75,10 @@ class AdaptedInside(AdaptedMixture):
         if routing is None:
             return super().forward(x)
 
-        def forced(h: Tensor, own: Routing | None = None) -> Tensor:
-            return type(self.moe).forward(self.moe, h, routing)
+        chosen = routing
+
+        def forced(h: Tensor, routing: Routing | None = None) -> Tensor:
+            return type(self.moe).forward(self.moe, h, chosen)
 
         with _in_place_of_forward(self.moe, forced):
             return super().forward(x)
