@@ -18,6 +18,7 @@ from rter.config import GROUPS, Config, load_settings
 from rter.data.command import add_command as add_data_command
 from rter.distributed import is_first
 from rter.errors import UserError, did_you_mean
+from rter.foreign import EVALUATE, add_model_arguments, check_model_arguments, evaluate_file
 from rter.methods import METHODS
 from rter.models.networks import NETWORKS
 
@@ -105,15 +106,18 @@ def make_parser() -> argparse.ArgumentParser:
     _add_settings(train)
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="measure a trained model under attack")
-    evaluate.add_argument("run_folder", type=Path, metavar="RUN")
-    evaluate.add_argument("--weights", choices=("last", "best"), default="last", help="default: last, which no look at "
-                          "the held-out images has chosen")  # fmt: skip
+    evaluate = commands.add_parser("evaluate", help="measure a model under attack: that of a run, or anybody's",
+                                   description=EVALUATE)  # fmt: skip
+    evaluate.add_argument("run_folder", type=Path, nargs="?", metavar="RUN")
+    evaluate.add_argument("--weights", metavar="WHICH", help="of a RUN: last, or best (default: last, which no look at "
+                          "the held-out images chose); of a --model: a file, safetensors or a state dict")  # fmt: skip
     _add_strength(evaluate, suite="full")
     evaluate.add_argument("--queries", type=_positive, default=5000, help="of AutoAttack's Square (default: 5000)")
     evaluate.add_argument("--images", type=_positive, metavar="N", help="measure on N of the test images, drawn by the "
-                          "run's seed in the proportions of the classes (default: all)")  # fmt: skip
-    evaluate.add_argument("--data-dir", metavar="DIR", help="folder of the data set's files, if they are elsewhere now")
+                          "seed in the proportions of the classes (default: all)")  # fmt: skip
+    evaluate.add_argument("--data-dir", metavar="DIR", help="folder of the data set's files (default: where a RUN had "
+                          "them; of a --model: data)")  # fmt: skip
+    add_model_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run or of a sweep")
@@ -203,12 +207,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     from rter.evaluate import evaluate
     from rter.report import name_of, summary, table, verdict
 
-    report = evaluate(
-        args.run_folder, args.weights, *_strength(args), args.queries, args.images, data_dir=args.data_dir
-    )
-    print(table({name_of(args.run_folder): summary(report)}))
-    print(verdict(report))
-    print(f"written: {args.run_folder / 'report.json'}; next: rter report {args.run_folder}")
+    check_model_arguments(args)
+    if args.model:
+        out = evaluate_file(args, *_strength(args))
+    else:
+        out, which, strength = args.run_folder, args.weights or "last", _strength(args)
+        report = evaluate(out, which, *strength, args.queries, args.images, progress=True, data_dir=args.data_dir)
+        print(table({name_of(out): summary(report)}))
+        print(verdict(report))
+    print(f"written: {out / 'report.json'}; next: rter report {out}")
 
 
 def _report(args: argparse.Namespace) -> None:

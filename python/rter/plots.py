@@ -98,7 +98,7 @@ def accuracy(runs: dict[str, dict[str, Any]], report: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(figsize=(5.6, 3.4))
     axes.axvline(report["eps"], **DASHED)  # type: ignore[arg-type]
     axes.annotate(
-        f"trained at {report['eps']:.3g}",
+        f"eps {report['eps']:.3g}",
         (report["eps"], 1),
         xycoords=("data", "axes fraction"),
         xytext=(5, -3),

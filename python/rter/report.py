@@ -106,7 +106,8 @@ def make_report(run: Path, baselines: Sequence[Path]) -> str:
     examples = load_tensors(run / "examples.safetensors")
     if lacking := EXAMPLES - examples.keys():
         raise damaged(run / "examples.safetensors", f"it holds no {', '.join(sorted(lacking))}")
-    plots.draw(run / "plots", name, report, read_lines(run / "metrics.jsonl"), examples)
+    metrics = run / "metrics.jsonl"  # which only runs of `rter train` have
+    plots.draw(run / "plots", name, report, read_lines(metrics) if metrics.exists() else [], examples)
     write_atomic(run / "report.md", _text(name, report, figures))
     return figures
 
@@ -115,9 +116,12 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
     attack = report["attack"]
     parts = [
         f"# {name}: {report['method']} on {report['data']}",
-        f"{report['num_experts']} expert(s), {report['epochs']} epochs, {report['norm']} perturbations "
-        f"of radius {report['eps']:.4g}, seed {report['seed']}. Measured on {measured_on(report)} with "
-        f"the {report['weights']} weights: PGD of {attack['steps']} steps of {attack['alpha_ratio']:.3g} eps, "
+        f"{report['num_experts'] or 'No'} expert(s), "
+        + (f"{report['epochs']} epochs, " if report["epochs"] else "")
+        + f"{report['norm']} perturbations of radius {report['eps']:.4g}, seed {report['seed']}. "
+        f"Measured on {measured_on(report)}"
+        + (f" with the {report['weights']} weights" if report["weights"] in ("last", "best") else "")
+        + f": PGD of {attack['steps']} steps of {attack['alpha_ratio']:.3g} eps, "
         f"{attack['restarts']} restart(s) on the whole model. The standard error of an accuracy near 0.7 is "
         f"{(0.21 / report['held_out']) ** 0.5:.3f}.",
         f"**{verdict(report)}**",
