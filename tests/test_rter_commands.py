@@ -200,7 +200,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         ("evaluate {full}", "RUN must be a folder made by `rter train`, and {full} holds no config.json"),
         ("sweep --out {new} --methods magic", "--methods must be among rt-er, standard, "),
         ("evaluate {full} --steps 0", "must be a whole number above 0, got '0'"),
-        ("evaluate {full} --weights first", "invalid choice: 'first'"),
+        ("evaluate {full} --weights first", "--weights must be last or best for a RUN, got 'first'"),
         ("report {full}", "{full} holds no report.json: run `rter evaluate {full}` first"),
     ],
 )

@@ -140,7 +140,7 @@ def test_mistakes_of_a_function_are_one_line(file: Path, capsys: pytest.CaptureF
         ("none.py:net", "--model none.py does not exist"),
         ("torn.py:net", "--model torn.py raised SyntaxError: invalid syntax (line 1)"),
         ("needy.py:net", "--model needy.py raised ModuleNotFoundError: No module named 'no_such_package' (line 1)"),
-        ("models.py:nett", f"--model models.py has no function nett; it has {KNOWN}"),
+        ("models.py:nett", f"--model models.py has no function nett; it has {KNOWN}: did you mean net?"),
         ("models.py:CLASSES", f"--model models.py has no function CLASSES; it has {KNOWN}"),
         ("models.py:sized", "--model models.py:sized must be a function without arguments, and wants classes"),
         ("models.py:broken", "--model models.py:broken raised RuntimeError: no such file (line 24)"),

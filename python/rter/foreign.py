@@ -58,7 +58,9 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             raise UserError(f"--{name} must be given with --model")
     if args.data not in DATASETS:
-        raise UserError(f"--data must be one of {', '.join(DATASETS)}, got {args.data!r}{did_you_mean(args.data, DATASETS)}")
+        raise UserError(
+            f"--data must be one of {', '.join(DATASETS)}, got {args.data!r}{did_you_mean(args.data, DATASETS)}"
+        )
 
 
 def evaluate_file(args: argparse.Namespace, steps: int, restarts: int, suite: str) -> Path:
@@ -148,7 +150,9 @@ def _function(path: Path, name: str) -> Any:
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and value.__module__ == path.stem]
-        raise UserError(f"--model {path} has no function {name}; it has {', '.join(known) or 'none'}{did_you_mean(name, known)}")
+        raise UserError(
+            f"--model {path} has no function {name}; it has {', '.join(known) or 'none'}{did_you_mean(name, known)}"
+        )
     needed = [
         p.name
         for p in inspect.signature(function).parameters.values()
