@@ -108,6 +108,15 @@ class Toolkit:
                 refuse(f"TORCH_CUDA_ARCH_LIST must hold architectures that {self.nvcc} knows, such as 9.0a, got {a!r}")
         return named
 
+    def runtime(self) -> str:
+        """What links libcudart.so, of which NVIDIA's Python packages hold no name without a version."""
+        plan = subprocess.run(
+            [self.nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
+        ).stderr
+        home, name = Path(re.search(r"TOP=(.*)", plan)[1]), f"libcudart.so.{version(self.release)[0]}"
+        files = [file for folder in ("lib64", "lib", "targets/*/lib") for file in home.glob(f"{folder}/{name}")]
+        return str(files[0].resolve()) if files else "-lcudart"
+
 
 def number(architecture: str) -> str:
     """ "90a" for "9.0a" and "9.0a+PTX"."""
@@ -191,11 +200,11 @@ class NinjaBuild(build_ext):
         )
         flags = ["-O3", "-std=c++17", "-Xcompiler -fPIC,-fvisibility=hidden", f"--threads {jobs() // at_once}"]
         n.variable("compiler", toolkit.nvcc)
-        n.variable("linker", f"{toolkit.nvcc} -cudart=shared -nodlink")
+        n.variable("linker", os.environ.get("CXX", "g++"))
         n.variable("flags", " ".join([*flags, *codes, "-DUSE_CUDA", *self.torch_flags()]))
         # -z defs: a symbol that none of these libraries has is an error here, not where the library is loaded.
-        n.variable("libraries", f"-Xlinker=-z,defs -L. -ltorch_cuda {self.link_flags()}")
-        n.rule("stub", f"{os.environ.get('CXX', 'g++')} -shared -fPIC -Wl,-soname,$out $in -o $out")
+        n.variable("libraries", f"-Wl,-z,defs -L. -ltorch_cuda {toolkit.runtime()} {self.link_flags()}")
+        n.rule("stub", "$linker -shared -fPIC -Wl,-soname,$out $in -o $out")
         n.build("libtorch_cuda.so", "stub", str(ROOT / "csrc/common/torch_cuda_stub.cpp"))
         for file in files:
             n.build(self.object(file), "compile", str(ROOT / file))

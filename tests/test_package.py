@@ -69,3 +69,23 @@ def test_the_sdist_holds_what_a_wheel_is_built_from(tmp_path: Path) -> None:
     files = [p for name in TREE for p in ([ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"))]
     files += [p for folder in PACKAGES.values() for p in folder.rglob("*.py")]
     assert held >= {str(p.relative_to(ROOT)) for p in files if p.is_file()}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_isolated_build_asks_for_torch_only_where_there_is_none(installed: bool, tmp_path: Path) -> None:
+    """pip builds where no package of the user is on the path; setup.py then finds the user's torch by its place."""
+    packages = Path(sysconfig.get_path("purelib"))
+    (tmp_path / "backend").mkdir()
+    for part in packages.glob("setuptools*"):
+        (tmp_path / "backend" / part.name).symlink_to(part)
+    for name in [*TREE, "moe_kernels", "python"]:
+        (tmp_path / name).symlink_to(ROOT / name)
+    script = f"""
+import site, sys
+sys.path[:] = [p for p in sys.path if not p.endswith("site-packages")] + [{str(tmp_path / "backend")!r}]
+site.getsitepackages, site.getusersitepackages = lambda: {[str(packages)] * installed}, lambda: "none"
+from setuptools import build_meta
+print("requires", build_meta.get_requires_for_build_wheel())
+"""
+    said = call(sys.executable, "-I", "-c", script, cwd=tmp_path)
+    assert f"requires {[] if installed else ['torch>=2.11']}" in said
