@@ -176,7 +176,7 @@ def environment(capability: tuple[int, int] | None = None) -> dict[str, str]:
 def sanitizer(tool: str) -> list[str]:
     """The command line before that of a program. It looks at our kernels alone, not at torch's calls of the API."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    options = ["--tool", tool, "--kernel-regex", "kns=moe", "--report-api-errors", "no", "--error-exitcode", "3"]
+    options = ["--tool", tool, "--kernel-name", "kns=moe", "--report-api-errors", "no", "--error-exitcode", "3"]
     return [program, *options]
 
 
