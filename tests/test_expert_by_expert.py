@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_kernels import ExpertPreActResNet, ExpertResNet18, ExpertViT, attack_mode
 from moe_kernels.nn.grouped import GroupedNetwork
@@ -44,6 +45,35 @@ def test_is_all_experts_at_once(name: str, training: bool) -> None:
         y = net(x, offsets)
         y.square().sum().backward()
         found.append((y, x.grad, [p.grad for p in net.parameters()], net.state_dict()))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name, at_most", [("preact", 0.55), ("wide", 0.55), ("vit", 0.65)])
+def test_activations_are_bitwise_the_same_and_keep_less(name: str, at_most: float, autocast: bool) -> None:
+    found, kept = [], []
+    for recompute in ("none", "activations"):
+        net, (x, offsets) = make(name, recompute), rows(*COUNTS)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = net(x, offsets)
+        for _ in range(2):
+            y.float().square().sum().backward(retain_graph=True)
+        found.append((y, x.grad, *(p.grad for p in net.parameters()), *net.state_dict().values()))
+        more = [rows(*(images * n for n in COUNTS)) for images in (4, 8)]
+        few, many = (saved_bytes(lambda net=net, m=m: net(*m), apart_from=net) for m in more)
+        kept.append(many - few)
+    assert all(map(torch.equal, *found))
+    assert kept[1] <= at_most * kept[0]
+
+
+@pytest.mark.parametrize("name", ["preact", "vit"])
+def test_activations_have_second_derivatives(name: str) -> None:
+    found = []
+    for recompute in ("none", "activations"):
+        net, (x, offsets) = make(name, recompute, dtype=torch.float64), rows(*COUNTS, dtype=torch.float64)
+        with sdpa_kernel(SDPBackend.MATH):
+            (dx,) = torch.autograd.grad(net(x, offsets).square().sum(), x, create_graph=True)
+            found.append(torch.autograd.grad(dx.square().sum(), [x, *net.parameters()], allow_unused=True))
     torch.testing.assert_close(*found)
 
 
@@ -119,8 +149,8 @@ def test_compiles_without_a_graph_break() -> None:
 
 def test_refuses() -> None:
     for name in ("preact", "vit"):
-        with pytest.raises(ValueError, match="recompute must be one of none, all, got 'activations'"):
-            make(name, "activations")
+        with pytest.raises(ValueError, match="recompute must be one of none, activations, all, got 'some'"):
+            make(name, "some")
     with pytest.raises(ValueError, match=r"offsets must be int32 of shape \[4\]"):
         make()(rows(5)[0], torch.tensor([0, 5], dtype=torch.int32))
     for offsets in ([0, 3, 3, 4], [1, 3, 3, 5], [0, 4, 2, 5]):

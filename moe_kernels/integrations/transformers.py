@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moe_kernels import _checks as check
 from moe_kernels.backends import is_implemented
-from moe_kernels.nn.recompute import Again
+from moe_kernels.nn.recompute import Recomputing, recomputed
 from moe_kernels.ops import combine, expert_linear, group_by_expert
 from moe_kernels.ops.expert_mlp import activate, expert_mlp_output
 from moe_kernels.ops.expert_sum import index_sum
@@ -133,28 +133,26 @@ def experts_forward(
     if reason is not None:
         _warn(type(self).__name__, reason)
         return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
-    with Again(self, recompute == "all") as again:
+    with Recomputing(self, recompute == "all"):
         if not _may_be_foreign(self, top_k_index):
-            y = _mixture(self, again, hidden_states, top_k_index, top_k_weights)
+            y = _mixture(self, hidden_states, top_k_index, top_k_weights)
         else:
             num_rows, k = top_k_index.shape
             slots = (top_k_index.flatten() < self.num_experts).nonzero().squeeze(1)
             rows = (slots // k).int()
             experts, weights = (x.flatten().index_select(0, slots)[:, None] for x in (top_k_index, top_k_weights))
-            y = index_sum(_mixture(self, again, hidden_states, experts, weights, rows), rows, num_rows)
+            y = index_sum(_mixture(self, hidden_states, experts, weights, rows), rows, num_rows)
     return y.to(hidden_states.dtype)
 
 
-def _mixture(
-    self: Any, again: Again, x: Tensor, experts: Tensor, weights: Tensor, rows: Tensor | None = None
-) -> Tensor:
+def _mixture(self: Any, x: Tensor, experts: Tensor, weights: Tensor, rows: Tensor | None = None) -> Tensor:
     """x [T, H], experts and weights [S, k] -> [S, H], row s reading x[rows[s]], or x[s] where rows is None."""
     order, position, offsets = group_by_expert(experts, self.num_experts)
     row = order // experts.shape[1]
     source = row if rows is None else rows.index_select(0, row)
     up, up_bias = _map(self, "gate_up_proj" if self.has_gate else "up_proj")
     down, down_bias = _map(self, "down_proj")
-    z = again(lambda x, up, up_bias: expert_linear(x, up, up_bias, offsets, source), x, up, up_bias)
+    z = recomputed(lambda x, up, up_bias: expert_linear(x, up, up_bias, offsets, source), x, up, up_bias)
     activation = _activation(self)
     if self.has_post_expert_norm or _learns(self, activation):
         y = expert_linear(activate(z, activation), down, down_bias, offsets)

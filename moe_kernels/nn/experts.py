@@ -1,15 +1,13 @@
 """Grouped feed-forward layers: every parameter is its plain layer's with a leading expert dimension [E]."""
 
 import math
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import _checks as check
-from moe_kernels.nn.recompute import RECOMPUTE, AsNow
+from moe_kernels.nn.recompute import RECOMPUTE, Recomputing, recomputed
 from moe_kernels.ops import combine, expert_linear, mask_relu
 from moe_kernels.ops.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp_output
 
@@ -117,18 +115,16 @@ class ExpertMLP(nn.Module):
         With the gate's `weights` and the slots' `position`, [T, k] with T * k = N, the slots of each of x's T rows are
         combined -> [T, dim].
         """
-        if self.recompute == "all" and torch.is_grad_enabled():
-            arguments = (x, offsets, rows, weights, position)
-            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-            if not torch.compiler.is_compiling():
-                options["context_fn"] = lambda: (nullcontext(), AsNow(self))
-            return checkpoint(self._forward, *arguments, **options)
-        return self._forward(x, offsets, rows, weights, position)
+        arguments = (x, offsets, rows, weights, position)
+        if self.recompute == "all" and torch.is_grad_enabled() and torch.compiler.is_compiling():
+            return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+        with Recomputing(self, self.recompute == "all"):
+            return self._forward(*arguments)
 
     def _forward(
         self, x: Tensor, offsets: Tensor, rows: Tensor | None, weights: Tensor | None, position: Tensor | None
     ) -> Tensor:
-        hidden = self.up(x, offsets, rows)
+        hidden = recomputed(self.up, x, offsets, rows)
         learns = self.down.weight.requires_grad or (weights is not None and weights.requires_grad)
         if self.recompute == "none" or (self.activation == "relu" and not learns):  # whose gradient needs one bit
             a = mask_relu(hidden) if self.activation == "relu" else activate(hidden, self.activation)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_kernels import _checks as check
 from moe_kernels._library import vjp
 from moe_kernels._recipes import autocast_as_now
+from moe_kernels.nn.recompute import Recomputing
 
 
 class GroupedNetwork(nn.Module):
@@ -38,9 +39,15 @@ class GroupedNetwork(nn.Module):
         check.ndim("x", x, 4)
         again = self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if not again or len(x) == 0 or not any(p.requires_grad for p in self.parameters()):
-            return self.logits(x, offsets)
+            return self.keeping_little(x, offsets)
         check.offsets(offsets, self.num_experts, x)
         return _ExpertByExpert.apply(self, offsets, x, *self.parameters())
+
+    def keeping_little(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """The logits of all experts at once, with what `recompute` says kept for the backward."""
+        trained = any(p.requires_grad for p in self.parameters())  # else no layer keeps an activation
+        with Recomputing(self, trained and self.recompute != "none"):
+            return self.logits(x, offsets)
 
     def with_tensors(self, other: Callable[[Tensor], Tensor]) -> "GroupedNetwork":
         """This network, in its present mode, with `other` of each of its parameters and buffers in their places."""
@@ -93,7 +100,7 @@ class _ExpertByExpert(torch.autograd.Function):
         check.ranges(bounds := offsets.tolist(), len(x))
         ctx.parts = [(slice(a, b), slice(e, e + 1)) for e, (a, b) in enumerate(pairwise(bounds)) if a < b]
         experts = ((x[rows], network.with_tensors(itemgetter(own))) for rows, own in ctx.parts)
-        return torch.cat([expert.logits(rows, _offsets_of_one(rows)) for rows, expert in experts])
+        return torch.cat([expert.keeping_little(rows, _offsets_of_one(rows)) for rows, expert in experts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,7 +110,8 @@ class _ExpertByExpert(torch.autograd.Function):
         def logits(offsets: Tensor, own: slice, x: Tensor, *values: Tensor) -> Tensor:
             given = dict(zip(parameters, values, strict=True))
             with ctx.autocast():  # on copies of running statistics, which have moved already
-                return ctx.network.with_tensors(lambda t: given[t] if t in given else t[own].clone()).logits(x, offsets)
+                network = ctx.network.with_tensors(lambda t: given[t] if t in given else t[own].clone())
+                return network.keeping_little(x, offsets)
 
         if torch.is_grad_enabled():
             return None, None, *vjp(partial(logits, ctx.offsets, slice(None)), inputs, (grad,), needed)

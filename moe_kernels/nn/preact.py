@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe_kernels import _checks as check
 from moe_kernels.nn.experts import ExpertLinear
 from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.recompute import RECOMPUTE, recomputed
 from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, stage
 from moe_kernels.ops import mask_relu
 
@@ -38,10 +39,16 @@ class ExpertPreActBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        h = mask_relu(self.bn1(x, offsets))
+        h = recomputed(self._before_first, x, offsets)
         s = x if self.shortcut is None else self.shortcut(h, offsets)
-        h = mask_relu(self.bn2(self.conv1(h, offsets), offsets))
+        h = recomputed(self._before_second, self.conv1(h, offsets), offsets)
         return self.conv2(h, offsets) + s
+
+    def _before_first(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return mask_relu(self.bn1(x, offsets))
+
+    def _before_second(self, h: Tensor, offsets: Tensor) -> Tensor:
+        return mask_relu(self.bn2(h, offsets))
 
 
 class ExpertPreActResNet(GroupedNetwork):
@@ -53,7 +60,9 @@ class ExpertPreActResNet(GroupedNetwork):
         in_channels: channels of the images.
         stages: (channels, blocks) of each stage; all but the first halve the image.
         stem: channels of the stem.
-        recompute: "none", or "all" to compute one expert after the other again in the backward (`GroupedNetwork`).
+        recompute: what the backward computes again instead of keeping it: "none"; "activations", which keeps the
+            results of the convolutions, their sums with the shortcuts, and one bit for each ReLU; "all", which keeps
+            the images, and computes one expert after the other again (`GroupedNetwork`).
 
     Raises:
         ValueError: if recompute is unknown.
@@ -72,7 +81,7 @@ class ExpertPreActResNet(GroupedNetwork):
         recompute: str = "none",
     ) -> None:
         super().__init__()
-        check.one_of("recompute", recompute, ("none", "all"))
+        check.one_of("recompute", recompute, RECOMPUTE)
         to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_experts, self.recompute = num_experts, recompute
         self.conv1 = ExpertConv2d(num_experts, in_channels, stem, 3, 1, 1, bias=False, **to)

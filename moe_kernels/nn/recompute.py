@@ -1,5 +1,10 @@
-"""Activations that a backward computes again instead of keeping them."""
+"""Activations that a backward computes again instead of keeping them.
 
+A module states which of its results are cheap, `y = recomputed(function, *inputs)`; whether they are kept is decided by
+the network whose forward runs, `with Recomputing(network)`.
+"""
+
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -11,6 +16,51 @@ from moe_kernels._checks import inside_checkpoint
 from moe_kernels._recipes import Recipes
 
 RECOMPUTE = ("none", "activations", "all")
+_THREAD = threading.local()
+
+
+class WithStatistics(nn.Module):
+    """Base of modules whose running statistics follow the batches in training, as long as `updates`."""
+
+    updates = True
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """function(*inputs), which must depend on nothing else that changes but the network's state."""
+    forward = None if torch.compiler.is_compiling() else getattr(_THREAD, "forward", None)
+    y = function(*inputs)
+    if forward is not None and y.requires_grad:
+        forward.recipes.record(y, function, inputs)
+    return y
+
+
+class Recomputing:
+    """Context of one forward, inside which what is stated to be `recomputed` is not kept by what is computed from it.
+
+    The backward computes it again, with the module as it is now, from the inputs, which are kept or computed again
+    themselves. Where it is not active, without grad, under torch.compile, which chooses by itself what to compute
+    again, and inside torch.utils.checkpoint, `recomputed` only calls the function.
+    """
+
+    def __init__(self, module: nn.Module, active: bool = True) -> None:
+        self.active = active and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        self.active = self.active and not inside_checkpoint()
+        self.recipes = Recipes(AsNow(module) if self.active else nullcontext())
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._outer, _THREAD.forward = getattr(_THREAD, "forward", None), self if self.active else None
+        self._hooks = self.recipes.hooks() if self.active else nullcontext()
+        self._hooks.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._hooks.__exit__(*exception)
+        _THREAD.forward = self._outer
+        del self._hooks, self._outer
+        self.recipes.clear()
 
 
 class AsNow:
@@ -31,37 +81,5 @@ class AsNow:
 
 
 def _state(m: nn.Module) -> dict[str, Any]:
-    still = {"updates": False} if hasattr(m, "updates") else {}
+    still = {"updates": False} if isinstance(m, WithStatistics) else {}
     return {"training": m.training, "_parameters": dict(m._parameters), "_buffers": dict(m._buffers), **still}
-
-
-class Again:
-    """Context of one forward: `y = again(function, *tensors)` is function(*tensors), kept as its recipe.
-
-    Whatever is computed from y inside and saves y for its backward saves the recipe, which keeps the tensors (or their
-    recipes) instead. Recipes run with the module as it is now. Without grad, under torch.compile, which chooses by
-    itself what to compute again, and inside torch.utils.checkpoint, `again` only calls the function.
-    """
-
-    def __init__(self, module: nn.Module, active: bool = True) -> None:
-        self.active = active and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        self.active = self.active and not inside_checkpoint()
-        self.recipes = Recipes(AsNow(module) if self.active else nullcontext())
-
-    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        y = function(*inputs)
-        if self.active and y.requires_grad:
-            self.recipes.record(y, function, inputs)
-        return y
-
-    def __enter__(self) -> "Again":
-        if self.active:
-            self._hooks = self.recipes.hooks()
-            self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.active:
-            self._hooks.__exit__(*exception)
-            del self._hooks
-        self.recipes.clear()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_kernels import _checks as check
 from moe_kernels.nn.experts import ExpertLinear, reset_like_torch
 from moe_kernels.nn.grouped import GroupedNetwork
-from moe_kernels.nn.recompute import RECOMPUTE, Again
+from moe_kernels.nn.recompute import RECOMPUTE, WithStatistics, recomputed
 from moe_kernels.ops import expert_batch_norm, expert_conv2d, mask_relu, winograd_conv2d
 from moe_kernels.ops.winograd_conv2d import saves_work
 
@@ -65,7 +65,7 @@ class ExpertConv2d(nn.Module):
         )
 
 
-class ExpertBatchNorm2d(nn.Module):
+class ExpertBatchNorm2d(WithStatistics):
     """Batch normalisation per expert: parameters and running statistics [E, C], `num_batches_tracked` [E].
 
     An expert without rows in a batch keeps its statistics.
@@ -78,7 +78,6 @@ class ExpertBatchNorm2d(nn.Module):
         affine: whether there are a weight and a bias.
     """
 
-    updates = True  # whether the running statistics follow the batches in training
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -148,13 +147,14 @@ class ExpertBasicBlock(nn.Module):
             self.shortcut.append(ExpertConv2d(num_experts, in_channels, channels, 1, stride, bias=False, **to))
             self.shortcut.append(ExpertBatchNorm2d(num_experts, channels, **to))
 
-    def forward(self, x: Tensor, offsets: Tensor, again: Again) -> Tensor:
-        h = again(self._inner, self.conv1(x, offsets), offsets)
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, C, H, W] sorted by expert -> [N, channels, H', W']."""
+        h = recomputed(self._inner, self.conv1(x, offsets), offsets)
         h = self.conv2(h, offsets)
         if self.shortcut:
             convolution, norm = self.shortcut
-            x = again(norm, convolution(x, offsets), offsets)
-        return again(self._outer, h, x, offsets)
+            x = recomputed(norm, convolution(x, offsets), offsets)
+        return recomputed(self._outer, h, x, offsets)
 
     def _inner(self, h: Tensor, offsets: Tensor) -> Tensor:
         return mask_relu(self.bn1(h, offsets))
@@ -212,12 +212,10 @@ class ExpertResNet18(GroupedNetwork):
 
     def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
-        trained = any(p.requires_grad for p in self.parameters())  # else nothing below keeps an activation
-        with Again(self, trained and self.recompute != "none") as again:
-            h = again(self._stem, again(self.conv1, x, offsets), offsets)
-            for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
-                h = block(h, offsets, again)
-            return self.linear(h.mean((2, 3)), offsets)
+        h = recomputed(self._stem, recomputed(self.conv1, x, offsets), offsets)
+        for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
+            h = block(h, offsets)
+        return self.linear(h.mean((2, 3)), offsets)
 
     def _stem(self, h: Tensor, offsets: Tensor) -> Tensor:
         return mask_relu(self.bn1(h, offsets))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from moe_kernels import _checks as check
 from moe_kernels.nn.experts import ExpertLinear
 from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.recompute import RECOMPUTE, recomputed
 from moe_kernels.nn.resnet import ExpertConv2d
 from moe_kernels.ops.expert_sum import of_each_row
 
@@ -54,7 +55,10 @@ class ExpertLayerNorm(nn.Module):
         if check.may_read(offsets):
             check.ranges(offsets.tolist(), len(x))
         weight, bias = (for_each_row(p, offsets, len(x))[:, None] for p in (self.weight, self.bias))
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * weight + bias
+        return recomputed(_scaled, recomputed(self._normalised, x), weight, bias)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, eps={self.eps}"
@@ -73,7 +77,16 @@ class ExpertAttention(nn.Module):
         """x [N, T, width] sorted by expert -> the same shape."""
         qkv = over_tokens(self.qkv, x, offsets).unflatten(2, (3, self.heads, -1))  # [N, T, 3, heads, d]
         h = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # [N, heads, T, d]
-        return over_tokens(self.proj, h.transpose(1, 2).flatten(2), offsets)
+        return over_tokens(self.proj, recomputed(_heads_together, h), offsets)
+
+
+def _scaled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x * weight + bias
+
+
+def _heads_together(h: Tensor) -> Tensor:
+    """[N, heads, T, d] -> [N, T, heads d]"""
+    return h.transpose(1, 2).flatten(2)
 
 
 class ExpertTransformerBlock(nn.Module):
@@ -93,7 +106,7 @@ class ExpertTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x, offsets), offsets)
-        h = F.gelu(over_tokens(self.mlp["fc1"], self.norm2(x, offsets), offsets))  # type: ignore[arg-type]
+        h = recomputed(F.gelu, over_tokens(self.mlp["fc1"], self.norm2(x, offsets), offsets))  # type: ignore[arg-type]
         return x + over_tokens(self.mlp["fc2"], h, offsets)  # type: ignore[arg-type]
 
 
@@ -109,7 +122,9 @@ class ExpertViT(GroupedNetwork):
         width: size of a token, a multiple of heads.
         depth: number of blocks.
         heads: attention heads.
-        recompute: "none", or "all" to compute one expert after the other again in the backward (`GroupedNetwork`).
+        recompute: what the backward computes again instead of keeping it: "none"; "activations", which keeps the
+            results of linear maps and of attention, and the sums of blocks; "all", which keeps the images, and computes
+            one expert after the other again (`GroupedNetwork`).
 
     Raises:
         ValueError: if image_size is no multiple of patch, or width none of heads, or recompute is unknown.
@@ -131,7 +146,7 @@ class ExpertViT(GroupedNetwork):
         recompute: str = "none",
     ) -> None:
         super().__init__()
-        check.one_of("recompute", recompute, ("none", "all"))
+        check.one_of("recompute", recompute, RECOMPUTE)
         if image_size % patch or width % heads:
             raise ValueError(
                 "image_size must be a multiple of patch, and width of heads, "
