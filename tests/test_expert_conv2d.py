@@ -6,8 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from moe_kernels import backends
+from moe_kernels._layout import channels_innermost
 from moe_kernels.ops import expert_conv2d, winograd_conv2d
 from moe_kernels.testing import Source, check_threads
 
@@ -119,3 +122,26 @@ def test_bitwise_equal_for_any_number_of_threads() -> None:
         return y, *torch.autograd.grad(y, [leaf], grad)
 
     check_threads(results)
+
+
+def test_autocast_on_a_gpu_casts_the_weight_into_the_layout_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the forward and the backward; without a GPU, so without data."""
+    seen: list[tuple[Tensor, ...]] = []
+    monkeypatch.setattr(backends, "choose", lambda op, backend, x: lambda *args: seen.append(args))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = torch.empty(4, 8, 5, 5, device="cuda"), torch.empty(2, 16, 8, 3, 3, device="cuda")
+        expert_conv2d(x, weight, None, torch.empty(3, dtype=torch.int32, device="cuda"), 1, 1)
+    ((images, kernels, *_),) = seen
+    assert images.dtype == kernels.dtype == torch.bfloat16
+    assert kernels.shape == weight.shape and kernels.stride() == (16 * 72, 72, 1, 24, 8)
+
+
+def test_channels_innermost() -> None:
+    weight = torch.randn(2, 3, 4, 3, 3, requires_grad=True)
+    out = channels_innermost(weight, torch.float64)
+    assert torch.equal(out, weight.double()) and out.stride(2) == 1
+    assert channels_innermost(out) is out and channels_innermost(weight[:, :, :1]).data_ptr() == weight.data_ptr()
+    (grad,) = torch.autograd.grad(out, weight, torch.arange(out.numel()).view(out.shape).double())
+    assert torch.equal(grad.flatten(), torch.arange(out.numel()).float())

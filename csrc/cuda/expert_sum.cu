@@ -27,6 +27,7 @@ Tensor expert_sum(const Tensor& x, const Tensor& offsets) {
 // x [N, D], index [N] in [0, num_rows) -> [num_rows, D]: row r is the sum of x[j] over index[j] == r, by rising j.
 Tensor index_sum(const Tensor& x, const Tensor& index, int64_t num_rows) {
   const int64_t count = x.size(0), width = x.size(1);
+  MOE_CHECK(count <= INT32_MAX, "index must have fewer than 2^31 elements, got ", count);
   MOE_CHECK(index.scalar_type() == ScalarType::Int && index.numel() == count, "index must be int32 of shape [", count,
             "]");
   check_device(x, {index});
