@@ -157,8 +157,7 @@ def inspect(
 
 
 def triton_kernel(name: str, launch: Launch, arch: int) -> list[Report]:
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+    kernel = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options())
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

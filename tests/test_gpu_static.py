@@ -26,6 +26,7 @@ def run(*script: str | Path) -> list[str]:
     command = [sys.executable, *map(str, script)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "TRITON_DEFAULT_FP_FUSION" not in result.stderr  # no variable of the environment changes a result
     return result.stdout.splitlines()
 
 
