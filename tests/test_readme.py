@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,7 +13,9 @@ from moe_kernels import RobustMoE
 from moe_kernels.testing import Source
 
 README = Path(__file__).parent.parent / "README.md"
-LAYER, ATTACK, ROUTE, _, IDEA = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+LAYER, ATTACK, ROUTE, EVALUATION, _, IDEA = re.findall(
+    r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE
+)
 S = Source(torch.float32)
 
 
@@ -40,6 +43,25 @@ def test_the_attack() -> None:
         assert 0 < (x_adv - names["x"]).abs().max() <= 8 / 255
     exec(ROUTE, names)
     assert names["x_route"].shape[0] == names["standing"].sum()
+
+
+def test_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pyautoattack")
+    monkeypatch.chdir(tmp_path)
+    experts = [nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for _ in range(2)]
+    model = RobustMoE.from_experts(experts, nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
+    names = {"model": model, "x": (x := S.rand(5, 3, 2, 2)), "y": model(x).argmax(1)}
+    exec(EVALUATION, names)
+    assert (tmp_path / "evaluation" / "report.json").exists() and names["report"].sa.value == 1
+    said = capsys.readouterr().out
+    for line in (
+        "clean accuracy",
+        "under PGD",
+        "under AutoAttack",
+        "under every attack",
+        "expert and route, weight 0.1",
+    ):
+        assert f"\n{line}" in said and f"    {line}" in README.read_text()
 
 
 def test_the_idea() -> None:

@@ -232,7 +232,9 @@ def test_what_a_model_must_return(function: Any, message: str) -> None:
     assert model.training and model.net[3].training
 
 
-def test_a_random_model_is_said_to_be_one_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_model_is_said_to_be_one_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = Says(lambda z: z + 0.1 * torch.randn_like(z))
     x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 4
     options = {"suite": "quick"} | WEAK | {"steps": 1}

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rter.console import say
 from rter.data import Split
 from rter.errors import UserError
 from rter.evaluate import JOURNAL, examples, measure
 from rter.evaluation import BATCH, QUERIES, RESTARTS, Evaluation, Strength, eval_mode
 from rter.measured import Report
 from rter.models.adapted import adapt
+from rter.suite import DRAWS, is_deterministic
 
 NORMS = ("Linf", "L2", "L1")
 
@@ -77,6 +79,8 @@ def evaluate_model(
             raise UserError(f"y must be less than the {classes} classes of the model's logits, got {int(y.max())}")
         file = None if out is None else Path(out) / JOURNAL
         evaluation = Evaluation(adapted, Split(unit, y), strength, file, progress)
+        if progress and not is_deterministic(evaluation):
+            say(f"the model says two things of one image: attacked through the mean of {DRAWS} draws")
         figures = measure(evaluation)
         found = examples(evaluation)
     for key in ("x", "x_adv"):
