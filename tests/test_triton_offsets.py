@@ -18,6 +18,7 @@ from moe_kernels.triton_kernels.expert_conv2d import expert_conv2d, expert_conv2
 from moe_kernels.triton_kernels.expert_conv2d_weight_grad import expert_conv2d_weight_grad
 from moe_kernels.triton_kernels.expert_linear import _forward, expert_linear
 from moe_kernels.triton_kernels.expert_linear_weight_grad import expert_linear_weight_grad
+from moe_kernels.triton_kernels.expert_mlp import _hidden_grad, expert_mlp_hidden_grad
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the memory is a file's")
 
@@ -119,3 +120,23 @@ def test_of_rows(activation: str | None, sparse: Callable[[int, torch.dtype], Te
     dataclasses.replace(launch, grid=(1,)).run()
     assert torch.equal(y[-3:], expected)
     assert activation is None or torch.equal(far_z[-3:], z)
+
+
+def test_of_rows_of_the_hidden_gradient(
+    sparse: Callable[[int, torch.dtype], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last program's rows of more than 2^31 elements."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    n, height = 64, 4
+    packed = s.randn(height, n), s.randn(height, 2 * n), s.randn(height).float()
+    expected = expert_mlp_hidden_grad(*packed, "swiglu")
+    num_rows = FAR // n + height
+    far = [sparse(num_rows * x[0].numel(), x.dtype).view(num_rows, *x.shape[1:]) for x in (*packed, *expected)]
+    for x, values in zip(far, packed, strict=False):
+        x[-height:] = values
+    launch = _hidden_grad(*far[:3], "swiglu", far[3:], (height, n))
+    last = launch.grid[0] - 1, 0, 0
+    monkeypatch.setattr(builder, "set_grid_idx", lambda *index: setattr(builder, "grid_idx", last))
+    dataclasses.replace(launch, grid=(1,)).run()
+    assert all(torch.equal(x[-height:], values) for x, values in zip(far[3:], expected, strict=True))
