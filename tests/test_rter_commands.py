@@ -103,7 +103,8 @@ def test_a_sample_of_the_images_is_named(demo: Path, tmp_path: Path) -> None:
 
 def test_a_dense_run(tmp_path: Path) -> None:
     run = tmp_path / "dense"
-    options = [*TINY, "--num-experts", "1", "--epochs", "1", "--method", "pgd-at"]
+    options = [*TINY, "--num-experts", "1", "--epochs", "1", "--method", "pgd-at", "--device", "cpu", "--train-images",
+               "500"]  # fmt: skip
     assert main(["train", "--out", str(run), *options]) == 0
     assert main(["evaluate", str(run), *WEAK]) == 0
     assert main(["report", str(run)]) == 0
@@ -182,6 +183,10 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         ("train --seed 99999999999999999999 --out {new}", "seed must be below 2^63, got 99999999999999999999"),
         ("train --alpha-ratio 8 --out {new}", "alpha_ratio must be at most 2: it is a part of eps"),
         ("train --drops ² --schedule multi-step --out {new}", "drops must be numbers below epochs"),
+        ("train --device gpu --out {new}", "device must be cpu, cuda or cuda:N, got 'gpu'"),
+        ("train --device cuda:99 --out {new}", "GPUs that torch "),
+        ("train --train-images -1 --out {new}", "train_images must be at least 0, got -1"),
+        ("train --train-images 9999 --out {new}", "train_images must be at most 1437 beside those held out, got 9999"),
         ("evaluate {full} --steps ²", "must be a whole number above 0, got '²'"),
         (
             "train --data image-folder --data-dir {new} --out {new}",

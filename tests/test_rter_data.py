@@ -440,6 +440,57 @@ def test_a_picture_without_a_known_range_is_refused(content: bytes, mode: str, t
     refused("image-folder", tmp_path, f"a.png is refused: its pixels are of Pillow's mode {mode} in a ", held_out=1)
 
 
+def test_decoded_images_are_kept_beside_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(folders, "CACHED_FROM", 4)
+    read, decoded = folders._read, []
+
+    def watched(path: Path, size: int) -> np.ndarray:
+        decoded.append(path)
+        return read(path, size)
+
+    monkeypatch.setattr(folders, "_read", watched)
+    for name, value in (("cat", 7), ("dog", 9)):
+        for i in range(2):
+            write_image(tmp_path / "train" / name / f"{i}.png", value)
+    kept = tmp_path / ".rter-0.safetensors"
+
+    def load(decodes: int, size: int = 0) -> torch.Tensor:
+        decoded.clear()
+        data = load_data("image-folder", 1, 0, str(tmp_path), size)
+        assert len(decoded) == decodes
+        return torch.cat([data.train.pixels, data.held_out.pixels])
+
+    first = load(4)
+    assert torch.equal(load(0), first) and load(4, size=2).shape[2:] == (2, 2) and torch.equal(load(0), first)
+    write_image(tmp_path / "train" / "dog" / "1.png", 20)  # another picture of the same name
+    assert torch.equal(load(4).unique(), torch.tensor([7, 9, 14, 18, 20, 21, 27, 40, 60], dtype=torch.uint8))
+    load(0)
+    write_image(tmp_path / "train" / "dog" / "2.png", 20)
+    assert len(load(5)) == 5
+    whole = kept.read_bytes()
+    for damage in (b"", whole[:-5], b"x" * 50):
+        kept.write_bytes(damage)
+        assert len(load(5)) == 5 and kept.read_bytes() == whole
+    kept.unlink()
+    kept.mkdir()  # nothing can be written there
+    capsys.readouterr()
+    assert len(load(5)) == 5 and "cannot be kept in" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".rter-0.safetensors", ".rter-2.safetensors", "train"]
+
+
+def test_some_of_the_training_images(tmp_path: Path) -> None:
+    every, some = load_data("digits", 360, 0), load_data("digits", 360, 0, train_images=200)
+    assert torch.equal(some.held_out.pixels, every.held_out.pixels) and len(some.train) == 200
+    assert (some.train.y.bincount() - every.train.y.bincount() * 200 / 1437).abs().max() < 1
+    rows = {tuple(row.tolist()) for row in every.train.pixels.flatten(1)}
+    assert all(tuple(row.tolist()) in rows for row in some.train.pixels.flatten(1))
+    assert not torch.equal(some.train.y, load_data("digits", 360, 1, train_images=200).train.y)
+    with pytest.raises(UserError, match="train_images must be at most 1437 beside those held out, got 1438"):
+        load_data("digits", 360, 0, train_images=1438)
+
+
 def test_image_folder_refuses(tmp_path: Path) -> None:
     refused("image-folder", tmp_path, "must hold a folder of images for each class")
     for name in ("cat", "dog"):

@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,8 @@ from rter.__main__ import main
 from rter.checkpoint import open_run
 from rter.config import Config
 from rter.errors import UserError
+from rter.journal import Journal
+from rter.methods.update import update
 from rter.train import train
 from runs import assert_same_run
 
@@ -203,6 +206,86 @@ def test_every_optimiser_goes_on(settings: dict[str, Any], tmp_path: Path, monke
     kill_at(3 * 5, config, tmp_path / "run", monkeypatch)  # after the config and 4 states
     assert train(config, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_prints_the_command_that_goes_on(
+    number: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C, or a queue's warning, in the fourth of six steps, long before the state would be saved."""
+    run, handlers = tmp_path / "run", [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        interrupt_step(4, [number], patch)
+        assert main(["train", "--out", str(run), *flags(CONFIG)]) == 128 + number
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    *_, last = capsys.readouterr().err.splitlines()
+    said, _, command = last.partition("; to go on: ")
+    assert said == "rter: stopped after step 4 of 6, saved"
+    assert command == f"rter train --out {run} --resume" and main(command.split()[1:]) == 0
+    assert_same_run(run, whole)
+
+
+def test_a_second_signal_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    interrupt_step(2, [signal.SIGTERM, signal.SIGINT], monkeypatch)
+    assert main(["train", "--out", str(run), *flags(CONFIG)]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["rter: stopping after this step; once more stops at once", "rter: stopped"]
+    assert not (run / "resume.safetensors").exists()
+
+
+def interrupt_step(n: int, numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process gets the signals within the n-th step."""
+    steps = iter(range(1, 100))
+
+    def interrupted(*args: Any) -> Any:
+        if next(steps) == n:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return update(*args)
+
+    monkeypatch.setattr("rter.train.update", interrupted)
+
+
+def test_a_signal_to_an_evaluation_prints_the_command_that_goes_on(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    words = ["evaluate", str(run), "--suite", "quick", "--steps", "1", "--restarts", "2", "--images", "20"]
+    part, parts = Journal.part, iter(range(100))
+
+    def interrupted(*args: Any) -> Any:
+        if next(parts) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return part(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "part", interrupted)
+        assert main(words) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == f"rter: terminated; to go on: rter {' '.join(words)}\n"
+    assert not (run / "report.json").exists() and (run / "evaluation.jsonl").stat().st_size > 0
+    assert main(words) == 0
+
+
+def test_long_work_speaks_where_there_is_no_terminal(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a line due at any time: of training each step, and of an evaluation each batch of each attack."""
+    monkeypatch.setattr("rter.console.EVERY", 0.0)
+    assert main(["train", "--out", str(tmp_path / "run"), *flags(CONFIG)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    steps = [line for line in lines if re.fullmatch(r"rter: run: step \d of 6, loss [\d.]+, [\d.e+]+ images/s.*", line)]
+    assert len(steps) == 6 and re.search(r", done at (\d+-\d+-\d+ )?\d\d:\d\d$", steps[0])
+    estimates = [line for line in lines if "an epoch of 3 steps takes about " in line and "what is left about" in line]
+    assert len(estimates) == 1 and len(lines) == 7
+    words = ["evaluate", str(whole), "--suite", "quick", "--steps", "1", "--restarts", "1"]
+    monkeypatch.setattr("rter.measured.Report.save", lambda *args: None)
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "rter: pgd: image 60 of 60" in said or "rter: pgd/0: image" in said, said
 
 
 def test_a_torn_line_is_written_again(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def evaluate_model(
         seed: of all random starts; the same seed gives the same report, bit for bit, on the same machine.
         out: a folder for report.json and examples.safetensors. Until they are written, it holds every finished batch
             of every attack, and the same call goes on where a killed one was.
-        progress: show a bar for each attack, on a terminal.
+        progress: show how far each attack is: a bar at a terminal, elsewhere a line every 30 s.
         steps: of PGD and APGD.
         restarts: of PGD on the whole model; None for 5, in the full suite 20.
         queries: of AutoAttack's Square.

@@ -6,6 +6,8 @@ import io
 import os
 import platform
 import re
+import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,9 +17,10 @@ import torch
 import moe_kernels
 from rter.checkpoint import run_config
 from rter.config import GROUPS, Config, load_settings
+from rter.console import handling, say
 from rter.data.command import add_command as add_data_command
-from rter.distributed import is_first
-from rter.errors import UserError, did_you_mean
+from rter.distributed import is_first, num_processes
+from rter.errors import Stopped, UserError, did_you_mean
 from rter.foreign import EVALUATE, add_model_arguments, check_model_arguments, evaluate_file
 from rter.methods import METHODS
 from rter.models.networks import NETWORKS
@@ -102,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--save-every", type=_seconds, default=120.0, metavar="SECONDS", help="time between two savings of the state "
         "from which --resume goes on (default: 120)"
     )  # fmt: skip
+    _add_device(train)
     train.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     _add_settings(train)
     train.set_defaults(run=_train)
@@ -118,6 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data-dir", metavar="DIR", help="folder of the data set's files (default: where a RUN had "
                           "them; of a --model: data)")  # fmt: skip
     add_model_arguments(evaluate)
+    _add_device(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run or of a sweep")
@@ -171,6 +176,10 @@ def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
             groups[field.metadata["group"]].add_argument(flag, dest=f"set_{field.name}", help=text, **kind)
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU, if there is one)")
+
+
 def _add_strength(parser: argparse.ArgumentParser, suite: str) -> None:
     parser.add_argument("--suite", choices=("quick", "full"), default=suite, help="attacks: the quick ones, or also "
                         f"AutoAttack and every attack on the route (default: {suite})")  # fmt: skip
@@ -198,7 +207,14 @@ def _train(args: argparse.Namespace) -> None:
     before = dataclasses.asdict(run_config(args.out)) if args.resume and (args.out / "config.json").exists() else {}
     settings = load_settings(args.config) if args.config else {}
     config = Config(**(before | settings | given_settings(args)))
-    trained = train(config, args.out, resume=args.resume, save_every=args.save_every, tensorboard=args.tensorboard)
+    trained = train(
+        config,
+        args.out,
+        resume=args.resume,
+        save_every=args.save_every,
+        tensorboard=args.tensorboard,
+        device=args.device,
+    )
     if is_first():
         print(f"{'trained' if trained else 'finished already'}: {args.out}; next: rter evaluate {args.out}")
 
@@ -211,8 +227,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.model:
         out = evaluate_file(args, *_strength(args))
     else:
-        out, which, strength = args.run_folder, args.weights or "last", _strength(args)
-        report = evaluate(out, which, *strength, args.queries, args.images, progress=True, data_dir=args.data_dir)
+        out, which, places = args.run_folder, args.weights or "last", {"data_dir": args.data_dir, "device": args.device}
+        report = evaluate(out, which, *_strength(args), args.queries, args.images, progress=True, **places)
         print(table({name_of(out): summary(report)}))
         print(verdict(report))
     print(f"written: {out / 'report.json'}; next: rter report {out}")
@@ -266,15 +282,21 @@ def run(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what its encoding lacks, such as ± in ASCII
+    args = argparse.Namespace(command=None)
     try:
-        try:
-            args = make_parser().parse_args(arguments)
-            args.run(args)
-        finally:
-            sys.stdout.flush()
+        with handling(_terminate, signal.SIGTERM):
+            try:
+                args = make_parser().parse_args(arguments)
+                args.run(args)
+            finally:
+                sys.stdout.flush()
     except BrokenPipeError:  # who reads has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is buffered still goes
         return 1
+    except KeyboardInterrupt as stopped:
+        if is_first():
+            say(f"{str(stopped) or 'stopped'}{_goes_on(args, sys.argv[1:] if arguments is None else arguments)}")
+        return getattr(stopped, "status", 130)
     except (UserError, OSError) as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -283,6 +305,22 @@ def run(arguments: list[str] | None = None) -> int:
         reason = str(error).strip().partition("\n")[0]
         return _fail(f"out of memory: num_experts, width, batch_size or image_size must be smaller ({reason})")
     return 0
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Stopped("terminated", number)
+
+
+def _goes_on(args: argparse.Namespace, words: list[str]) -> str:
+    """The command that goes on with what was stopped, where there is one."""
+    again = ["rter", *words]
+    if args.command == "train" and (args.out / "resume.safetensors").exists():
+        again = ["rter", "train", "--out", str(args.out), "--resume"]
+        if num_processes() > 1:
+            again = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "N"), "-m", *again]
+    elif args.command not in ("evaluate", "sweep"):  # which keep what is finished
+        return ""
+    return f"; to go on: {shlex.join(again)}"
 
 
 def _fail(message: str) -> int:

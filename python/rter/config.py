@@ -52,6 +52,7 @@ class Config:
     data_dir: str = _data("data", "folder of the data set's files")
     held_out: int = _data(360, "training images kept to choose the best weights by, and to test on where the data "
                           "have no test split")  # fmt: skip
+    train_images: int = _data(0, "images to train on, drawn by the seed in the proportions of the classes; 0: all")
     image_size: int = _data(0, "pixels to which images in files of their own are scaled; 0: as they are")
     augment: str = _data("auto", "changes of training images: none, or some of flip,translateN,cropN,cutoutN; auto: "
                          "none for digits, translate2,cutout8 for svhn, else flip,translate2,cutout8")  # fmt: skip
@@ -120,8 +121,8 @@ class Config:
             self._demand(name, getattr(self, name) > 0, "above 0")
         for name in ("batch_size", "lr", "eval_every", "cycle_steps", "patch"):
             self._demand(name, getattr(self, name) > 0, "above 0")
-        for name in ("seed", "epochs", "image_size", "depth", "weight_decay", "clip_norm", "beta", "clean_weight",
-                     "balance_weight", "awp_gamma", "awp_warmup"):  # fmt: skip
+        for name in ("seed", "epochs", "train_images", "image_size", "depth", "weight_decay", "clip_norm", "beta",
+                     "clean_weight", "balance_weight", "awp_gamma", "awp_warmup"):  # fmt: skip
             self._demand(name, getattr(self, name) >= 0, "at least 0")
         for field in dataclasses.fields(self):
             if field.type is int:

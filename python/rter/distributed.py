@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,8 +19,6 @@ def processes() -> Iterator[None]:
     if num_processes() == 1:
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(distributed.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # its store keeps the addresses of killed processes
     distributed.init_process_group(
@@ -32,9 +31,24 @@ def processes() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def device() -> torch.device:
-    """Where this process computes: on its GPU, if there is one."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def choose_device(name: str | None = None) -> torch.device:
+    """Where this process computes: "cpu", "cuda" or "cuda:N"; None is a GPU, if there is one. It becomes the current.
+
+    Of several processes that torchrun started on a machine, each has the GPU of its own number.
+    """
+    count, several = torch.cuda.device_count(), num_processes() > 1
+    if name is None:
+        name = "cuda" if count else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name) or (several and ":" in name):
+        raise UserError(f"device must be cpu, cuda{'' if several else ' or cuda:N'}, got {name!r}")
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    number = int(os.environ["LOCAL_RANK"] if several else index or 0)
+    if number >= count:
+        raise UserError(f"device must be one of the {count} GPUs that torch {torch.__version__} finds, got {name!r}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def num_processes() -> int:
@@ -91,6 +105,14 @@ class Share:
         distributed.all_reduce(joint)
         for tensor, mean in zip(tensors, joint.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether any process says so."""
+        if self.alone:
+            return flag
+        said = torch.tensor(int(flag), device=device)
+        distributed.all_reduce(said, distributed.ReduceOp.MAX)
+        return bool(said.item())
 
     def mean_gradients_(self, weights: Sequence[nn.Parameter]) -> None:
         """Turns the gradients of a mean over this share into those over the joint batch.

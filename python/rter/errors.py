@@ -16,6 +16,14 @@ class NonFiniteError(UserError):
         super().__init__(f"{what} became {value}")
 
 
+class Stopped(KeyboardInterrupt):
+    """Work that a signal has stopped where it can go on; `status` is the exit status that stands for the signal."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint at the known name nearest to the word, but for case and dashes, to end a message; or nothing."""
 

@@ -16,7 +16,7 @@ from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.checkpoint import load_weights, read_lines, run_config
 from rter.config import Config
 from rter.data import Split, load_data
-from rter.distributed import device
+from rter.distributed import choose_device
 from rter.evaluation import QUERIES, Attacked, Evaluation, Strength, mean, predict, says
 from rter.intervals import wilson
 from rter.measured import Report
@@ -51,16 +51,21 @@ def evaluate(
     count: int | None = None,
     progress: bool = False,
     data_dir: str | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Attacks the run's `last` or `best` weights with a suite; writes report.json and examples.safetensors.
 
     With `count` on so many of the test images, drawn by the run's seed in the proportions of the classes; with
-    `data_dir` on the images there, if they have moved since training. An evaluation that was killed goes on.
+    `data_dir` on the images there, if they have moved since training; on `device`, "cpu", "cuda" or "cuda:N", or where
+    that is None on a GPU, if there is one. An evaluation that was killed goes on.
     """
     config = run_config(run, data_dir)
-    data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size).to(device())
+    where = choose_device(device)
+    data = load_data(
+        config.data, config.held_out, config.seed, config.data_dir, config.image_size, config.train_images
+    ).to(where)
     test = data.test if count is None else data.test.sample(count, config.seed)
-    model = build_model(config, data).to(device())
+    model = build_model(config, data).to(where)
     load_weights(run / f"{weights}.safetensors", model)
     model.eval()
     history = read_lines(run / "metrics.jsonl")

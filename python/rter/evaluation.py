@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rter.attack import make_attack
+from rter.console import Progress
 from rter.data import Split
 from rter.journal import Found, Journal
 from rter.seeds import seed_for
@@ -110,7 +110,7 @@ class Evaluation:
             `forward(x, routing=None)`.
         images: images in [0, 1] and labels.
         file: where finished parts are kept, so that an evaluation that was killed goes on; None keeps nothing.
-        progress: show a bar for each attack, on a terminal.
+        progress: show how far each attack is: a bar at a terminal, elsewhere a line every 30 s.
 
     Attributes:
         clean: [n] bool, images that the model reads rightly.
@@ -161,9 +161,7 @@ class Evaluation:
     def batches(self, name: str, rows: Tensor, compute: Callable[[Tensor], Found]) -> Iterator[tuple[Tensor, Found]]:
         """For each batch of the rows what it computes; `name` and the number of the batch name the part."""
         parts = rows.split(self.strength.batch_size) if len(rows) else ()
-        with tqdm(
-            total=len(rows), desc=name, unit="image", leave=False, disable=None if self.progress else True
-        ) as bar:
+        with Progress(name, len(rows), "image", shown=self.progress) as bar:
             for i, part in enumerate(parts):
                 found = self.journal.part(f"{name}/{i}", lambda part=part: compute(part))  # type: ignore[misc]
                 yield part, {key: v.to(self.x.device) if isinstance(v, Tensor) else v for key, v in found.items()}

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from rter.checkpoint import read_json, read_report, run_config, write_json
 from rter.comparison import write_comparison
 from rter.config import Config
+from rter.console import Progress
 from rter.errors import UserError
 from rter.evaluate import evaluate
 from rter.methods import METHODS
@@ -69,8 +69,11 @@ def sweep(
             trained_for = {"epochs": epochs[name]} if equal_time else {}
             config = Config(**(settings | row | trained_for | {"seed": seed}))
             tasks.append((out / f"{name.replace(' ', '-')}-{seed}", config, steps, restarts, suite))
-    with _workers(jobs) as run_all:
-        done = list(tqdm(run_all(_finish, *zip(*tasks, strict=True)), total=len(tasks), unit="run", disable=None))
+    with _workers(jobs) as run_all, Progress("sweep", len(tasks), "run", leave=True) as progress:
+        done = []
+        for report in run_all(_finish, *zip(*tasks, strict=True)):
+            done.append(report)
+            progress.update()
     file = out / ("ablation" if rows is ABLATION else "methods")
     reports = {name: done[i * len(seeds) : (i + 1) * len(seeds)] for i, name in enumerate(rows)}
     write_json(file.with_suffix(".json"), _figures(reports, list(seeds), epochs))

@@ -1,6 +1,7 @@
 """The training loop; what it produces follows from the configuration alone."""
 
 import contextlib
+import signal
 import statistics
 import time
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rter.checkpoint import (
     append_line,
@@ -22,11 +22,11 @@ from rter.checkpoint import (
     write_csv,
 )
 from rter.config import Config
-from rter.console import at_terminal, say
+from rter.console import Progress, say, stop_signals
 from rter.data import Data, Split, load_data
 from rter.data.augment import make_augment
-from rter.distributed import Share, device, is_first, processes, wait_for_all
-from rter.errors import NonFiniteError, UserError
+from rter.distributed import Share, choose_device, is_first, processes, wait_for_all
+from rter.errors import NonFiniteError, Stopped, UserError
 from rter.evaluate import quick_accuracies
 from rter.methods import METHODS
 from rter.methods.step import Step
@@ -39,7 +39,13 @@ from rter.tensorboard import Board
 
 
 def train(
-    config: Config, out: Path, *, resume: bool = False, save_every: float = 120.0, tensorboard: bool = False
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    save_every: float = 120.0,
+    tensorboard: bool = False,
+    device: str | None = None,
 ) -> bool:
     """Trains a model into the folder `out`; returns False if the run there was finished already.
 
@@ -53,11 +59,12 @@ def train(
     """
     # Until a process says how many threads it wants, MKL takes as many as it thinks best, call by call, and rounds so.
     torch.set_num_threads(torch.get_num_threads())
-    data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
+    where = choose_device(device)
+    data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size, config.train_images)
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes())
         board = Board(out) if tensorboard and is_first() else None
-        training = _Training(config, out, data.to(device()), board)
+        training = _Training(config, out, data.to(where), board)
         if is_first():
             stack.enter_context(open_run(out, config, resume))
         wait_for_all()
@@ -68,8 +75,10 @@ def seconds_per_step(configs: Sequence[Config], rounds: int = 15) -> list[float]
     """Seconds of a training step of each: medians of steps taken in turns, averaged over the first and last epoch."""
     trainings = []
     for config in configs:
-        data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)
-        trainings.append(_Training(config, Path(), data.to(device()), None))
+        data = load_data(
+            config.data, config.held_out, config.seed, config.data_dir, config.image_size, config.train_images
+        )
+        trainings.append(_Training(config, Path(), data.to(choose_device()), None))
     taken: list[dict[int, list[float]]] = [{0: [], config.epochs - 1: []} for config in configs]
     for _ in range(rounds):
         for training, times in zip(trainings, taken, strict=True):
@@ -87,7 +96,7 @@ class _Training:
         model = build_model(config, data)
         if config.init:
             load_initial(model, Path(config.init))
-        model.to(device())
+        model.to(data.train.y.device)
         optimizer = make_optimizer(config, model)
         self.state = State(model, optimizer, RunningMean(model, config.ema) if config.ema else None)
         self.saved = time.monotonic()
@@ -104,24 +113,33 @@ class _Training:
         state.began = circumstances()
         if total == 0 and is_first():
             self._keep_initial()
-        progress = tqdm(
-            desc=out.name,
-            total=total,
-            initial=state.step,
-            unit="step",
-            disable=not (is_first() and at_terminal()),
+        progress = Progress(
+            out.name,
+            total,
+            "step",
+            done=state.step,
+            shown=is_first(),
+            leave=True,
+            each=self.share.total,
+            epoch=self.steps,
         )
-        with progress:
+        with progress, stop_signals() as stop:
             for epoch in range(state.step // self.steps, self.config.epochs):
                 order = self._order(epoch)
                 for i in range(state.step % self.steps, self.steps):
-                    self._step(order[i * self.share.total : (i + 1) * self.share.total], epoch, total)
+                    loss = self._step(order[i * self.share.total : (i + 1) * self.share.total], epoch, total)
                     if i + 1 == self.steps:
-                        progress.set_postfix(self._finish(epoch))
-                    if is_first() and (state.step == total or time.monotonic() - self.saved >= save_every):
+                        progress.note(self._finish(epoch))
+                    stopped = self.share.any(bool(stop.asked), loss.device) and state.step < total
+                    overdue = time.monotonic() - self.saved >= save_every
+                    if is_first() and (state.step == total or stopped or overdue):
                         state.save(out / "resume.safetensors")
                         self.saved = time.monotonic()
-                    progress.update()
+                    progress.update(fact=lambda loss=loss: f"loss {loss.item():.4g}")  # type: ignore[misc]
+                    if stopped:
+                        raise Stopped(
+                            f"stopped after step {state.step} of {total}, saved", stop.asked or signal.SIGTERM
+                        )
         return True
 
     def _keep_initial(self) -> None:
@@ -135,8 +153,8 @@ class _Training:
         shuffle = torch.Generator().manual_seed(self.config.seed_for("shuffle", epoch))
         return torch.randperm(len(self.data.train), generator=shuffle)
 
-    def _step(self, rows: Tensor, epoch: int, total: int) -> None:
-        """One update from the given rows of the training images."""
+    def _step(self, rows: Tensor, epoch: int, total: int) -> Tensor:
+        """One update from the given rows of the training images; returns its loss."""
         started = time.perf_counter()
         state, config, share = self.state, self.config, self.share
         state.model.train()
@@ -160,6 +178,7 @@ class _Training:
         state.step += 1
         state.records.append(terms)
         state.seconds += time.perf_counter() - started
+        return terms["loss"]
 
     def timed_step(self, epoch: int) -> float:
         """Seconds of a step on the first batch of an epoch."""

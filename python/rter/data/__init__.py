@@ -20,7 +20,9 @@ DATASETS: dict[str, Callable[[Path, int], Source]] = {
 }
 
 
-def load_data(name: str, held_out: int, seed: int, folder: str = "data", image_size: int = 0) -> Data:
+def load_data(
+    name: str, held_out: int, seed: int, folder: str = "data", image_size: int = 0, train_images: int = 0
+) -> Data:
     """Loads a data set and holds out `held_out` of its training images, drawn by `seed`.
 
     Args:
@@ -28,6 +30,7 @@ def load_data(name: str, held_out: int, seed: int, folder: str = "data", image_s
         held_out: number of images.
         seed: of the draw.
         folder: where the files are.
+        train_images: so many of the others are trained on, drawn by the seed in the proportions of the classes; 0: all.
         image_size: pixels to which images in files of their own are scaled and cropped; 0 takes them as they are.
 
     Raises:
@@ -38,4 +41,9 @@ def load_data(name: str, held_out: int, seed: int, folder: str = "data", image_s
     if not 0 < held_out < len(images):
         raise UserError(f"held_out must be between 1 and {len(images) - 1} for {name}, got {held_out}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return Data(images[order[held_out:]], images[order[:held_out]], source.num_classes, source.test)
+    train = images[order[held_out:]]
+    if train_images > len(train):
+        raise UserError(f"train_images must be at most {len(train)} beside those held out, got {train_images}")
+    if train_images:
+        train = train.sample(train_images, seed)
+    return Data(train, images[order[:held_out]], source.num_classes, source.test)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from tqdm import tqdm
-
+from rter.console import Progress
 from rter.errors import UserError
 
 CHUNK = 1 << 18
@@ -114,7 +113,7 @@ def _receive(archive: Archive, path: Path) -> bool:
         total = start + int(length) if length else None
         with (
             path.open("ab" if start else "wb") as file,
-            tqdm(desc=archive.file, total=total, initial=start, unit="B", unit_scale=True, disable=None) as progress,
+            Progress(archive.file, total, "byte", done=start, leave=True, scale=True) as progress,
         ):
             while chunk := answer.read(CHUNK):
                 file.write(chunk)

@@ -1,15 +1,19 @@
 """Images in files of their own: Tiny-ImageNet-200, and any folder with a folder per class."""
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from rter.console import say
+from rter.console import Progress, say
 from rter.data.files import damaged, find_folder, missing, read_bytes
 from rter.data.split import Source, Split
 from rter.errors import UserError
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 TRAINS = ("train", "training")
 TESTS = ("test", "testing", "val", "validation", "valid", "dev", "eval")  # the first that is there
+CACHED_FROM = 1000  # images, whose decoding takes about a second
 SIXTEEN_BIT = ("PNG", "PPM")  # formats whose pictures of more than 8 bits Pillow gives as 0 to 65535
 
 
@@ -36,7 +41,7 @@ def load_tiny_imagenet(folder: Path, image_size: int = 0) -> Source:
         if len(fields) < 2 or fields[1] not in labels or Path(fields[0]).name != fields[0]:
             raise damaged(annotations, f"line {i + 1} must be an image and a class of wnids.txt, got {line!r}")
         test.append((place / "val" / "images" / fields[0], labels[fields[1]]))
-    return _source(train, test, len(labels), image_size)
+    return _source(place, train, test, len(labels), image_size)
 
 
 def load_image_folder(folder: Path, image_size: int = 0) -> Source:
@@ -56,7 +61,7 @@ def load_image_folder(folder: Path, image_size: int = 0) -> Source:
     if train and not test:
         _demand_no_split(train, names)
     tested = _labelled(test, names) if test else []
-    return _source(_labelled(train or folder, names), tested, len(names), image_size)
+    return _source(folder, _labelled(train or folder, names), tested, len(names), image_size)
 
 
 def _split(folder: Path, names: Sequence[str]) -> Path | None:
@@ -98,16 +103,53 @@ def _images(folder: Path) -> list[Path]:
     return found
 
 
-def _source(train: list[tuple[Path, int]], test: list[tuple[Path, int]], num_classes: int, image_size: int) -> Source:
+def _source(
+    place: Path, train: list[tuple[Path, int]], test: list[tuple[Path, int]], num_classes: int, image_size: int
+) -> Source:
     files = [*train, *test]
-    with ThreadPoolExecutor() as pool:
-        arrays = pool.map(lambda file: _read(file[0], image_size), files)
-        images = _stack([path for path, _ in files], tqdm(arrays, "images", len(files), leave=False, disable=None))
+    paths = [path for path, _ in files]
+    images = _kept(place, paths, image_size) if len(files) >= CACHED_FROM else _decode(paths, image_size)
     every = Split(images, torch.tensor([label for _, label in files]))
     return Source(every[: len(train)], every[len(train) :] if test else None, num_classes)
 
 
-def _stack(paths: Sequence[Path], arrays: "tqdm[np.ndarray]") -> torch.Tensor:
+def _decode(paths: list[Path], image_size: int) -> torch.Tensor:
+    with ThreadPoolExecutor() as pool, Progress("images", len(paths), "image") as progress:
+        return _stack(paths, pool.map(lambda path: _read(path, image_size), paths), progress)
+
+
+def _kept(place: Path, paths: list[Path], image_size: int) -> torch.Tensor:
+    """The decoded images, from a hidden file beside them if that is of these files as they are now, or else to it."""
+    file = place / f".rter-{image_size}.safetensors"
+    now = _fingerprint(place, paths)
+    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError), safe_open(file, framework="pt") as kept:
+        if kept.metadata()["files"] == now:
+            return kept.get_tensor("images")
+    images = _decode(paths, image_size)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        save_file({"images": images}, unfinished, {"files": now})
+        unfinished.replace(file)
+    except (OSError, SafetensorError) as error:  # a folder that others own, or a full disk
+        say(f"the decoded images cannot be kept in {place}, so they are decoded at every start: {error}")
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+    return images
+
+
+def _fingerprint(place: Path, paths: list[Path]) -> str:
+    """Changes when a file does, or what decodes it."""
+    import PIL
+
+    digest = hashlib.sha256(f"1 {PIL.__version__}".encode())  # 1: the version of `to_rgb`
+    for path in paths:
+        found = path.stat()
+        digest.update(os.fsencode(path.relative_to(place)) + f"\0{found.st_size} {found.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _stack(paths: Sequence[Path], arrays: Iterable[np.ndarray], progress: Progress) -> torch.Tensor:
     """[H, W, 3] arrays, all of the first one's size -> [n, 3, H, W]."""
     stacked = torch.empty(0)
     for i, array in enumerate(arrays):
@@ -118,6 +160,7 @@ def _stack(paths: Sequence[Path], arrays: "tqdm[np.ndarray]") -> torch.Tensor:
             sizes = [f"{s[-1]}x{s[-2]}" for s in (image.shape, stacked.shape)]
             raise UserError(f"{paths[i]} is {sizes[0]} where {paths[0]} is {sizes[1]}: give --image-size")
         stacked[i] = image
+        progress.update()
     return stacked
 
 
