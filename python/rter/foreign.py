@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rter.api import NORMS, evaluate_model
 from rter.checkpoint import load_tensors
 from rter.data import DATASETS
-from rter.distributed import device
+from rter.distributed import choose_device
 from rter.errors import UserError, did_you_mean
 from rter.evaluation import BATCH
 
@@ -78,7 +78,7 @@ def evaluate_file(args: argparse.Namespace, steps: int, restarts: int, suite: st
         "sample": None if len(chosen) == len(images) else {"of": len(images), "seed": seed},
     }
     report = evaluate_model(
-        model.to(device()),
+        model.to(choose_device(args.device)),
         chosen.x,
         chosen.y,
         eps=args.eps,
