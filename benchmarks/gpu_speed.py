@@ -29,6 +29,7 @@ from moe_kernels import (
     reference,
     topk_route,
 )
+from moe_kernels._layout import channels_innermost
 from moe_kernels.testing import as_tuple, to_double
 from moe_kernels.triton_kernels import tuning
 
@@ -152,7 +153,7 @@ class ConvCalls:
     def __init__(self, device: Device, shape: Conv) -> None:
         images, experts, c_in, c_out, size, kernel, stride = shape
         layer = ExpertConv2d(experts, c_in, c_out, kernel, stride, kernel // 2, bias=False, device=device.name)
-        self.weight = layer.weight.detach().to(torch.bfloat16)  # as under autocast
+        self.weight = channels_innermost(layer.weight.detach(), torch.bfloat16)  # as under autocast
         self.x, self.grad = (
             randn(device, images, c, side, side).contiguous(memory_format=torch.channels_last)
             for c, side in ((c_in, size), (c_out, size // stride))
