@@ -102,10 +102,17 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(
     assert model.training and 0 < whole.verdict.value <= whole.ra.value <= whole.sa.value == 0.95
 
 
-def test_the_report_of_a_plain_model(tmp_path: Path) -> None:
-    model = cnn()
+def test_the_report_of_a_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the full suite, killed in the middle of AutoAttack."""
+    model, options = cnn(), {"suite": "full"} | WEAK | {"batch_size": 20}
     x, y = images(model)
-    report = evaluate_model(model, x, y, suite="full", out=tmp_path, **WEAK | {"batch_size": 20})
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        broken_off(9, patch)
+        evaluate_model(model, x, y, out=tmp_path, **options)
+    parts = [json.loads(line).get("part") for line in (tmp_path / JOURNAL).read_bytes().splitlines()[:-1]]
+    assert parts[-1] == "autoattack apgd-ce/0"
+    report = evaluate_model(model, x, y, out=tmp_path, **options)
+    assert timeless(report) == timeless(evaluate_model(model, x, y, **options))
     figures = json.loads(report.to_json())
     assert figures.keys() >= KEYS and figures == json.loads((tmp_path / "report.json").read_text())
     assert (figures["num_experts"], figures["ra_e"], figures["expert_load"], figures["ra_r"]) == (0, [], [], None)
@@ -246,7 +253,21 @@ def test_a_random_model_is_said_to_be_one_and_resumes(
         broken_off(5, patch)
         evaluate_model(model, x, y, out=tmp_path, **options)
     torch.manual_seed(9)
-    assert timeless(evaluate_model(model, x, y, out=tmp_path, **options)) == timeless(whole)
+    before = torch.get_rng_state()
+    resumed = evaluate_model(model, x, y, out=tmp_path, **options)
+    assert timeless(resumed) == timeless(whole) and torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(resumed.examples[name], value) for name, value in whole.examples.items())
+
+
+def test_a_model_that_is_always_wrong() -> None:
+    model = mixture()
+    x, y = images(model)
+    wrong = (y + 1) % 4
+    nothing = evaluate_model(model, x, wrong, suite="quick", **WEAK)
+    wrong[1] = y[1]
+    report = evaluate_model(model, x, wrong, suite="quick", **WEAK)
+    assert (report.sa.value, report.attacks[0].attacked) == (0.05, 1) and report.verdict.high > 0.1
+    assert nothing.sa.value == nothing.ra.value == 0 and all(result.broken == 0 for result in nothing.attacks)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rter.data import Split
 from rter.errors import UserError
 from rter.evaluate import JOURNAL, examples, measure
 from rter.evaluation import BATCH, QUERIES, RESTARTS, Evaluation, Strength, eval_mode
+from rter.journal import seeded
 from rter.measured import Report
 from rter.models.adapted import adapt
 from rter.suite import DRAWS, is_deterministic
@@ -71,7 +72,7 @@ def evaluate_model(
     x, y = x.to(like.device, dtype), y.to(like.device)
     width = bounds[1] - bounds[0]
     unit = x if tuple(bounds) == (0, 1) else ((x - bounds[0]) / width).clamp(0, 1)
-    with eval_mode(model):
+    with eval_mode(model), seeded(seed, x.device):
         adapted, routes = adapt(model, unit[:2], (bounds[0], bounds[1]))
         with torch.no_grad():
             classes = adapted(unit[:1]).shape[1]

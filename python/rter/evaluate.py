@@ -19,6 +19,7 @@ from rter.data import Split, load_data
 from rter.distributed import choose_device
 from rter.evaluation import QUERIES, Attacked, Evaluation, Strength, mean, predict, says
 from rter.intervals import wilson
+from rter.journal import seeded
 from rter.measured import Report
 from rter.models import DualClassifier, RobustClassifier, View, build_model
 from rter.sanity import Seen, sanity
@@ -194,7 +195,7 @@ def _parts(evaluation: Evaluation) -> _Parts:
     attacked(View(model, _mean_of_experts), "the experts' mean", among=evaluation.standing)
     chosen = evaluation.of_each("route", evaluation.everything, lambda part: _route(evaluation, evaluation.x[part]))
     route = attacked(RouterLogits(model), "the router", chosen["expert"])
-    return _Parts(alone, route, mean(clean & route.judged["right"]))
+    return _Parts(alone, route, mean(clean & route.judged.get("right", clean)))
 
 
 def _routes(evaluation: Evaluation, whole: Attacked, route: Attacked | None) -> dict[str, Any]:
@@ -210,7 +211,8 @@ def _routes(evaluation: Evaluation, whole: Attacked, route: Attacked | None) -> 
             "route_flip_rate_whole": int((adversarial != own).sum()) / max(int(clean.sum()), 1),
         }
     eps, norm, batch = evaluation.strength.eps, evaluation.strength.norm, evaluation.strength.batch_size
-    weight = affine_router(model, x[:batch]) if evaluation.several else None
+    with seeded(evaluation.strength.seed_for("affine"), x.device):
+        weight = affine_router(model, x[:batch]) if evaluation.several else None
     radius = None if weight is None else torch.cat([route_radius(model, p, norm, weight) for p in x.split(batch)])
     return loads | {
         "route_flip_rate": 0.0 if route is None else mean(~route.robust),
@@ -274,11 +276,13 @@ def examples(evaluation: Evaluation) -> dict[str, Tensor]:
         attack = make_attack(
             model, strength, strength.eps, strength.steps, "examples", int(part[0]), restarts=strength.whole_restarts
         )
-        return {"x_adv": attack(evaluation.x[part], y[part])}
+        x, label = evaluation.x[part], y[part]
+        x_adv = attack(x, label)
+        said = {"clean": predict(model, x), "adversarial": predict(model, x_adv)}
+        return {"x": x, "x_adv": x_adv, "label": label, **said}
 
-    x_adv = torch.cat([found["x_adv"] for _, found in evaluation.batches("examples", rows, compute)])
-    x = evaluation.x[rows]
-    return {"x": x, "x_adv": x_adv, "label": y[rows], "clean": predict(model, x), "adversarial": predict(model, x_adv)}
+    batches = [found for _, found in evaluation.batches("examples", rows, compute)]
+    return {name: torch.cat([found[name] for found in batches]) for name in batches[0]}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rter.attack import make_attack
 from rter.console import Progress
 from rter.data import Split
-from rter.journal import Found, Journal
+from rter.journal import Found, Journal, seeded
 from rter.seeds import seed_for
 
 RESTARTS = {"quick": 5, "full": 20}  # of PGD on the whole model, in each suite
@@ -136,8 +136,7 @@ class Evaluation:
             if isinstance(value, Tensor):
                 weights.update(f"{name} {value.dtype} {list(value.shape)}".encode())
                 weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        with torch.random.fork_rng():
-            torch.manual_seed(self.strength.seed)  # for models that are random
+        with seeded(self.strength.seed, self.x.device):  # for models that are random
             weights.update(predict(self.model, self.x[:64]).cpu().numpy().tobytes())
         for tensor in (self.x, self.y):
             images.update(f"{tensor.dtype} {list(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())

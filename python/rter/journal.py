@@ -5,7 +5,8 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ class Journal:
     """
 
     def __init__(self, file: Path | None, identity: dict[str, Any], seed: int, device: torch.device) -> None:
-        self.path, self.seed = file, seed
-        self.devices = [device] if device.type == "cuda" else []
+        self.path, self.seed, self.device = file, seed, device
         self.parts: dict[str, dict[str, Any]] = {}
         if file is None:
             return
@@ -86,8 +86,7 @@ class Journal:
         """What the part of this name has found, computed unless it is kept."""
         if name not in self.parts:
             started = time.perf_counter()
-            with torch.random.fork_rng(devices=self.devices):
-                torch.manual_seed(seed_for(self.seed, "part", name))
+            with seeded(seed_for(self.seed, "part", name), self.device):
                 found = compute()
             record = {"part": name, "seconds": time.perf_counter() - started, **_encode(found)}
             self.parts[name] = record
@@ -104,6 +103,18 @@ class Journal:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
             self.file.close()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random states of the CPU and of the device that follow from the seed; afterwards they are what they were."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _encode(found: Found) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Report:
         ]
         failed = {name: check["value"] for name, check in self.checks.items() if not check["passed"]}
         if not failed:
-            return "\n".join([*lines, f"checks: all {len(self.checks)} passed"])
+            return "\n".join([*lines, f"checks: {len(self.checks)} of {len(self.checks)} passed"])
         said = (f"  {name}" + ("" if value is None else f": {value:.4g}") for name, value in failed.items())
         return "\n".join(
             [*lines, f"checks that FAILED, of {len(self.checks)} (docs/evaluation.md says what to do):", *said]
