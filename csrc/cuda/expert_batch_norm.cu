@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_batch_norm_forward(const Tensor& x, co
                                                              const OptionalTensor& running_mean,
                                                              const OptionalTensor& running_var, const Tensor& offsets,
                                                              bool training, double eps) {
-  check_device(x, {offsets});
+  check_device(x, {weight, bias, running_mean, running_var, offsets});
   const CudaStream stream(x);
   const bool channels_last = is_channels_last(x);
   const Tensor dense = as_layout(x, channels_last), ends = dense_offsets(offsets);

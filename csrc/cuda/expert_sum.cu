@@ -30,6 +30,8 @@ Tensor index_sum(const Tensor& x, const Tensor& index, int64_t num_rows) {
   MOE_CHECK(count <= INT32_MAX, "index must have fewer than 2^31 elements, got ", count);
   MOE_CHECK(index.scalar_type() == ScalarType::Int && index.numel() == count, "index must be int32 of shape [", count,
             "]");
+  MOE_CHECK(count <= INT32_MAX && num_rows < INT32_MAX, "index and the result must have fewer than 2^31 rows, got ",
+            count, " and ", num_rows);
   check_device(x, {index});
   const CudaStream stream(x);
   const Tensor dense = as_contiguous(x), dense_index = as_contiguous(index);
