@@ -168,11 +168,21 @@ def triton_kernel(name: str, launch: Launch, arch: int) -> list[Report]:
 def complaints(launch: Launch, ttir: str, sass: str) -> tuple[str, ...]:
     """What is wrong with a kernel beyond the resources that it needs."""
     found = []
-    if launch.wide_loads and narrow_loads(sass, indices=launch.arguments.get("rows") is not None):
+    if allows_wide_loads(launch) and narrow_loads(sass, indices=launch.arguments.get("rows") is not None):
         found.append("NARROW LOADS")
     if shares_accumulator(ttir):
         found.append("SHARED ACCUMULATOR")
     return tuple(found)
+
+
+def allows_wide_loads(launch: Launch) -> bool:
+    """Whether it is a GEMM all of whose rows, of the widths below, are multiples of 16 bytes."""
+    if "x" not in launch.arguments:
+        return False
+    x = launch.arguments["x"]
+    size = (x.base if isinstance(x, TensorDescriptor) else x).element_size()
+    widths = [launch.arguments[name] for name in ("C_IN", "C_OUT", "n", "k") if name in launch.arguments]
+    return all(width * size % 16 == 0 for width in widths)
 
 
 def narrow_loads(sass: str, indices: bool) -> int:

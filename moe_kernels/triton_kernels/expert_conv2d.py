@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_kernels._layout import channels_innermost, memory_format
 from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.configs import Tile
-from moe_kernels.triton_kernels.launch import Launch, is_wide, strides
+from moe_kernels.triton_kernels.launch import Launch, strides
 from moe_kernels.triton_kernels.tiles import at, dot, max_tiles
 
 
@@ -259,7 +259,6 @@ def _conv2d(
         tile.num_warps,
         tile.num_stages,
         tensor_cores=x.dtype != torch.float32,  # fp32 is not rounded to tf32
-        wide_loads=is_wide(x, weight),
     )
 
 

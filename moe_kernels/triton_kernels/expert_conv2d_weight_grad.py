@@ -16,7 +16,7 @@ from moe_kernels._layout import channels_innermost
 from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.configs import Tile
 from moe_kernels.triton_kernels.expert_conv2d import check_counts, empty_images, fit
-from moe_kernels.triton_kernels.launch import Launch, is_wide, strides
+from moe_kernels.triton_kernels.launch import Launch, strides
 from moe_kernels.triton_kernels.tiles import at, dot
 
 PROGRAMS = 512  # about two waves of one large GPU
@@ -166,7 +166,6 @@ def _weight_grad(
         tile.num_warps,
         tile.num_stages,
         tensor_cores=x.dtype != torch.float32,  # fp32 is not rounded to tf32
-        wide_loads=is_wide(grad, x),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.activations import ACTIVATIONS, GATED, activate
 from moe_kernels.triton_kernels.configs import Tile
-from moe_kernels.triton_kernels.launch import Launch, descriptor, is_wide, num_programs, strides
+from moe_kernels.triton_kernels.launch import Launch, descriptor, num_programs, strides
 from moe_kernels.triton_kernels.tiles import at, dot, find_tile, grouped_order, max_tiles, tile_ends
 
 
@@ -240,7 +240,6 @@ def _forward(
         tile.num_warps,
         tile.num_stages,
         tensor_cores=x.dtype != torch.float32,  # fp32 is not rounded to tf32
-        wide_loads=is_wide(x, weight),
     )
 
 

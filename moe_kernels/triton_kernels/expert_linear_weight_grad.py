@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_kernels.triton_kernels import configs, tuning
 from moe_kernels.triton_kernels.configs import Tile
-from moe_kernels.triton_kernels.launch import Launch, descriptor, is_wide, strides
+from moe_kernels.triton_kernels.launch import Launch, descriptor, strides
 from moe_kernels.triton_kernels.tiles import at, dot, grouped_order
 
 
@@ -136,7 +136,6 @@ def _weight_grad(grad: Tensor, x: Tensor, offsets: Tensor, rows: Tensor | None, 
         tile.num_warps,
         tile.num_stages,
         tensor_cores=x.dtype != torch.float32,  # fp32 is not rounded to tf32
-        wide_loads=is_wide(grad, x),
     )
 
 

@@ -17,8 +17,7 @@ if triton.knobs.runtime.interpret and interpreter.NEEDS_MENDING:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel; `tensor_cores` says that its code must use them, `wide_loads` that it must load its
-    operands 16 bytes at a time."""
+    """One launch of a kernel; `tensor_cores` says that its code must use them."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -26,7 +25,6 @@ class Launch:
     num_warps: int
     num_stages: int = 1
     tensor_cores: bool = False
-    wide_loads: bool = False
 
     def run(self) -> None:
         self.kernel[self.grid](**self.arguments, **self.options())
@@ -49,18 +47,6 @@ def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor | None:
     if x.stride(-1) != 1 or not aligned or x.numel() == 0:
         return None
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
-
-
-def is_wide(*operands: Tensor) -> bool:
-    """Whether 16-byte loads can cover the operands: one axis is dense, and all sizes are multiples of 16 bytes."""
-
-    def whole(elements: int, x: Tensor) -> bool:
-        return elements * x.element_size() % 16 == 0
-
-    return all(
-        1 in x.stride() and all(whole(n if s == 1 else s, x) for n, s in zip(x.shape, x.stride(), strict=True))
-        for x in operands
-    )
 
 
 def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
