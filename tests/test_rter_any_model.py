@@ -15,6 +15,7 @@ from runs import broken_off
 from torch import Tensor, nn
 
 from moe_kernels import RobustMoE
+from moe_kernels.attacks import every_expert
 
 KEYS = {
     "sa",
@@ -186,7 +187,12 @@ def test_a_route_that_cannot_be_attacked_is_named(kind: str) -> None:
     layer = RobustMoE(192, 8, 2, 1)
     models: dict[str, tuple[Any, str]] = {
         "two layers": (nn.Sequential(nn.Flatten(), layer, RobustMoE(192, 8, 2)), "2 RobustMoE layers"),
-        "tokens": (nn.Sequential(nn.Flatten(2), RobustMoE(64, 8, 2, 1), nn.Flatten()), r"\[2, 3, 2\]"),
+        "tokens": (
+            nn.Sequential(
+                nn.Flatten(0, 1), nn.Flatten(), RobustMoE(64, 8, 2, 1), nn.Unflatten(0, (-1, 3)), nn.Flatten()
+            ),
+            r"\[6, 2\]",
+        ),
         "twice": (Twice(layer), "does not run once at each forward"),
         "lambda": (lambda x: layer(x.flatten(1)), "is no module"),
         "no gradient": (RobustMoE.from_experts([nn.Flatten(), nn.Flatten()], Deaf()), "have no gradient"),
@@ -194,6 +200,26 @@ def test_a_route_that_cannot_be_attacked_is_named(kind: str) -> None:
     model, said = models[kind]
     adapted, routes = adapt(model, torch.rand(2, 3, 8, 8), (0, 1))
     assert adapted.num_experts == 0 and re.search(said, routes) and "attacked" in routes
+
+
+def test_tokens_are_sent_to_an_expert_together() -> None:
+    torch.manual_seed(0)
+    moe = RobustMoE(64, 8, 3, 2)
+    model = nn.Sequential(nn.Flatten(2), moe, nn.Flatten(), nn.Linear(192, 4))
+    x, y = images(model)
+    model.eval()
+    adapted: Any = adapt(model, x[:2], (0, 1))[0]
+    route = adapted.route(x)
+    tokens = moe.route(x.flatten(2))
+    torch.testing.assert_close(route.logits, tokens.logits.mean(1))
+    assert torch.equal(adapted(x, routing=route), model(x))
+    assert torch.equal(route.experts[:, 0].long(), route.logits.argmax(1))
+    alone = every_expert(adapted, x)
+    for e in range(3):
+        torch.testing.assert_close(alone[e], model[2:](moe(x.flatten(2), routing=tokens.fixed(e))))
+    report = evaluate_model(model, x, y, suite="quick", **WEAK)
+    assert report.figures["routes"] == "attacked, all tokens of an image together"
+    assert len(report.figures["ra_e"]) == 3 and "expert and route, weight 0.1" in report.figures["attacks"]
 
 
 def test_other_bounds_are_only_other_units() -> None:

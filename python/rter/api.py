@@ -44,8 +44,7 @@ def evaluate_model(
     Args:
         model: maps images [B, C, H, W] to logits [B, classes], or to an object with an attribute `logits`. A module is
             evaluated in eval mode and is left as it was. Its route is attacked if it offers `num_experts`, `route(x)`
-            and `forward(x, routing=...)`, as `moe_kernels.RobustMoE` does, or has one RobustMoE inside that routes
-            whole images.
+            and `forward(x, routing=...)`, as `moe_kernels.RobustMoE` does, or has one RobustMoE inside.
         x: images [n, C, H, W] within bounds, floats.
         y: classes [n], integers.
         eps: radius of the perturbation in units of x: a number, or a fraction such as "8/255".

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,14 +54,38 @@ class AdaptedMixture(Adapted):
         return logits_of(self.model(self.scaled(x), routing=routing), len(x))
 
 
+@dataclass(eq=False, frozen=True)
+class RoutingOfTokens(Routing):
+    """The routing of images whose `tokens` are routed: by the mean of their logits, and forced all together."""
+
+    tokens: Routing | None = None
+
+    @classmethod
+    def of(cls, tokens: Routing) -> "RoutingOfTokens":
+        mean = tokens.logits.flatten(1, -2).mean(1)  # [B, E]
+        image = Routing.from_logits(mean, 1, "hard")
+        return cls(mean, image.weights, image.experts, tokens)
+
+    @staticmethod
+    def to_tokens(images: Routing, lead: torch.Size) -> Routing:
+        """The routing of tokens [B, ...] that sends all of an image's where a forced routing sends the image."""
+        count = lead[1:].numel()
+        logits = images.logits.view(lead[0], *[1] * len(lead[1:]), -1).expand(*lead, -1)
+        return Routing(logits, *(t.repeat_interleave(count, 0) for t in (images.weights, images.experts)))
+
+
 class AdaptedInside(AdaptedMixture):
-    """A model with one RobustMoE inside that routes whole images."""
+    """A model with one RobustMoE inside, which routes images, or the tokens [B, ...] of each."""
 
     def __init__(self, model: nn.Module, bounds: tuple[float, float], moe: RobustMoE) -> None:
         super().__init__(model, bounds, moe.num_experts)
         self.moe = moe
 
     def route(self, x: Tensor) -> Routing:
+        routing = self._route(x)
+        return RoutingOfTokens.of(routing) if routing.logits.ndim > 2 else routing
+
+    def _route(self, x: Tensor) -> Routing:
         def stop(h: Tensor, routing: Routing | None = None) -> Tensor:
             raise _Routed(self.moe.route(h) if routing is None else routing)
 
@@ -75,9 +100,12 @@ class AdaptedInside(AdaptedMixture):
         if routing is None:
             return super().forward(x)
 
-        chosen = routing
+        image = routing
 
         def forced(h: Tensor, routing: Routing | None = None) -> Tensor:
+            chosen = image.tokens if isinstance(image, RoutingOfTokens) and image.tokens is not None else image
+            lead = (self.moe.route(h) if routing is None else routing).logits.shape[:-1]
+            chosen = RoutingOfTokens.to_tokens(chosen, lead) if chosen.logits.ndim < len(lead) + 1 else chosen
             return type(self.moe).forward(self.moe, h, chosen)
 
         with _in_place_of_forward(self.moe, forced):
@@ -164,10 +192,13 @@ def _if_routed(mixture: AdaptedMixture, plain: Adapted, x: Tensor) -> tuple[Adap
     mixture.num_experts = routing.num_experts
     if routing.logits.ndim != 2 or len(routing.logits) != len(x):
         shape = list(routing.logits.shape)
-        return plain, f"NOT attacked: {len(x)} images have route logits {shape}, and the attacks know routes of images"
+        return plain, f"NOT attacked: the route of {len(x)} images has logits {shape}, and not {len(x)} rows of them"
     if not routing.logits.requires_grad:
         return plain, "NOT attacked: the route's logits have no gradient"
-    return mixture, "attacked" if mixture.num_experts > 1 else "none: the model has one expert"
+    if mixture.num_experts == 1:
+        return mixture, "none: the model has one expert"
+    together = ", all tokens of an image together" if isinstance(routing, RoutingOfTokens) else ""
+    return mixture, f"attacked{together}"
 
 
 def _takes_routing(model: Any) -> bool:
