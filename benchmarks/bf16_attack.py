@@ -62,7 +62,7 @@ class Bf16Gradients(nn.Module):
 
 def robust_accuracy(model: nn.Module, attacked: nn.Module, data: Data, eps: float) -> float:
     """Percent of the test images that the model reads rightly after APGD-CE on `attacked`."""
-    x_adv = APGD(attacked, eps, STEPS, seed=0)(data.test.x, data.test.y)
+    x_adv = APGD(attacked, eps, steps=STEPS, seed=0)(data.test.x, data.test.y)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return 100 * (model(x_adv).argmax(1) == data.test.y).double().mean().item()
 

@@ -1,14 +1,30 @@
 """Checks of user input: one-line errors that name the argument, what was expected and what came."""
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def _describe(x: object) -> str:
+def describe(x: object) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
+
+
+def tensor(name: str, x: object, expected: str) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"{name} must be {expected}, got {type(x).__module__}.{type(x).__name__}".replace("builtins.", "")
+        )
+
+
+def bounds(x: object, equal: bool = False) -> None:
+    """(low, high), two numbers."""
+    numbers = list(x) if isinstance(x, Sequence | np.ndarray) or (isinstance(x, Tensor) and x.ndim == 1) else []
+    valid = len(numbers) == 2 and all(isinstance(n, Real) or (isinstance(n, Tensor) and n.ndim == 0) for n in numbers)
+    if not valid or not (numbers[0] <= numbers[1] if equal else numbers[0] < numbers[1]):
+        raise ValueError(f"bounds must be (low, high) with low {'<=' if equal else '<'} high, two numbers, got {x!r}")
 
 
 def ndim(name: str, x: Tensor, expected: int) -> None:
@@ -52,7 +68,7 @@ def indices(name: str, x: Tensor, like: Tensor, *, ndim: int, like_name: str = "
 
 def offsets(x: Tensor, num_experts: int, like: Tensor) -> None:
     if x.dtype != torch.int32 or x.ndim != 1 or x.shape[0] != num_experts + 1:
-        raise ValueError(f"offsets must be int32 of shape [{num_experts + 1}] (E + 1), got {_describe(x)}")
+        raise ValueError(f"offsets must be int32 of shape [{num_experts + 1}] (E + 1), got {describe(x)}")
     same_device("offsets", x, "x", like)
 
 
@@ -101,6 +117,29 @@ def inside_checkpoint() -> bool:
 def inside_backward() -> bool:
     """Whether this runs in a backward, where a checkpoint computes a forward again; never while it is compiled."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def transformed() -> bool:
+    """Whether torch.func differentiates what runs now, or forward mode does: then every step must be torch's own."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch
+    kinds = [level.key() for level in functorch.get_interpreter_stack() or ()]
+    return functorch.TransformType.Grad in kinds or functorch.TransformType.Jvp in kinds
+
+
+def not_mapped(name: str, x: Tensor) -> None:
+    """Refuses what torch.func.vmap maps over while gradients are taken, as in vmap(grad(...))."""
+    inner = x
+    while transformed() and torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        if torch._C._functorch.is_batchedtensor(inner):
+            raise RuntimeError(
+                f"{name} must be one tensor for all rows, got one for each sample of torch.func.vmap; differentiate "
+                "the batch as a whole, without vmap"
+            )
+        inner = torch._C._functorch.get_unwrapped(inner)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels import _checks as check
+
 NAMESPACE = "moe_kernels"
 OPERATORS: dict[str, Callable[..., Any]] = {}  # by name, as this package calls them
 TRITON: dict[str, str] = {}  # operator: the file of triton_kernels that computes it on a GPU
@@ -42,15 +44,17 @@ def define(
     operator = getattr(torch.ops.moe_kernels, name).default
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
-        operator = functools.partial(_call, operator)
-    OPERATORS[name] = operator
+    OPERATORS[name] = operator = functools.partial(_call, operator, backward is not None)
     return operator
 
 
-def _call(operator: Callable[..., Any], *args: Any) -> Any:
+def _call(operator: Callable[..., Any], differentiable: bool, *args: Any) -> Any:
     """Where nothing is recorded, leaves out what torch registers for autograd: it is Python and takes longer than many
-    an operator."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    an operator. Under torch.func and in forward mode, of which what is registered knows nothing, runs the reference."""
+    if check.transformed():
+        reference = importlib.import_module("moe_kernels.reference")
+        return getattr(reference, operator._schema.name.split("::")[1])(*args)  # type: ignore[attr-defined]
+    if not differentiable or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)

@@ -193,6 +193,8 @@ def _release(held: tuple[Tensor, int]) -> Tensor:
     x, version = held
     if x._version != version:
         raise RuntimeError("one of the tensors needed for a gradient has been modified by an inplace operation")
+    if x.numel() and not x.untyped_storage().nbytes():
+        raise RuntimeError("a parameter needed for a gradient was freed by FSDP2; attack the sharded module itself")
     return x
 
 

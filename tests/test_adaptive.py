@@ -38,10 +38,10 @@ def hidden_weakness() -> RobustMoE:
 def test_a_weak_expert_behind_the_route_is_found(attack: type[ExpertAttack]) -> None:
     model, y = hidden_weakness(), torch.zeros(20, dtype=torch.int64)
     x = torch.full((20, 4), 0.4)
-    assert (model(APGD(model, 0.15, 20, "margin", random_start=False)(x, y)).argmax(1) == 0).all()
-    x_adv = attack(model, 0.15, 20, seed=0)(x, y)
+    assert (model(APGD(model, 0.15, steps=20, loss="margin", random_start=False)(x, y)).argmax(1) == 0).all()
+    x_adv = attack(model, 0.15, steps=20, seed=0)(x, y)
     assert (model(x_adv).argmax(1) == 1).all() and (x_adv - x).abs().max() <= 0.15
-    out_of_reach = attack(model, 0.05, 20, seed=0)(x, y)
+    out_of_reach = attack(model, 0.05, steps=20, seed=0)(x, y)
     assert (model(out_of_reach).argmax(1) == 0).all()
 
 
@@ -63,7 +63,7 @@ def test_the_soft_backward_sees_every_expert() -> None:
 def test_the_router_alone() -> None:
     model = hidden_weakness()
     x, chosen = torch.full((3, 4), 0.4), torch.zeros(3, dtype=torch.int64)
-    x_adv = APGD(RouterLogits(model), 0.15, 10, "margin", seed=0)(x, chosen)
+    x_adv = APGD(RouterLogits(model), 0.15, steps=10, loss="margin", seed=0)(x, chosen)
     assert (model.route(x_adv).experts == 2).all()
 
 
@@ -83,12 +83,12 @@ def test_on_a_trained_mixture(robust_digits: tuple[RobustClassifier, Split]) -> 
     model, images = robust_digits
     x, y = images.x, images.y
     clean = model(x).argmax(1) == y
-    plain = model(APGD(model, 0.15, 15, seed=0)(x, y)).argmax(1) == y
+    plain = model(APGD(model, 0.15, steps=15, seed=0)(x, y)).argmax(1) == y
     for attack in (
-        ExpertAttack(model, 0.15, 15, seed=0),
-        ExpertAttack(model, torch.full((120,), 0.15), 15, restarts=2, seed=0),
-        JointAttack(model, "3/20", 15, seed=0),
-        APGD(SoftBackward(model), 0.15, 15, "margin", seed=0),
+        ExpertAttack(model, 0.15, steps=15, seed=0),
+        ExpertAttack(model, torch.full((120,), 0.15), steps=15, restarts=2, seed=0),
+        JointAttack(model, "3/20", steps=15, seed=0),
+        APGD(SoftBackward(model), 0.15, steps=15, loss="margin", seed=0),
     ):
         x_adv = attack(x, y)
         robust = model(x_adv).argmax(1) == y
@@ -96,4 +96,4 @@ def test_on_a_trained_mixture(robust_digits: tuple[RobustClassifier, Split]) -> 
         assert robust.sum() < clean.sum() and (robust & plain).sum() <= plain.sum()
         assert attack.nan_gradients == 0
         assert not model.training and all(p.requires_grad for p in model.parameters())
-    assert (model(ExpertAttack(model, 0.15, 15, seed=0)(x, y)).argmax(1) == y).sum() <= plain.sum() + 3
+    assert (model(ExpertAttack(model, 0.15, steps=15, seed=0)(x, y)).argmax(1) == y).sum() <= plain.sum() + 3

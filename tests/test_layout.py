@@ -23,6 +23,7 @@ MAY_IMPORT = {
     ),
     "moe_kernels/nn": (
         "moe_kernels._checks",
+        "moe_kernels._fsdp",
         "moe_kernels._layout",
         "moe_kernels._library",
         "moe_kernels._recipes",
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     ),
     "moe_kernels/attacks": (
         "moe_kernels._checks",
+        "moe_kernels._fsdp",
         "moe_kernels._layout",
         "moe_kernels._library",
         "moe_kernels._recipes",

@@ -126,7 +126,7 @@ def test_the_papers_certificate_holds(robust_digits: tuple[RobustClassifier, Spl
         alone = torch.stack([model(x, routing=model.route(x).fixed(e)).softmax(1) for e in range(3)], 1)
         return (gates[:, :, None] * alone).sum(1)
 
-    x_adv = APGD(soft, found["greatest_radius"], 5, "margin")(x, y)
+    x_adv = APGD(soft, found["greatest_radius"], steps=5, loss="margin")(x, y)
     changed = (soft(x_adv) - soft(x)).abs().amax(1)
     bound = found["greatest_radius"] * (sum(found["gate_lipschitz"]) + max(found["expert_lipschitz"]))
     assert (changed <= bound).all()

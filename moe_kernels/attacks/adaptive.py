@@ -105,12 +105,13 @@ class ExpertAttack(APGD):
         self,
         model: nn.Module,
         eps: float | str | Tensor = 8 / 255,
+        *,
         steps: int = 100,
         weight: float = 0.1,
         **options: Any,
     ) -> None:
         check_mixture(model)
-        super().__init__(model, eps, steps, "margin", **options)
+        super().__init__(model, eps, steps=steps, loss="margin", **options)
         self.model: Any = model
         self.weight = weight
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_kernels import _checks as check
 from moe_kernels.attacks.attack import Attack, Best, per_sample
 from moe_kernels.attacks.losses import Loss, check_classes, cross_entropy, dlr, dlr_towards, margin
-from moe_kernels.ops.pgd_step_ import step_unchecked_
+from moe_kernels.ops.pgd_step_ import spelled, step_unchecked_
 
 Goal = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [B, ...] -> objective to ascend [B], success [B]
 
@@ -37,7 +37,7 @@ class APGD(Attack):
         loss: "ce"; "dlr" (at least 3 classes); "dlr_targeted" (at least 4), one run towards each of the
             n_target_classes likeliest other classes; "margin", max_{j != y} z_j - z_y; or a callable
             (logits, y) -> [B].
-        norm: "Linf" or "L2".
+        norm: "Linf" or "L2"; "linf", float("inf"), "l2" and 2 are the same.
         random_start: start uniformly in the ball, clamped to bounds; otherwise at x.
         restarts: random starts, of which each sample keeps its best.
         n_target_classes: of "dlr_targeted"; no more than there are other classes are taken.
@@ -61,6 +61,7 @@ class APGD(Attack):
         self,
         model: Callable[..., Tensor],
         eps: float | str | Tensor = 8 / 255,
+        *,
         steps: int = 100,
         loss: str | Loss = "ce",
         norm: str = "Linf",
@@ -69,12 +70,11 @@ class APGD(Attack):
         n_target_classes: int = 9,
         bounds: tuple[float, float] = (0, 1),
         seed: int | None = None,
-        *,
         draws: int = 1,
         attack_misclassified: bool = False,
         recompute: str = "none",
     ) -> None:
-        if norm not in ("Linf", "L2"):
+        if spelled(norm) not in ("Linf", "L2"):
             raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}")
         if not callable(loss) and loss not in (*LOSSES, "dlr_targeted"):
             expected = "'ce', 'dlr', 'dlr_targeted', 'margin' or a callable (logits, y) -> [B]"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _checks as check
-from moe_kernels.attacks.attack_mode import MODES, frozen
+from moe_kernels import _fsdp as fsdp
+from moe_kernels.attacks.attack_mode import MODES, frozen, mode_of
 from moe_kernels.attacks.losses import Loss
-from moe_kernels.ops.pgd_step_ import pgd_step_
+from moe_kernels.ops.pgd_step_ import pgd_step_, spelled
 
 
 class Attack(ABC):
@@ -49,18 +50,18 @@ class Attack(ABC):
             raise ValueError(f"restarts must be 1 without random_start, since all would be equal, got {restarts}")
         if seed is not None and not isinstance(seed, Integral):
             raise ValueError(f"seed must be an integer or None, got {seed!r}")
-        if not bounds[0] < bounds[1]:
-            raise ValueError(f"bounds must be (low, high) with low < high, got {bounds!r}")
+        check.bounds(bounds)
         self.model = model
         self.eps = magnitude("eps", eps)
-        self.norm = norm
+        self.norm = spelled(norm)
         self.random_start = random_start
         self.attack_misclassified = True
         self.recompute = recompute
         self.bounds = bounds
         self.seed = None if seed is None else int(seed)
         self._counts = torch.zeros(3, dtype=torch.int64)
-        if norm == "Linf" and not isinstance(self.eps, Tensor):
+        self._probabilities: Tensor | None = None  # whether the first logits of the last call looked like such
+        if self.norm == "Linf" and not isinstance(self.eps, Tensor):
             if self.eps > bounds[1] - bounds[0]:
                 warnings.warn(f"eps={self.eps} is wider than bounds {bounds}; is 8/255 meant by 8?", stacklevel=3)
             if self.eps == 0.031:
@@ -95,11 +96,15 @@ class Attack(ABC):
             self._counts = torch.zeros(3, dtype=torch.int64, device=x.device)  # with a NaN, zero, all
         if x.numel() == 0:
             return x.detach()
-        _check_values(x, y, self.bounds)
-        self._least_classes = int(y.max()) + 1
-        self._in_model = MODES[self.recompute]()
+        labels = y.to(torch.int64)
+        _check_values(x, labels, self.bounds)
+        self._probabilities = None
+        self._least_classes = int(labels.max()) + 1
+        self._in_model = mode_of(self.model, self.recompute)
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             x_adv = self._attack(x.detach(), y.to(torch.int64, copy=True), kwargs)
+        if self._probabilities is not None and self._probabilities:
+            warnings.warn("model returned probabilities where logits are expected; leave out its softmax", stacklevel=2)
         if self.nan_gradients:
             message = f"{self.nan_gradients} of {int(self._counts[2])} gradients held a NaN"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -143,10 +148,12 @@ class Attack(ABC):
 
     def _logits(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         with self._in_model as mode:
-            logits = self.model(x, **kwargs)
+            logits = self.model(fsdp.entering(self.model, x), **kwargs)
         if x.requires_grad and mode is not None and not mode.applied:
             self._in_model = nullcontext()  # too small a network for any rule
         _check_logits(logits, len(x), self._least_classes)
+        if self._probabilities is None and isinstance(self.loss, str):
+            self._probabilities = _are_probabilities(logits.detach())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _evaluate(self, x: Tensor, y: Tensor, loss: Loss, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -234,7 +241,15 @@ def _is_magnitude(number: Any) -> bool:
     return bool(torch.as_tensor(number).isfinite().all() and (torch.as_tensor(number) >= 0).all())
 
 
+def _are_probabilities(logits: Tensor) -> Tensor:
+    """Whether all rows [B, C] of two classes or more are positive and sum to 1."""
+    near = (logits.float().sum(1) - 1).abs() < 1e-3
+    return (near & (logits >= 0).all(1)).all() & (logits.shape[1] > 1)
+
+
 def _check_shapes(x: Tensor, y: Tensor, **magnitudes: float | Tensor) -> None:
+    check.tensor("x", x, "a tensor")
+    check.tensor("y", y, f"a tensor of integer class labels, here [{len(x) if x.ndim else 0}]")
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x must be float32 or float64, got {x.dtype}")
     if x.ndim == 0:
@@ -252,7 +267,7 @@ def _check_values(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
     if least.isnan():
         raise ValueError("x must hold no NaN, got one")
     if least < bounds[0] or greatest > bounds[1]:
-        raise ValueError(f"x must lie within bounds {bounds}, got min {least:.6g} and max {greatest:.6g}")
+        raise ValueError(f"x must lie within bounds {bounds}, got min {least.item()} and max {greatest.item()}")
     if y.min() < 0:
         raise ValueError(f"y must be class labels >= 0, got {int(y.min())}")
 

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_kernels import _checks as check
+from moe_kernels import _fsdp as fsdp
 from moe_kernels.attacks.lean import LeanMode, RecomputingMode
 
 MODES = {"none": LeanMode, "activations": RecomputingMode}  # by recompute
@@ -25,7 +26,9 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
     and its very .grad, every buffer name its very tensor, which was never written to, and the global random state (CPU
     and, once initialised, CUDA) is what it was. The flags are set directly, so an overridden `train` or `eval` does not
     run. May be nested and reused. Lazy parameters and buffers that are initialised inside stay initialised. Threads
-    attack the same model one after the other; models that share modules are not known to be one.
+    attack the same model one after the other; models that share modules are not known to be one. What FSDP2
+    shards is sharded again on entry and on exit; its gradients are left to it. FSDP1 drops the gradients that it holds
+    when it is attacked: take the optimizer's step before.
 
     A forward inside keeps for its backward only what the gradient of its input needs (`moe_kernels.attacks.lean`), and
     on a CPU computes convolutions by Winograd's algorithm where that is faster, which rounds otherwise.
@@ -36,7 +39,7 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
             group and rms norms and what is cheap to compute from them, which costs a transformer time.
 
     Raises:
-        ValueError: if recompute is unknown.
+        ValueError: if recompute is unknown, or on entry if the model was made under torch.inference_mode.
 
     Example:
         with attack_mode(model):
@@ -51,11 +54,17 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
     def __enter__(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model))
-            stack.enter_context(MODES[self.recompute]())
+            stack.enter_context(mode_of(self.model, self.recompute))
             self._restore.append(stack.pop_all())
 
     def __exit__(self, *exception: object) -> None:
         self._restore.pop().close()
+
+
+def mode_of(model: Callable[..., Any], recompute: str) -> LeanMode:
+    mode = MODES[recompute]()
+    mode.frees_parameters = bool(fsdp.units(model))
+    return mode
 
 
 @contextmanager
@@ -72,9 +81,13 @@ def frozen(model: Callable[..., Any]) -> Iterator[None]:
 
 
 def _freeze(model: nn.Module, stack: ExitStack) -> None:
+    fsdp.reshard(model)  # what is frozen are the shards, whose flags the whole parameters take at each forward
+    sharded = {id(p) for p in fsdp.parameters(model)}  # into whose gradients FSDP2 may reduce what is left of earlier
     modules: list[tuple[nn.Module, bool, list[Any], list[Any]]] = []
-    parameters: dict[int, tuple[Tensor, bool, Tensor | None]] = {}
-    stack.callback(_thaw, modules, parameters)
+    parameters: dict[int, tuple[Tensor, bool]] = {}
+    gradients: list[tuple[Tensor, Tensor | None]] = []
+    stack.callback(_thaw, modules, parameters, gradients)
+    stack.callback(fsdp.reshard, model)
     # A copy instead of saving and restoring values: batch norm writes its statistics without raising their version,
     # and writing them back would raise it under a graph of the caller's that saved them.
     copies: dict[int, Tensor | None] = {id(None): None}
@@ -93,13 +106,21 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
             module._parameters[name] = detached.setdefault(id(p), p.detach())
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in parameters:
-                parameters[id(parameter)] = (parameter, parameter.requires_grad, parameter.grad)
-                parameter.grad, parameter.requires_grad = None, False
+                if not is_lazy(parameter) and parameter.is_inference():
+                    name = next(name for name, p in model.named_parameters() if p is parameter)
+                    raise ValueError(f"model must be made outside torch.inference_mode, got {name} made inside")
+                parameters[id(parameter)] = (parameter, parameter.requires_grad)
+                parameter.requires_grad = False
+                if id(parameter) not in sharded:
+                    gradients.append((parameter, parameter.grad))
+                    parameter.grad = None
 
 
-def _thaw(modules: list[Any], parameters: dict[int, tuple[Tensor, bool, Tensor | None]]) -> None:
-    for p, requires_grad, grad in parameters.values():
-        p.grad, p.requires_grad = grad, requires_grad
+def _thaw(modules: list[Any], parameters: dict[int, tuple[Tensor, bool]], gradients: list[Any]) -> None:
+    for p, requires_grad in parameters.values():
+        p.requires_grad = requires_grad
+    for p, grad in gradients:
+        p.grad = grad
     for module, training, buffers, moving in modules:
         if module.training != training:
             module.training = training

@@ -48,6 +48,7 @@ class LeanMode(TorchFunctionMode):
     """
 
     applied = False  # whether any rule has been followed
+    frees_parameters = False  # whether one may be gone when a recipe would need it, as under FSDP2
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = _by_rule(func, args, kwargs or {}) if func in RULES else NotImplemented
@@ -121,6 +122,8 @@ class RecomputingMode(LeanMode):
         others = tensors[1 + (func in PRODUCTS) :]  # which may change before the backward
         others = [t for t in others if t.is_floating_point() and not (t.requires_grad or isinstance(t, nn.Parameter))]
         if any(8 * t.numel() > out.numel() for t in others):
+            return
+        if self.frees_parameters and any(isinstance(t, nn.Parameter) for t in tensors):
             return
         moving = [t for t in tensors if t.requires_grad]
         sources = [recipes.find(t) for t in moving]

@@ -1,5 +1,6 @@
 """Projected gradient descent in an Lp ball around x: x_adv <- P(x_adv + alpha * direction(d loss / d x_adv))."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from moe_kernels.attacks.attack import Attack, Best, magnitude
 from moe_kernels.attacks.capture import repeat
 from moe_kernels.attacks.losses import Loss, cross_entropy, margin
 from moe_kernels.ops.kl_divergence import kl_divergence
-from moe_kernels.ops.pgd_step_ import NORMS, step_unchecked_
+from moe_kernels.ops.pgd_step_ import NORMS, spelled, step_unchecked_
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
 
@@ -29,7 +30,7 @@ class PGD(Attack):
         eps: radius of the ball in units of x: a number, a fraction such as "8/255", or a tensor [B].
         alpha: step size, likewise.
         steps: gradient steps; 0 returns the start.
-        norm: "Linf", "L2" or "L1".
+        norm: "Linf", "L2" or "L1"; "linf", float("inf"), "l2", 2, "l1" and 1 are the same.
         loss: "ce"; "kl", KL(clean prediction || adversarial prediction) (Zhang et al. 2019); "margin",
             max_{j != y} z_j - z_y (Carlini and Wagner 2017); or a callable (logits, y) -> [B].
         random_start: start uniformly in the ball, clamped to bounds; otherwise at x ("kl", whose gradient vanishes
@@ -81,7 +82,7 @@ class PGD(Attack):
         freeze_routing: bool = False,
         recompute: str = "none",
     ) -> None:
-        if norm not in NORMS:
+        if spelled(norm) not in NORMS:
             raise ValueError(f"norm must be 'Linf', 'L2' or 'L1', got {norm!r}")
         if not callable(loss) and loss not in (*LOSSES, "kl"):
             raise ValueError(f"loss must be 'ce', 'kl', 'margin' or a callable (logits, y) -> [B], got {loss!r}")
@@ -93,6 +94,11 @@ class PGD(Attack):
             raise ValueError(f"freeze_routing must be False for a model without a method route, {type(model).__name__}")
         super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed, recompute)
         self.alpha = magnitude("alpha", alpha)
+        if self.norm == "Linf" and not isinstance(self.alpha, Tensor) and not isinstance(self.eps, Tensor):
+            width = bounds[1] - bounds[0]
+            if self.alpha >= width > 2 * self.eps > 0:
+                message = f"alpha={self.alpha} crosses bounds {bounds} and eps={self.eps}; is 2/255 meant by 2?"
+                warnings.warn(message, stacklevel=2)
         self.loss = loss
         self.targeted = targeted
         self.best_iterate = best_iterate

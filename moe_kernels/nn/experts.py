@@ -29,7 +29,13 @@ class ExpertLinear(nn.Module):
         in_features: width of x.
         out_features: width of the result.
         bias: whether there is a bias.
+
+    Attributes:
+        init_std: the deviation of the weight that `reset_parameters` draws, beside a bias of zero; None for the values
+            of nn.Linear.
     """
+
+    init_std: float | None = None
 
     def __init__(
         self,
@@ -47,7 +53,12 @@ class ExpertLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        reset_like_torch(self.weight, self.bias)
+        if self.init_std is None:
+            reset_like_torch(self.weight, self.bias)
+        else:
+            nn.init.trunc_normal_(self.weight, std=self.init_std)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
         """x [N, in] sorted by expert -> [N, out]; with `rows` [N], slot j reads x[rows[j]]."""
@@ -58,6 +69,24 @@ class ExpertLinear(nn.Module):
             f"num_experts={self.num_experts}, in_features={self.in_features}, "
             f"out_features={self.out_features}, bias={self.bias is not None}"
         )
+
+
+class ExpertOutput(ExpertLinear):
+    """The second layer of an expert MLP."""
+
+    def forward(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        rows: Tensor | None = None,
+        activation: str | None = None,
+        weights: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """As of `ExpertLinear`; with an activation, as `moe_kernels.ops.expert_mlp_output`."""
+        if activation is None:
+            return super().forward(x, offsets, rows)
+        return expert_mlp_output(x, self.weight, self.bias, offsets, activation, weights, position, rows)
 
 
 class ExpertMLP(nn.Module):
@@ -100,7 +129,7 @@ class ExpertMLP(nn.Module):
             check.count(name, size, 1)
         self.num_experts, self.activation, self.recompute = num_experts, activation, recompute
         self.up = ExpertLinear(num_experts, dim, hidden_dim * (1 + (activation in GATED)), bias, device, dtype)
-        self.down = ExpertLinear(num_experts, hidden_dim, dim, bias, device, dtype)
+        self.down = ExpertOutput(num_experts, hidden_dim, dim, bias, device, dtype)
 
     def forward(
         self,
@@ -131,9 +160,7 @@ class ExpertMLP(nn.Module):
             y = self.down(a, offsets)
             return y if weights is None or position is None else combine(y, weights, position)
         rows = None if weights is None else rows
-        return expert_mlp_output(
-            hidden, self.down.weight, self.down.bias, offsets, self.activation, weights, position, rows
-        )
+        return self.down(hidden, offsets, rows, self.activation, weights, position)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, recompute={self.recompute!r}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import _checks as check
+from moe_kernels import _fsdp as fsdp
 from moe_kernels._library import vjp
 from moe_kernels._recipes import autocast_as_now
 from moe_kernels.nn.recompute import Recomputing
@@ -38,9 +39,15 @@ class GroupedNetwork(nn.Module):
         """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
         check.ndim("x", x, 4)
         again = self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        again = again and not check.transformed()
         if not again or len(x) == 0 or not any(p.requires_grad for p in self.parameters()):
             return self.keeping_little(x, offsets)
         check.offsets(offsets, self.num_experts, x)
+        if fsdp.units(self):
+            raise ValueError(
+                'recompute must not be "all" for a network that is sharded itself or inside, since it computes each '
+                'expert from slices of whole parameters: call fully_shard on what contains it alone, got "all"'
+            )
         return _ExpertByExpert.apply(self, offsets, x, *self.parameters())
 
     def keeping_little(self, x: Tensor, offsets: Tensor) -> Tensor:

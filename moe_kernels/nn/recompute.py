@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_kernels._checks import inside_checkpoint
+from moe_kernels import _fsdp as fsdp
+from moe_kernels._checks import inside_checkpoint, transformed
 from moe_kernels._recipes import Recipes
 
 RECOMPUTE = ("none", "activations", "all")
@@ -30,7 +31,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tenso
     forward = None if torch.compiler.is_compiling() else getattr(_THREAD, "forward", None)
     y = function(*inputs)
     if forward is not None and y.requires_grad:
-        forward.recipes.record(y, function, inputs)
+        forward.recipes.record(y, forward.whole(function), inputs)
     return y
 
 
@@ -44,8 +45,22 @@ class Recomputing:
 
     def __init__(self, module: nn.Module, active: bool = True) -> None:
         self.active = active and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        self.active = self.active and not inside_checkpoint()
+        self.active = self.active and not inside_checkpoint() and not transformed()
         self.recipes = Recipes(AsNow(module) if self.active else nullcontext())
+        self.owners = fsdp.owners(module) if self.active else {}
+
+    def whole(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The same function, before which FSDP2 makes the parameters whole of the module that it is, or is of."""
+        module = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        unit = self.owners.get(module) if isinstance(module, nn.Module) else None
+        if unit is None:
+            return function
+
+        def again(*inputs: Tensor) -> Tensor:
+            unit.unshard()  # until its own backward, which comes next
+            return function(*inputs)
+
+        return again
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():
@@ -65,10 +80,11 @@ class Recomputing:
 
 class AsNow:
     """Context in which a module has the mode, parameters and buffers of now, and its running statistics stand still:
-    a batch that is computed again does not count again."""
+    a batch that is computed again does not count again. FSDP2 itself brings the parameters of a unit back."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.now = [(m, _state(m)) for m in module.modules()]
+        sharded = fsdp.owners(module)
+        self.now = [(m, _state(m, m not in sharded)) for m in module.modules()]
 
     def __enter__(self) -> None:
         self.before = [{name: getattr(m, name) for name in now} for m, now in self.now]
@@ -80,6 +96,7 @@ class AsNow:
             vars(m).update(before)
 
 
-def _state(m: nn.Module) -> dict[str, Any]:
+def _state(m: nn.Module, parameters: bool) -> dict[str, Any]:
     still = {"updates": False} if isinstance(m, WithStatistics) else {}
-    return {"training": m.training, "_parameters": dict(m._parameters), "_buffers": dict(m._buffers), **still}
+    own = {"_parameters": dict(m._parameters)} if parameters else {}
+    return {"training": m.training, "_buffers": dict(m._buffers), **own, **still}

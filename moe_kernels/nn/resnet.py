@@ -103,6 +103,17 @@ class ExpertBatchNorm2d(WithStatistics):
         self.register_buffer("running_var", torch.ones(shape, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.zeros(num_experts, dtype=torch.long, device=device))
 
+    def reset_running_stats(self) -> None:
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None and self.bias is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> the same shape."""
         mean, var = self.running_mean, self.running_var

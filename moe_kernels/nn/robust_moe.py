@@ -5,9 +5,11 @@ from itertools import chain, pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_kernels import _checks as check
+from moe_kernels import _fsdp as fsdp
 from moe_kernels.nn.experts import ExpertMLP
 from moe_kernels.nn.hub import HubMixin
 from moe_kernels.nn.routing import Routing
@@ -17,17 +19,48 @@ from moe_kernels.ops.topk_route import GATES, check_groups
 
 
 class ExpertList(nn.ModuleList):
-    """Any modules as one grouped network: each runs on its own rows, one after the other (offsets go to the host)."""
+    """Any modules as one grouped network: each runs on its own rows, one after the other (offsets go to the host).
+
+    A module without rows does not run, unless FSDP2 shards it between processes, which must all run it: then it runs on
+    no rows. In DistributedDataParallel its gradient is zero, so that find_unused_parameters need not be set.
+    """
 
     @property
     def num_experts(self) -> int:
         return len(self)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [N, ...] sorted by expert, offsets int32 [E + 1] -> [N, ...]; a module without rows does not run."""
-        bounds = list(pairwise(offsets.tolist()))
-        outputs = [expert(x[a:b]) for expert, (a, b) in zip(self, bounds, strict=True) if b > a]
-        return torch.cat(outputs) if outputs else self[0](x)
+        """x [N, ...] sorted by expert, offsets int32 [E + 1] -> [N, ...].
+
+        Raises:
+            ValueError: if an expert does not return a tensor with a row for each of its rows, or their shapes differ.
+        """
+        rows = [slice(a, b) for a, b in pairwise(offsets.tolist())]
+        together = bool(fsdp.units(self)) and dist.is_initialized() and dist.get_world_size() > 1
+        run = [e for e, own in enumerate(rows) if together or own.stop > own.start] or [0]
+        outputs = {e: self[e](x[rows[e]]) for e in run}
+        _check_outputs(outputs, rows)
+        return torch.cat([*outputs.values(), *self._nothing_of_the_idle(outputs)])
+
+    def _nothing_of_the_idle(self, outputs: dict[int, Tensor]) -> list[Tensor]:
+        """Where DDP waits for a gradient of every parameter, no rows [0, ...] of each that belongs to no output."""
+        ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+        if ddp is None or ddp.find_unused_parameters or not torch.is_grad_enabled():
+            return []
+        like = next(iter(outputs.values()))
+        idle = [p for e, expert in enumerate(self) if e not in outputs for p in expert.parameters() if p.requires_grad]
+        return [p.flatten()[:0].to(like.dtype).view(0, *like.shape[1:]) for p in idle]
+
+
+def _check_outputs(outputs: dict[int, Tensor], rows: list[slice]) -> None:
+    for e, y in outputs.items():
+        count = rows[e].stop - rows[e].start
+        if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != count:
+            came = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"experts[{e}] must return a tensor with a row for each of its {count} rows, got {came}")
+    if len({y.shape[1:] for y in outputs.values()}) > 1:
+        shapes = ", ".join(f"{list(y.shape[1:])} of experts[{e}]" for e, y in outputs.items())
+        raise ValueError(f"experts must return rows of one shape, got {shapes}")
 
 
 class _Gather(torch.autograd.Function):
@@ -135,7 +168,12 @@ class RobustMoE(nn.Module, HubMixin):
             top_k, gate, renormalize, balance_bias, groups, scale: as for `RobustMoE`.
         """
         if not isinstance(experts, nn.Module) or type(experts) is nn.ModuleList:
+            for i, expert in enumerate(experts):
+                if not isinstance(expert, nn.Module):
+                    raise ValueError(f"experts[{i}] must be a module, got {type(expert).__name__}")
             experts = ExpertList(experts)
+            if not experts:
+                raise ValueError("experts must be at least one module, got none")
         if not hasattr(experts, "num_experts"):
             raise ValueError(
                 "experts must be a list of modules or a grouped network with the attribute num_experts, "
@@ -179,6 +217,10 @@ class RobustMoE(nn.Module, HubMixin):
         """Where x goes: the routing that forward(x) would take, or the one to `top_k` experts."""
         if self.dim is not None and x.shape[-1] != self.dim:
             raise ValueError(f"x must have {self.dim} features, got shape {list(x.shape)}")
+        if self.dim is not None:
+            check.floating("x", x)
+        if type(self.router) is nn.Linear and type(self.router.weight) is nn.Parameter:
+            check.same_kind("x", x, "the router's weight", self.router.weight)
         logits = self.router(x)
         if logits.shape[-1] != self.num_experts:
             raise ValueError(f"router must return logits [..., {self.num_experts}], got shape {list(logits.shape)}")
@@ -205,6 +247,11 @@ class RobustMoE(nn.Module, HubMixin):
         """Without the routing, which belongs to one forward."""
         return {name: value for name, value in vars(self).items() if name != "_kept"}
 
+    def reset_parameters(self) -> None:
+        """Of its own, that is, `expert_bias`."""
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+
     @torch.no_grad()
     def update_bias(self, load: Tensor, rate: float = 1e-3) -> None:
         """Lowers by `rate` the bias of experts whose load [E] is above the mean and raises that of those below it, as
@@ -218,10 +265,15 @@ class RobustMoE(nn.Module, HubMixin):
         """Routes x, or sends it where `routing` says: x [..., dim] -> [..., dim], images [B, ...] -> [B, out].
 
         Raises:
-            ValueError: if `routing` was made for another number of rows or experts.
+            ValueError: if `routing` is none, or was made for another number of rows or experts.
         """
         if routing is None:
             routing = self.route(x)
+        if not isinstance(routing, Routing):
+            raise ValueError(
+                "routing must be a Routing, as route(x) returns, or its select or fixed for chosen experts, "
+                f"got {check.describe(routing)}"
+            )
         lead = routing.logits.shape[:-1]
         if x.shape[: len(lead)] != lead or routing.num_experts != self.num_experts:
             raise ValueError(
@@ -237,7 +289,8 @@ class RobustMoE(nn.Module, HubMixin):
         if getattr(self.experts, "combines", False):
             y = self.experts(rows, offsets, source, routing.weights, position)
         else:
-            y = combine(self.experts(_Gather.apply(rows, source, position), offsets), routing.weights, position)
+            gathered = rows.index_select(0, source) if check.transformed() else _Gather.apply(rows, source, position)
+            y = combine(self.experts(gathered, offsets), routing.weights, position)
         if self.shared is not None:
             y = y + self.shared(rows, len(rows) * torch.arange(2, dtype=torch.int32, device=rows.device))
         return y.reshape(*lead, *y.shape[1:])

@@ -1,10 +1,12 @@
 """Vision transformers, one per expert: images sorted by expert, and so are their tokens, with offsets times tokens."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_kernels import _checks as check
 from moe_kernels.nn.experts import ExpertLinear
@@ -47,6 +49,10 @@ class ExpertLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_experts, num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_experts, num_features, device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, T, C] sorted by expert -> the same shape."""
         num_experts, num_features = self.weight.shape
@@ -76,7 +82,8 @@ class ExpertAttention(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, T, width] sorted by expert -> the same shape."""
         qkv = over_tokens(self.qkv, x, offsets).unflatten(2, (3, self.heads, -1))  # [N, T, 3, heads, d]
-        h = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # [N, heads, T, d]
+        with sdpa_kernel(SDPBackend.MATH) if check.transformed() else nullcontext():  # which alone has a forward mode
+            h = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # [N, heads, T, d]
         return over_tokens(self.proj, recomputed(_heads_together, h), offsets)
 
 
@@ -161,16 +168,18 @@ class ExpertViT(GroupedNetwork):
         self.blocks = nn.ModuleList(ExpertTransformerBlock(num_experts, width, heads, **to) for _ in range(depth))
         self.norm = ExpertLayerNorm(num_experts, width, 1e-6, **to)
         self.head = ExpertLinear(num_experts, width, num_classes, **to)
+        for module in self.modules():
+            if isinstance(module, ExpertLinear):
+                module.init_std = 0.02
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with deviation 0.02 for positions and linear weights, zero for linear biases."""
+        """Normal with deviation 0.02 for positions and linear weights, zero for linear biases and class tokens."""
+        nn.init.zeros_(self.cls_token)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, ExpertLinear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                module.reset_parameters()
 
     def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, image_size, image_size] sorted by expert -> logits [N, num_classes].

@@ -86,7 +86,7 @@ def expert_mlp_output(
     z, weight, bias = check.autocast(z, weight, bias)
     function = backends.choose("expert_mlp_output", backend, z)
     if callable(activation) and backend is None:
-        function = _OutputOfFunction.apply
+        function = _output if check.transformed() else _OutputOfFunction.apply
     return function(z, weight, bias, offsets, activation, weights, position, rows)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe_kernels import _checks as check
 from moe_kernels import backends
 from moe_kernels._library import define
 
@@ -28,6 +29,7 @@ def group_by_expert(experts: Tensor, num_experts: int, *, backend: str | None = 
         )
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    check.not_mapped("experts", experts)
     return backends.choose("group_by_expert", backend, experts)(experts, num_experts)
 
 

@@ -1,9 +1,12 @@
 """One step of projected gradient descent in place: x_adv <- clamp(project(x_adv + alpha * direction(grad)), bounds)."""
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moe_kernels import _checks as check
 from moe_kernels import backends
@@ -11,6 +14,8 @@ from moe_kernels._layout import memory_format
 from moe_kernels._library import define
 
 NORMS = ("Linf", "L2", "L1")
+SPELLINGS: dict[Any, str] = {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2", "l1": "L1", "1": "L1"}
+SPELLINGS |= {math.inf: "Linf", 2: "L2", 1: "L1"}
 
 
 def pgd_step_(
@@ -60,6 +65,8 @@ def pgd_step_(
         raise ValueError("x_adv must be [B, ...], got a scalar")
     if torch.is_grad_enabled() and x_adv.requires_grad:
         raise RuntimeError("x_adv must not require grad: pgd_step_ overwrites it; call it under torch.no_grad()")
+    if check.transformed() and any(forward_ad.unpack_dual(t).tangent is not None for t in (x_adv, grad, x)):
+        raise RuntimeError("x_adv, grad and x must have no tangent: pgd_step_ has no derivative; detach them")
     strides = x_adv.stride()
     if 0 in strides and any(s == 0 and size > 1 for s, size in zip(strides, x_adv.shape, strict=True)):
         raise ValueError(f"x_adv must not be expanded, since it is overwritten, got strides {list(strides)}")
@@ -69,11 +76,11 @@ def pgd_step_(
         check.floating(name, tensor)
     if x.dtype != x_adv.dtype:
         raise ValueError(f"x must have the dtype of x_adv, {x_adv.dtype}, got {x.dtype}")
-    if norm not in NORMS:
+    if spelled(norm) not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    norm = spelled(norm)
+    check.bounds(bounds, equal=True)
     low, high = bounds
-    if not low <= high:
-        raise ValueError(f"bounds must be (low, high) with low <= high, got {bounds}")
     eps, alpha = _radius("eps", eps, x_adv), _radius("alpha", alpha, x_adv)
     tables = (
         ()
@@ -105,6 +112,12 @@ def step_unchecked_(
             )
         backends.choose("pgd_step_", backend, x_adv)(x_adv, grad, x, eps, alpha, norm, bounds)
         return x_adv
+
+
+def spelled(norm: object) -> Any:
+    """The name of a norm that is written otherwise: "linf", "l2", 2, float("inf") ...; anything else as it is."""
+    known = isinstance(norm, str | Real) and not isinstance(norm, bool)
+    return SPELLINGS.get(norm.lower() if isinstance(norm, str) else norm, norm) if known else norm
 
 
 def _radius(name: str, value: float | Tensor, x_adv: Tensor) -> Tensor:

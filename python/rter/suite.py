@@ -32,7 +32,7 @@ def apgd_attacks(evaluation: Evaluation) -> dict[str, Find]:
         return {"norm": strength.norm, "seed": strength.seed_for("suite", name), "draws": draws}
 
     def apgd(target: nn.Module, name: str, loss: str) -> Find:
-        return APGD(target, strength.eps, strength.steps, loss, **options(name))
+        return APGD(target, strength.eps, steps=strength.steps, loss=loss, **options(name))
 
     attacks: dict[str, Find] = {"apgd-ce": apgd(model, "apgd-ce", "ce")}
     if num_classes >= 3:
@@ -43,9 +43,9 @@ def apgd_attacks(evaluation: Evaluation) -> dict[str, Find]:
         return attacks
     for weight in (0.1, 0.3) if strength.full else (0.1,):
         name = f"expert and route, weight {weight}"
-        attacks[name] = ExpertAttack(model, strength.eps, strength.steps, weight, **options(name))
+        attacks[name] = ExpertAttack(model, strength.eps, steps=strength.steps, weight=weight, **options(name))
     if strength.full:
-        attacks["joint"] = JointAttack(model, strength.eps, strength.steps, **options("joint"))
+        attacks["joint"] = JointAttack(model, strength.eps, steps=strength.steps, **options("joint"))
         for temperature in TEMPERATURES:
             name = f"soft gradient, temperature {temperature:g}"
             attacks[name] = apgd(SoftBackward(model, temperature), name, "margin")

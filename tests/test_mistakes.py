@@ -1,0 +1,160 @@
+"""Mistakes that users make are one line that names the argument, what was expected and what came, or are understood."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import APGD, PGD, RobustMoE, attack_mode, pgd_step_
+from moe_kernels.attacks import ExpertAttack, JointAttack
+
+X, Y = torch.rand(4, 3), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (X.numpy(), Y, "x must be a tensor, got numpy.ndarray"),
+        (X.tolist(), Y, "x must be a tensor, got list"),
+        (X, Y.tolist(), r"y must be a tensor of integer class labels, here \[4\], got list"),
+        (X, Y.numpy(), r"y must be a tensor of integer class labels, here \[4\], got numpy.ndarray"),
+        (
+            X.new_tensor([[1.0000001]]),
+            Y[:1],
+            r"x must lie within bounds \(0, 1\), got min 1.00000011\d+ and max 1.0000001",
+        ),
+    ],
+)
+@pytest.mark.parametrize("attack", [PGD, APGD])
+def test_what_is_no_tensor(attack: type[PGD | APGD], x: Tensor, y: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attack(nn.Linear(3, 3))(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.uint32])
+def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+    net = nn.Linear(3, 3)
+    assert torch.equal(PGD(net, seed=0)(X, Y.to(dtype)), PGD(net, seed=0)(X, Y))
+
+
+@pytest.mark.parametrize(
+    "bounds", [([0, 0, 0], [1, 1, 1]), (torch.zeros(3), torch.ones(3)), 1, (0, 1, 2), "01", (1, 0)]
+)
+def test_bounds_that_are_no_pair_of_numbers(bounds: object) -> None:
+    for make in (PGD, APGD):
+        with pytest.raises(ValueError, match=r"bounds must be \(low, high\) with low < high, two numbers, got"):
+            make(nn.Linear(3, 3), bounds=bounds)
+    with pytest.raises(ValueError, match=r"bounds must be \(low, high\) with low <= high, two numbers, got"):
+        pgd_step_(X.clone(), X, X, 0.1, 0.1, bounds=bounds)
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [("Linf", ["linf", "LINF", "inf", math.inf, np.inf]), ("L2", ["l2", "2", 2, 2.0]), ("L1", ["l1", 1])],
+)
+def test_norms_as_other_libraries_spell_them(name: str, others: list[object]) -> None:
+    net = nn.Linear(3, 3)
+    for other in others:
+        assert torch.equal(PGD(net, 0.1, norm=other, seed=0)(X, Y), PGD(net, 0.1, norm=name, seed=0)(X, Y))
+        if name != "L1":
+            found, expected = (APGD(net, 0.1, norm=n, steps=3, seed=0)(X, Y) for n in (other, name))
+            assert torch.equal(found, expected)
+        steps = [pgd_step_(X.clone(), X - 0.5, X, 0.1, 0.1, norm) for norm in (other, name)]
+        assert torch.equal(*steps)
+
+
+@pytest.mark.parametrize("norm", ["L3", 3, True, None, ["Linf"]])
+def test_unknown_norms(norm: object) -> None:
+    for make in (PGD, APGD):
+        with pytest.raises(ValueError, match="norm must be 'Linf'"):
+            make(nn.Linear(3, 3), norm=norm)
+
+
+def test_arguments_behind_eps_have_names() -> None:
+    for attack in (APGD, ExpertAttack, JointAttack):
+        with pytest.raises(TypeError, match="positional arguments"):
+            attack(RobustMoE(3, 4, 2), 0.1, 10)
+
+
+def test_step_sizes_in_pixels_of_255() -> None:
+    with pytest.warns(UserWarning, match=r"alpha=2 crosses bounds \(0, 1\) and eps=0.03.*; is 2/255 meant by 2\?"):
+        PGD(nn.Linear(3, 3), alpha=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PGD(nn.Linear(3, 3), eps=8, alpha=2, bounds=(0, 255))
+        PGD(nn.Linear(3, 3), eps=1, alpha=1.25)
+        PGD(nn.Linear(3, 3), eps=0.1, alpha=0.5)
+        PGD(nn.Linear(3, 3), eps=0.5, alpha=2, norm="L2")
+
+
+@pytest.mark.parametrize("attack", [PGD, APGD])
+def test_probabilities_in_the_place_of_logits(attack: type[PGD | APGD]) -> None:
+    net = nn.Linear(3, 3)
+    with pytest.warns(UserWarning, match="model returned probabilities where logits are expected"):
+        attack(nn.Sequential(net, nn.Softmax(1)))(X, Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(net)(X, Y)
+        attack(nn.Sequential(net, nn.LogSoftmax(1)))(X, Y)
+        attack(lambda x: net(x)[:, :1].abs() * 0 + 1 + 0 * x.sum(1, keepdim=True))(X, 0 * Y)
+        attack(nn.Sequential(net, nn.Softmax(1)), loss=lambda p, y: -p.gather(1, y[:, None])[:, 0])(X, Y)
+
+
+def test_a_module_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Linear(3, 3))
+    message = "model must be made outside torch.inference_mode, got 0.weight made inside"
+    for run in (lambda: PGD(net)(X, Y), attack_mode(net).__enter__):
+        with pytest.raises(ValueError, match=message):
+            run()
+        assert net.training and all(p.requires_grad for p in net.parameters())
+
+
+def test_what_a_layer_is_given() -> None:
+    moe = RobustMoE(3, 4, 2, dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"x must have the dtype of the router's weight, torch.bfloat16, got torch.float32"
+    ):
+        moe(X)
+    for layer in (moe, RobustMoE(3, 4, 2, router=nn.Sequential(nn.Linear(3, 2)))):
+        with pytest.raises(ValueError, match=r"x must be a floating-point tensor, got torch.int64"):
+            layer(torch.ones(4, 3, dtype=torch.int64))
+    moe = RobustMoE(3, 4, 2)
+    for routing in (Y, [0, 1, 1, 0], moe.route):
+        with pytest.raises(
+            ValueError, match=r"routing must be a Routing, as route\(x\) returns, or its select or fixed"
+        ):
+            moe(X, routing=routing)
+
+
+def test_what_a_mixture_is_made_of() -> None:
+    router = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="experts must be at least one module, got none"):
+        RobustMoE.from_experts([], router)
+    with pytest.raises(ValueError, match=r"experts\[1\] must be a module, got builtin_function_or_method"):
+        RobustMoE.from_experts([nn.Linear(3, 3), torch.relu], router)
+
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    for experts, message in [
+        (
+            [nn.Linear(3, 5), nn.Linear(3, 6)],
+            r"experts must return rows of one shape, got \[5\] of experts\[0\], \[6\] of",
+        ),
+        (
+            [nn.Linear(3, 5), Pair(3, 5)],
+            r"experts\[1\] must return a tensor with a row for each of its \d rows, got tuple",
+        ),
+        (
+            [nn.Linear(3, 5), nn.Flatten(0)],
+            r"experts\[1\] must return a tensor with a row for each of its \d rows, got \[",
+        ),
+    ]:
+        moe = RobustMoE.from_experts(experts, router, top_k=2)
+        with pytest.raises(ValueError, match=message):
+            moe(X)
