@@ -85,6 +85,14 @@ def test_nothing_imports_tests_or_benchmarks() -> None:
             assert not forbidden, f"{path.relative_to(ROOT)} must not import {name}"
 
 
+@pytest.mark.parametrize(
+    "name", ["attack", "evaluation", "suite", "sanity", "autoattack", "evaluate", "api", "journal"]
+)
+def test_evaluation_takes_nothing_from_training(name: str) -> None:
+    training = ("rter.methods", "rter.train", "rter.optimisation", "rter.resume")
+    assert not [found for found in imported(ROOT / f"python/rter/{name}.py") if found.startswith(training)]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_has_all_its_files(op: str) -> None:
     for path in (f"moe_kernels/reference/{op}.py", f"csrc/cpu/{op}.cpp", f"tests/test_{op}.py"):
