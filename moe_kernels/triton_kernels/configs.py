@@ -27,7 +27,7 @@ MANY_ROWS = 128  # mean rows per expert from which the "many" tile is taken
 EXPERT_LINEAR: Table = {
     80: {
         2: {"many": Tile(128, 128, 64, 8, 4), "few": Tile(32, 128, 64, 4, 4)},
-        4: {"many": Tile(64, 64, 32, 8, 3), "few": Tile(32, 64, 32, 4, 3)},
+        4: {"many": Tile(64, 64, 16, 8, 3), "few": Tile(32, 64, 32, 4, 3)},
     },
     90: {
         2: {"many": Tile(128, 256, 64, 8, 3, tma=True), "few": Tile(64, 128, 64, 4, 4, tma=True)},
