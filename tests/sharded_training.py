@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from moe_kernels import PGD, ExpertResNet18, ExpertViT, RobustMoE
+from moe_kernels import PGD, ExpertResNet18, ExpertViT, RobustMoE, attack_mode
 
 Units = Callable[[Any], list[nn.Module]]
 
@@ -119,6 +119,23 @@ def train(
         return [whole(p).clone() for p in net.parameters()]
 
 
+def is_thawed_after_an_exception(net: nn.Module, x: Tensor) -> bool:
+    """In the middle of a forward, where FSDP2 leaves whole parameters in their places."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    fully_shard(net, reshard_after_forward=False)
+    try:
+        with attack_mode(net):
+            net(x)
+            net[1].register_forward_hook(interrupt)
+            net(x)
+    except KeyboardInterrupt:
+        return all(p.requires_grad for p in net.parameters())
+    return False
+
+
 def main(store: str, rank: int, processes: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
@@ -147,6 +164,8 @@ def main(store: str, rank: int, processes: int) -> None:
                     faults.append(f"{name}, reshard_after_forward={after_forward}: {same=}, {moved=}")
             except Exception as error:
                 faults.append(f"{name}, reshard_after_forward={after_forward}: {error!r}"[:300])
+    if not is_thawed_after_an_exception(plain(), x):
+        faults.append("plain, FSDP2: stays frozen after an exception")
     torch.manual_seed(0)
     net = plain()
     options: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}

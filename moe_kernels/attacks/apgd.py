@@ -28,7 +28,8 @@ class APGD(Attack):
     There is no step size to choose: each sample halves its own at fixed checkpoints where its loss has stalled, and
     goes on from its best point. The model is attacked in `attack_mode` and treated as by `PGD`; the host waits for the
     device before and after a run of steps, never between them. A sample that is misread as it is, or fooled, takes no
-    part in further runs, unless keywords or a callable loss are given, which may belong to the whole batch.
+    part in further runs, unless keywords or a callable loss are given, which may belong to the whole batch. The
+    processes of FSDP, which must make the same forwards, need one run with attack_misclassified=True.
 
     Args:
         model: maps x to logits [B, C].

@@ -104,16 +104,22 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
             module._buffers[name] = copies[id(b)]
         for name, p in moving:
             module._parameters[name] = detached.setdefault(id(p), p.detach())
-        for parameter in module._parameters.values():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in sharded:  # an exception in a forward may leave the whole one in its place
+                stack.callback(_set_flag, module, name, parameter.requires_grad)  # type: ignore[union-attr]
             if parameter is not None and id(parameter) not in parameters:
                 if not is_lazy(parameter) and parameter.is_inference():
-                    name = next(name for name, p in model.named_parameters() if p is parameter)
-                    raise ValueError(f"model must be made outside torch.inference_mode, got {name} made inside")
+                    which = next(name for name, p in model.named_parameters() if p is parameter)
+                    raise ValueError(f"model must be made outside torch.inference_mode, got {which} made inside")
                 parameters[id(parameter)] = (parameter, parameter.requires_grad)
                 parameter.requires_grad = False
                 if id(parameter) not in sharded:
                     gradients.append((parameter, parameter.grad))
                     parameter.grad = None
+
+
+def _set_flag(module: nn.Module, name: str, requires_grad: bool) -> None:
+    module._parameters[name].requires_grad = requires_grad  # type: ignore[union-attr]
 
 
 def _thaw(modules: list[Any], parameters: dict[int, tuple[Tensor, bool]], gradients: list[Any]) -> None:

@@ -162,7 +162,8 @@ class RobustMoE(nn.Module, HubMixin):
 
         Args:
             experts: a grouped network, with `num_experts` and `forward(x_sorted, offsets)`, or a list of modules, which
-                run one after the other, each on its own rows.
+                run one after the other, each on its own rows. Under DDP one without rows has a gradient of zero, and
+                with FSDP2 around single experts it runs on no rows where there are several processes.
             router: maps x to logits [..., E]; the leading dimensions of the logits are those that are routed, so a
                 router that returns [B, E] sends whole images.
             top_k, gate, renormalize, balance_bias, groups, scale: as for `RobustMoE`.
