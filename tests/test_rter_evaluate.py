@@ -15,9 +15,9 @@ from rter.evaluation import Evaluation
 from rter.intervals import wilson
 from rter.models import DualClassifier, Normalize, RobustClassifier
 from rter.plots import accuracy
-from rter.report import verdict
 from rter.sanity import Seen, sanity
 from rter.suite import apgd_attacks, is_deterministic
+from rter.wording import verdict
 from torch import Tensor, nn
 
 from moe_kernels import RobustMoE

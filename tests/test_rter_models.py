@@ -13,7 +13,7 @@ from rter.__main__ import main
 from rter.config import Config
 from rter.data import Data, Split, load_data
 from rter.errors import UserError
-from rter.models import RobustClassifier, build_model
+from rter.models import Normalize, RobustClassifier, build_model
 from rter.models.initial import load_initial
 from rter.models.networks import NETWORKS
 from rter.models.routers import ROUTERS
@@ -247,3 +247,12 @@ def test_a_public_model_is_evaluated_as_it_came(tmp_path: Path, capsys: pytest.C
     assert report["sa"] == (said == data.test.y).double().mean() and report["train_seconds"] == 0
     capsys.readouterr()
     assert main([*train, "--resume"]) == 0 and "finished already" in capsys.readouterr().out
+
+
+def test_a_constant_channel_is_left_as_it_is() -> None:
+    """Such as the green of pictures in red and blue: its deviation of 0 made every logit NaN."""
+    images = torch.rand(8, 3, 4, 4)
+    images[:, 1] = 40 / 255
+    normalize = Normalize(images)
+    assert normalize(images)[:, 1].abs().max() < 1e-5
+    torch.testing.assert_close(normalize(images)[:, [0, 2]].std((0, 2, 3)), torch.ones(2))

@@ -125,11 +125,14 @@ def make_parser() -> argparse.ArgumentParser:
     _add_device(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
-    report = commands.add_parser("report", help="write report.md, with plots, of an evaluated run or of a sweep")
-    report.add_argument("run_folder", type=Path, metavar="RUN")
+    report = commands.add_parser("report", help="write report.html and report.md of a run or a sweep; of several "
+                                 "runs a page that compares them")  # fmt: skip
+    report.add_argument("run_folders", type=Path, nargs="+", metavar="RUN")
     report.add_argument(
         "--baselines", type=Path, nargs="+", default=[], metavar="RUN", help="evaluated runs to compare"
     )
+    report.add_argument("--out", type=Path, default=Path("comparison.html"), metavar="FILE", help="the page of several "
+                        "runs (default: comparison.html)")  # fmt: skip
     report.set_defaults(run=_report)
 
     demo = commands.add_parser("demo", help="train, evaluate and compare standard training and RT-ER")
@@ -221,7 +224,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from rter.evaluate import evaluate
-    from rter.report import name_of, summary, table, verdict
+    from rter.report import name_of, table
+    from rter.wording import summary, verdict
 
     check_model_arguments(args)
     if args.model:
@@ -236,16 +240,21 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from rter.comparison import write_comparison
-    from rter.report import make_report
+    from rter.report import compare, make_report
 
-    compared = [
-        file.with_suffix("") for name in ("methods", "ablation") if (file := args.run_folder / f"{name}.json").exists()
-    ]
+    run, *others = args.run_folders
+    if others:
+        if args.baselines:
+            raise UserError("--baselines must be given with one RUN, got several, which are compared by themselves")
+        print(compare(args.run_folders, args.out))
+        print(f"written: {args.out}")
+        return
+    compared = [file.with_suffix("") for name in ("methods", "ablation") if (file := run / f"{name}.json").exists()]
     for written in map(write_comparison, compared):
         print(written.read_text(encoding="utf-8"))
     if not compared:
-        print(make_report(args.run_folder, args.baselines))
-        print(f"written: {args.run_folder / 'report.md'}")
+        print(make_report(run, args.baselines))
+        print(f"written: {run / 'report.html'}, {run / 'report.md'}")
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -259,7 +268,7 @@ def _demo(args: argparse.Namespace) -> None:
         train(configs[method], run)
         evaluate(run, "last", *_strength(args))
     print(make_report(runs["rt-er"], [runs["standard"]]))
-    print(f"report: {runs['rt-er'] / 'report.md'}")
+    print(f"report: {runs['rt-er'] / 'report.html'}")
 
 
 def _sweep(args: argparse.Namespace) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from rter import plots
 from rter.checkpoint import OPTIONAL, read_json, write_atomic
 from rter.data.files import damaged
-from rter.report import COLUMNS, table
+from rter.report import table
+from rter.wording import COLUMNS
 
 PAIRED = ("SA", "RA", "AA", "verdict")
 Values = Sequence[float | None]

@@ -20,7 +20,7 @@ from rter.distributed import choose_device
 from rter.evaluation import QUERIES, Attacked, Evaluation, Strength, mean, predict, says
 from rter.intervals import wilson
 from rter.journal import seeded
-from rter.measured import Report
+from rter.measured import Report, made_with
 from rter.models import DualClassifier, RobustClassifier, View, build_model
 from rter.sanity import Seen, sanity
 from rter.suite import apgd_attacks
@@ -84,6 +84,7 @@ def evaluate(
         "train_seconds": history[-1]["seconds"] if history else 0.0,
         "weights": weights,
         "split": "held-out" if data.official_test is None else "test",
+        "classes": list(data.names),
         "held_out": len(test),
         "sample": None if len(test) == len(data.test) else {"of": len(data.test), "seed": config.seed},
     }
@@ -148,7 +149,9 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         },
         "suite": strength.suite,
         "batch_size": strength.batch_size,
+        "queries": strength.queries if strength.full else None,
         "torch": torch.__version__,
+        "made_with": made_with(x.device),
         "sa": mean(clean),
         "ra": mean(whole.robust),
         "ra_e": [mean(found.robust) for found in parts.alone],

@@ -73,6 +73,7 @@ def evaluate_file(args: argparse.Namespace, steps: int, restarts: int, suite: st
     about = {
         "method": f"{type(model).__name__} of {args.model}",
         "data": args.data,
+        "classes": list(source.names),
         "weights": args.weights,
         "split": "test" if source.test is not None else "given",
         "sample": None if len(chosen) == len(images) else {"of": len(images), "seed": seed},

@@ -1,12 +1,16 @@
 """What an evaluation comes to: its figures, and examples of what was found."""
 
 import json
+import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+import moe_kernels
 from rter.checkpoint import save_tensors, write_atomic
 from rter.evaluation import AttackResult
 
@@ -20,6 +24,24 @@ class Accuracy(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:7.2%}   [{self.low:.2%}, {self.high:.2%}]"
+
+
+def made_with(device: torch.device) -> dict[str, Any]:
+    """The versions and the machine that figures depend on."""
+    if device.type == "cuda":
+        name, threads = torch.cuda.get_device_name(device), None
+    else:
+        cpu = re.search(r"model name\s*: (.*)", _text("/proc/cpuinfo"))
+        name, threads = cpu[1] if cpu else platform.processor() or platform.machine(), torch.get_num_threads()
+    versions = {"moe_kernels": moe_kernels.__version__, "python": platform.python_version()}
+    return versions | {"device": name, "threads": threads}
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not on Linux
+        return ""
 
 
 @dataclass(frozen=True)

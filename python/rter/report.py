@@ -5,38 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rter import plots
 from rter.checkpoint import load_tensors, read_lines, read_report, write_atomic, write_json
 from rter.data.files import damaged
 from rter.errors import UserError
+from rter.page import make_page
+from rter.wording import COLUMNS, certificate, measured_on, summary, verdict
 
 EXAMPLES = {"x", "x_adv", "label", "clean", "adversarial"}
-COLUMNS = {
-    "SA": "accuracy on clean images",
-    "RA": "accuracy under PGD on the whole model",
-    "AA": "accuracy under AutoAttack's standard ensemble (full suite)",
-    "verdict": "part of the images that withstand every attack of the suite",
-    "RA-E": "accuracy of one expert alone under PGD on it: mean, least and greatest over the experts",
-    "RA-R": "accuracy under PGD on the router's choice",
-    "load": "least part of the clean images that an expert gets",
-    "train s": "seconds of training, without the measurements on held-out images",
-}
-
-
-def summary(report: dict[str, Any]) -> dict[str, float | None]:
-    """The figures of one run that tables show."""
-    return {
-        "SA": report["sa"],
-        "RA": report["ra"],
-        "AA": report["aa"],
-        "verdict": report["verdict"],
-        "RA-E mean": sum(report["ra_e"]) / len(report["ra_e"]) if report["ra_e"] else None,
-        "RA-E min": min(report["ra_e"], default=None),
-        "RA-E max": max(report["ra_e"], default=None),
-        "RA-R": report["ra_r"],
-        "min load": min(report["expert_load"], default=None),
-        "train s": report["train_seconds"],
-    }
 
 
 def table(rows: dict[str, dict[str, Any]], first: str = "run") -> str:
@@ -61,38 +39,13 @@ def table(rows: dict[str, dict[str, Any]], first: str = "run") -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def verdict(report: dict[str, Any]) -> str:
-    """The line that an evaluation comes to."""
-    low, high = report["intervals"]["verdict"]
-    worst = report["worst_attack"]
-    failed = [name for name, check in report["checks"].items() if not check["passed"]]
-    return (
-        f"Verdict: {report['verdict']:.1%} of the images withstand every attack of the {report['suite']} suite "
-        f"(95 % interval {low:.1%} to {high:.1%}); PGD alone leaves {report['ra']:.1%}"
-        + (f", AutoAttack alone {report['aa']:.1%}" if report["aa"] is not None else "")
-        + (f", and most of what PGD leaves falls to {worst}. " if worst != "pgd" else ". ")
-        + (f"Checks that failed: {'; '.join(failed)}." if failed else "All checks passed.")
-    )
-
-
-def measured_on(report: dict[str, Any]) -> str:
-    """Which images the figures are of."""
-    sample = report.get("sample")  # reports from before there were samples have none
-    if not sample:
-        return f"{report['held_out']} {report['split']} images"
-    return (
-        f"{report['held_out']} of the {sample['of']} {report['split']} images, drawn by seed {sample['seed']} in the "
-        "proportions of the classes,"
-    )
-
-
 def name_of(run: Path) -> str:
     """The name of a run's folder, in which the locale cannot hide letters."""
     return os.fsencode(run.resolve().name).decode("utf-8", "replace")
 
 
 def make_report(run: Path, baselines: Sequence[Path]) -> str:
-    """Writes report.md and its plots, puts the baselines into report.json; returns the table of figures."""
+    """Writes report.html, and report.md with plots; puts baselines into report.json; returns the table of figures."""
     report = read_report(run)
     name = name_of(run)
     if baselines:
@@ -103,13 +56,41 @@ def make_report(run: Path, baselines: Sequence[Path]) -> str:
             )
         write_json(run / "report.json", report)
     figures = table({name: summary(report), **{n: summary(b) for n, b in report["baselines"].items()}})
+    examples = _examples(run)
+    history = _history(run)
+    plots.draw(run / "plots", name, report, history, examples)
+    write_atomic(run / "report.md", _text(name, report, figures))
+    runs = {name: report, **report["baselines"]}
+    write_atomic(run / "report.html", make_page(runs, {name: history}, {name: examples}, {name: run}))
+    return figures
+
+
+def compare(runs: Sequence[Path], file: Path) -> str:
+    """Writes a page of several runs; returns the table of their figures."""
+    names = [name_of(run) for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"RUN must be folders of different names, got {', '.join(names)}")
+    reports = {name: read_report(run) for name, run in zip(names, runs, strict=True)}
+    page = make_page(
+        reports,
+        {name: _history(run) for name, run in zip(names, runs, strict=True)},
+        {name: _examples(run) for name, run in zip(names, runs, strict=True)},
+        dict(zip(names, runs, strict=True)),
+    )
+    write_atomic(file, page)
+    return table({name: summary(report) for name, report in reports.items()})
+
+
+def _history(run: Path) -> list[dict[str, Any]]:
+    """The epochs of a run; an evaluation of another model has none."""
+    return read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+
+
+def _examples(run: Path) -> dict[str, Tensor]:
     examples = load_tensors(run / "examples.safetensors")
     if lacking := EXAMPLES - examples.keys():
         raise damaged(run / "examples.safetensors", f"it holds no {', '.join(sorted(lacking))}")
-    metrics = run / "metrics.jsonl"  # which only runs of `rter train` have
-    plots.draw(run / "plots", name, report, read_lines(metrics) if metrics.exists() else [], examples)
-    write_atomic(run / "report.md", _text(name, report, figures))
-    return figures
+    return examples
 
 
 def _text(name: str, report: dict[str, Any], figures: str) -> str:
@@ -178,22 +159,6 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
         table(checks, "check"),
         *(f"AutoAttack warned: {flag}" for flag in report["aa_flags"] or ()),
     ]
-    if report["route_radius"]:
-        parts.append(
-            f"The router is affine: half of the images provably keep their expert within "
-            f"{report['route_radius']['median']:.3g}, and {report['route_radius']['certified']:.1%} do within "
-            f"{report['eps']:.3g}."
-        )
-    if report["certificate"]:
-        certificate = report["certificate"]
-        reach = certificate["greatest_radius"]
-        gates, experts = (
-            ", ".join(f"{value:.3g}" for value in certificate[name]) for name in ("gate_lipschitz", "expert_lipschitz")
-        )
-        parts.append(
-            "The certificate of the RT-ER paper (theorem 5.4), taken for the soft mixture of the experts' softmax "
-            f"(so M = {certificate['expert_bound']:g}) and with Lipschitz constants r = {gates} of the gates and L = "
-            f"{experts} of the experts, from the norms of their layers, reaches {reach:.2g} at most: "
-            f"{'nothing' if reach < report['eps'] else 'a part'} is proved at {report['eps']:.3g}."
-        )
+    if proved := certificate(report):
+        parts.append(proved)
     return parts

@@ -17,8 +17,8 @@ from rter.console import Progress
 from rter.errors import UserError
 from rter.evaluate import evaluate
 from rter.methods import METHODS
-from rter.report import summary
 from rter.train import seconds_per_step, train
+from rter.wording import summary
 
 Rows = Mapping[str, dict[str, Any]]
 

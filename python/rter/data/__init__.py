@@ -46,4 +46,4 @@ def load_data(
         raise UserError(f"train_images must be at most {len(train)} beside those held out, got {train_images}")
     if train_images:
         train = train.sample(train_images, seed)
-    return Data(train, images[order[:held_out]], source.num_classes, source.test)
+    return Data(train, images[order[:held_out]], source.num_classes, source.test, source.names)

@@ -17,6 +17,7 @@ from rter.data.plain_pickle import read_pickle
 from rter.data.split import Source, Split
 
 RECORD = 1 + 3 * 32 * 32
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BINARY, PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
 
 
@@ -36,7 +37,7 @@ def _load(place: Path, suffix: str, read: Callable[[Path], Split]) -> Source:
         if len(batch) != len(batches[0]):
             raise damaged(path, f"{len(batch)} images, expected {len(batches[0])} as in {paths[0].name}")
     train = Split(torch.cat([b.pixels for b in batches]), torch.cat([b.y for b in batches]))
-    return Source(train, read(place / f"test_batch{suffix}"), 10)
+    return Source(train, read(place / f"test_batch{suffix}"), 10, NAMES)
 
 
 def _read_binary(path: Path) -> Split:

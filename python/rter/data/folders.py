@@ -41,7 +41,15 @@ def load_tiny_imagenet(folder: Path, image_size: int = 0) -> Source:
         if len(fields) < 2 or fields[1] not in labels or Path(fields[0]).name != fields[0]:
             raise damaged(annotations, f"line {i + 1} must be an image and a class of wnids.txt, got {line!r}")
         test.append((place / "val" / "images" / fields[0], labels[fields[1]]))
-    return _source(place, train, test, len(labels), image_size)
+    return _source(place, train, test, _words(place, list(labels)), image_size)
+
+
+def _words(place: Path, ids: list[str]) -> list[str]:
+    """What the classes are called, by words.txt, where that is there."""
+    file = place / "words.txt"
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    words = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    return [words.get(name, name).split(",")[0] for name in ids]
 
 
 def load_image_folder(folder: Path, image_size: int = 0) -> Source:
@@ -61,7 +69,7 @@ def load_image_folder(folder: Path, image_size: int = 0) -> Source:
     if train and not test:
         _demand_no_split(train, names)
     tested = _labelled(test, names) if test else []
-    return _source(folder, _labelled(train or folder, names), tested, len(names), image_size)
+    return _source(folder, _labelled(train or folder, names), tested, names, image_size)
 
 
 def _split(folder: Path, names: Sequence[str]) -> Path | None:
@@ -104,13 +112,14 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _source(
-    place: Path, train: list[tuple[Path, int]], test: list[tuple[Path, int]], num_classes: int, image_size: int
+    place: Path, train: list[tuple[Path, int]], test: list[tuple[Path, int]], names: list[str], image_size: int
 ) -> Source:
     files = [*train, *test]
     paths = [path for path, _ in files]
     images = _kept(place, paths, image_size) if len(files) >= CACHED_FROM else _decode(paths, image_size)
     every = Split(images, torch.tensor([label for _, label in files]))
-    return Source(every[: len(train)], every[len(train) :] if test else None, num_classes)
+    shown = tuple(os.fsencode(name).decode("utf-8", "replace") for name in names)  # whatever the locale makes of them
+    return Source(every[: len(train)], every[len(train) :] if test else None, len(names), shown)
 
 
 def _decode(paths: list[Path], image_size: int) -> torch.Tensor:

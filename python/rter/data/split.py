@@ -47,11 +47,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """What a format holds: training images and, where it has one, its official test split."""
+    """What a format holds: training images and, where it has one, its official test split; names of the classes, where
+    these are not numbers."""
 
     train: Split
     test: Split | None
     num_classes: int
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class Data:
     held_out: Split
     num_classes: int
     official_test: Split | None = None
+    names: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Data":
         test = None if self.official_test is None else self.official_test.to(device)
-        return Data(self.train.to(device), self.held_out.to(device), self.num_classes, test)
+        return Data(self.train.to(device), self.held_out.to(device), self.num_classes, test, self.names)
 
     @property
     def test(self) -> Split:

@@ -9,7 +9,7 @@ from moe_kernels import RobustMoE, Routing
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std with the training images' mean and std of each channel."""
+    """(x - mean) / std with the training images' mean and std of each channel, or a std of 1 where that is constant."""
 
     mean: Tensor  # [C, 1, 1]
     std: Tensor  # [C, 1, 1]
@@ -18,7 +18,7 @@ class Normalize(nn.Module):
         super().__init__()
         std, mean = torch.std_mean(images, dim=(0, 2, 3))
         self.register_buffer("mean", mean[:, None, None])
-        self.register_buffer("std", std[:, None, None])
+        self.register_buffer("std", torch.where(std > 1e-6, std, 1.0)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std

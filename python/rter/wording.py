@@ -1,0 +1,72 @@
+"""What a report says in words: its columns, its verdict, what is proved."""
+
+from typing import Any
+
+COLUMNS = {
+    "SA": "accuracy on clean images",
+    "RA": "accuracy under PGD on the whole model",
+    "AA": "accuracy under AutoAttack's standard ensemble (full suite)",
+    "verdict": "part of the images that withstand every attack of the suite",
+    "RA-E": "accuracy of one expert alone under PGD on it: mean, least and greatest over the experts",
+    "RA-R": "accuracy under PGD on the router's choice",
+    "load": "least part of the clean images that an expert gets",
+    "train s": "seconds of training, without the measurements on held-out images",
+}
+
+
+def summary(report: dict[str, Any]) -> dict[str, float | None]:
+    """The figures of one run that tables show."""
+    return {
+        "SA": report["sa"],
+        "RA": report["ra"],
+        "AA": report["aa"],
+        "verdict": report["verdict"],
+        "RA-E mean": sum(report["ra_e"]) / len(report["ra_e"]) if report["ra_e"] else None,
+        "RA-E min": min(report["ra_e"], default=None),
+        "RA-E max": max(report["ra_e"], default=None),
+        "RA-R": report["ra_r"],
+        "min load": min(report["expert_load"], default=None),
+        "train s": report["train_seconds"],
+    }
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """The line that an evaluation comes to."""
+    low, high = report["intervals"]["verdict"]
+    worst = report["worst_attack"]
+    failed = [name for name, check in report["checks"].items() if not check["passed"]]
+    return (
+        f"Verdict: {report['verdict']:.1%} of the images withstand every attack of the {report['suite']} suite "
+        f"(95 % interval {low:.1%} to {high:.1%}); PGD alone leaves {report['ra']:.1%}"
+        + (f", AutoAttack alone {report['aa']:.1%}" if report["aa"] is not None else "")
+        + (f", and most of what PGD leaves falls to {worst}. " if worst != "pgd" else ". ")
+        + (f"Checks that failed: {'; '.join(failed)}." if failed else "All checks passed.")
+    )
+
+
+def measured_on(report: dict[str, Any]) -> str:
+    """Which images the figures are of."""
+    sample = report.get("sample")  # reports from before there were samples have none
+    if not sample:
+        return f"{report['held_out']} {report['split']} images"
+    return (
+        f"{report['held_out']} of the {sample['of']} {report['split']} images, drawn by seed {sample['seed']} in the "
+        "proportions of the classes,"
+    )
+
+
+def certificate(report: dict[str, Any]) -> str:
+    """What is proved, in two plain sentences at most; report.json has the constants."""
+    parts, radius = [], f"within {report['norm']} distance {report['eps']:.3g}"
+    if report["route_radius"]:
+        parts.append(
+            f"Of {report['route_radius']['certified']:.1%} of the images it is proved that no perturbation {radius} "
+            "sends them to another expert, which says nothing of what their expert then reads."
+        )
+    if report["certificate"]:
+        reach = report["certificate"]["greatest_radius"]
+        proves = "nothing" if reach < report["eps"] else "the class of some images"
+        parts.append(
+            f"The RT-ER paper's certificate (theorem 5.4) reaches {reach:.2g} at most, so proves {proves} {radius}."
+        )
+    return " ".join(parts)
