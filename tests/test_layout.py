@@ -40,6 +40,11 @@ MAY_IMPORT = {
         "moe_kernels.backends",
         "moe_kernels.ops",
     ),
+    "moe_kernels/distributed": (
+        "moe_kernels.distributed",
+        "moe_kernels.nn",
+        "moe_kernels.ops",
+    ),
     "moe_kernels/integrations": (
         "moe_kernels._checks",
         "moe_kernels.backends",

@@ -14,7 +14,6 @@ from moe_kernels.nn.experts import ExpertMLP
 from moe_kernels.nn.hub import HubMixin
 from moe_kernels.nn.routing import Routing
 from moe_kernels.ops.combine import combine
-from moe_kernels.ops.group_by_expert import group_by_expert
 from moe_kernels.ops.topk_route import GATES, check_groups
 
 
@@ -63,7 +62,7 @@ def _check_outputs(outputs: dict[int, Tensor], rows: list[slice]) -> None:
         raise ValueError(f"experts must return rows of one shape, got {shapes}")
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """The row behind each sorted slot. Its adjoint is `combine` with weights of 1, which sums in fixed order."""
 
     @staticmethod
@@ -285,12 +284,12 @@ class RobustMoE(nn.Module, HubMixin):
             kept = (routing.logits, routing.weights, routing.experts)
             self._kept = kept if torch.is_grad_enabled() else None
         rows = x.reshape(-1, *x.shape[len(lead) :])
-        order, position, offsets = group_by_expert(routing.experts, self.num_experts)
+        order, position, offsets = routing.groups
         source = order // position.shape[1]  # the row behind each sorted slot
         if getattr(self.experts, "combines", False):
             y = self.experts(rows, offsets, source, routing.weights, position)
         else:
-            gathered = rows.index_select(0, source) if check.transformed() else _Gather.apply(rows, source, position)
+            gathered = rows.index_select(0, source) if check.transformed() else Gather.apply(rows, source, position)
             y = combine(self.experts(gathered, offsets), routing.weights, position)
         if self.shared is not None:
             y = y + self.shared(rows, len(rows) * torch.arange(2, dtype=torch.int32, device=rows.device))

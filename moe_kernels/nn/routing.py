@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,9 +61,20 @@ class Routing:
         return self.logits.shape[-1]
 
     @property
+    def groups(self) -> tuple[Tensor, Tensor, Tensor]:
+        """order, position and offsets of `moe_kernels.group_by_expert`, made once for all forwards under this route."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or check.transformed():
+            return group_by_expert(self.experts, self.num_experts)
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> tuple[Tensor, Tensor, Tensor]:
+        return group_by_expert(self.experts, self.num_experts)
+
+    @property
     def load(self) -> Tensor:
         """[E]: the fraction of slots that each expert gets; sums to 1, or to 0 without rows."""
-        offsets = group_by_expert(self.experts, self.num_experts)[2]
+        offsets = self.groups[2]
         return offsets.diff().to(self.weights.dtype) / max(self.experts.numel(), 1)
 
     def balance_loss(self, load: Tensor | None = None) -> Tensor:

@@ -1,0 +1,135 @@
+"""Rows on their way to the processes of their experts, and back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.weak import WeakIdKeyDictionary
+
+from moe_kernels.ops import group_by_expert
+
+T = TypeVar("T")
+
+
+class Dispatcher(Protocol):
+    """How rows reach the experts of other processes. Every process calls both methods, in the same order.
+
+    Expert e of E lives on process e // (E / processes).
+    """
+
+    def dispatch(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Sends every row to its expert's process.
+
+        Args:
+            x: [N, ...], this process's rows sorted by expert, N >= 0.
+            offsets: int32 [E + 1].
+
+        Returns:
+            The rows of all processes for this one's experts, sorted by expert and then by process, the int32 offsets
+            [E / processes + 1] of these, and what `combine` needs.
+        """
+        ...
+
+    def combine(self, y: Tensor, sent: Any) -> Tensor:
+        """Sends the results y of the rows that came by a `dispatch` back -> [N, ...] in that one's order."""
+        ...
+
+
+class Once(Generic[T]):
+    """A function of a tensor, computed once for as long as the tensor lives and is not written to."""
+
+    def __init__(self, function: Callable[[Tensor], T]) -> None:
+        self.function = function
+        self._known = WeakIdKeyDictionary()
+
+    def __call__(self, x: Tensor) -> T:
+        version = None if x.is_inference() else x._version
+        known = self._known.get(x)
+        if known is None or known[0] != version:
+            self._known[x] = known = version, self.function(x)
+        return known[1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Rows sent to and received from each process, and the sorting of those received, as of `group_by_expert`."""
+
+    sent: list[int]
+    received: list[int]
+    order: Tensor
+    position: Tensor
+    offsets: Tensor
+
+
+class AllToAll:
+    """A dispatcher by one `all_to_all_single` each way, and one of the counts, which the host waits for.
+
+    Counts are exchanged once for the same offsets tensor: once for an attack under a forced route.
+
+    Args:
+        mesh: one-dimensional, of P processes.
+        num_experts: E, a multiple of P.
+    """
+
+    def __init__(self, mesh: DeviceMesh, num_experts: int) -> None:
+        self.group = mesh.get_group()
+        self.local_experts = num_experts // mesh.size()
+        self._plan = Once(self._exchange_counts)
+
+    def __deepcopy__(self, memo: Any) -> "AllToAll":
+        return self  # whose group cannot be copied
+
+    def dispatch(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, _Plan]:
+        plan = self._plan(offsets)
+        rows = _Exchange.apply(x, plan.received, plan.sent, self.group)
+        return _Permute.apply(rows, plan.order, plan.position), plan.offsets, plan
+
+    def combine(self, y: Tensor, sent: _Plan) -> Tensor:
+        rows = _Permute.apply(y, sent.position, sent.order)
+        return _Exchange.apply(rows, sent.sent, sent.received, self.group)
+
+    @torch.no_grad()
+    def _exchange_counts(self, offsets: Tensor) -> _Plan:
+        counts = offsets.diff()
+        each = [self.local_experts] * (len(counts) // self.local_experts)
+        theirs = _all_to_all(counts, each, each, self.group)  # [P * E / P]
+        sent, received = torch.stack([counts, theirs]).view(2, len(each), -1).sum(2).tolist()
+        experts = torch.arange(self.local_experts, device=offsets.device).repeat(len(each))
+        experts = experts.repeat_interleave(theirs, output_size=sum(received))
+        return _Plan(sent, received, *group_by_expert(experts, self.local_experts))
+
+
+def _all_to_all(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), received, sent, group))
+
+
+class _Exchange(torch.autograd.Function):
+    """sent[p] rows to each process p, received[p] from it; the gradients go the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.back = sent, received, group
+        return _all_to_all(x, received, sent, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Exchange.apply(grad, *ctx.back), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """x[order], of which `inverse` is the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(grad, inverse, order), None, None

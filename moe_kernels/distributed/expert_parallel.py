@@ -1,0 +1,171 @@
+"""Expert parallelism: each process holds some of the experts, and rows travel to them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_kernels.distributed.dispatch import AllToAll, Dispatcher, Once
+from moe_kernels.nn.robust_moe import Gather, RobustMoE
+from moe_kernels.ops import combine, group_by_expert
+from moe_kernels.ops.expert_sum import expert_of_row
+
+
+class ExpertParallel(ParallelStyle):
+    """Spreads the experts of a mixture over the processes of a mesh: `parallelize_module(moe, mesh, ExpertParallel())`.
+
+    Process p of P keeps experts p E / P to (p + 1) E / P. Every tensor of theirs becomes a DTensor that is sharded in
+    its first dimension; each process routes its own rows, which travel to their experts and back. All processes must
+    call the mixture the same number of times, in the same order, and a route that one forces they all must force.
+
+    A loss is one process's own, and gradients are those of the mean of all losses, as in DistributedDataParallel and
+    FSDP, which make the same of the router and the rest.
+
+    The module is a `RobustMoE` of an `ExpertMLP` or another grouped network, such a network itself, or the experts of a
+    transformers mixture.
+
+    Args:
+        dispatcher: makes, from the mesh and the number of experts E, what carries the rows.
+        average: False for the gradients of the losses' sum.
+
+    Raises:
+        ValueError: by `parallelize_module`, if the mesh is not one-dimensional, its size does not divide E, or the
+            module has no grouped experts.
+    """
+
+    def __init__(self, dispatcher: Callable[[DeviceMesh, int], Dispatcher] = AllToAll, *, average: bool = True) -> None:
+        super().__init__()
+        self.dispatcher, self.average = dispatcher, average
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        experts = module.experts if isinstance(module, RobustMoE) else module
+        assert isinstance(experts, nn.Module)
+        if isinstance(experts, _Parallel):
+            raise ValueError(f"module must not be parallel already, got {type(experts).__name__}")
+        num_experts = _num_experts(experts)
+        if device_mesh.ndim != 1:
+            raise ValueError(f"mesh must have one dimension, such as mesh['ep'], got {device_mesh.ndim}")
+        if num_experts % device_mesh.size():
+            raise ValueError(f"mesh must have a size that divides the {num_experts} experts, got {device_mesh.size()}")
+        for part in experts.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    shard = distribute_tensor(p.detach(), device_mesh, [Shard(0)])
+                    part._parameters[name] = nn.Parameter(shard, p.requires_grad)
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = distribute_tensor(buffer, device_mesh, [Shard(0)])
+            if hasattr(part, "num_experts"):
+                part.num_experts = num_experts // device_mesh.size()  # type: ignore[assignment]
+        kind = _ParallelOfTransformers if _is_transformers(experts) else _Parallel
+        own = type(experts)
+        experts.__class__ = type(f"ExpertParallel{own.__name__}", (kind, own), {})
+        experts.dispatcher = self.dispatcher(device_mesh, num_experts)  # type: ignore[assignment]
+        experts.gradient_scale = 1 / device_mesh.size() if self.average else 1.0  # type: ignore[assignment]
+        if isinstance(experts, _ParallelOfTransformers):
+            experts.groups = Once(lambda index: group_by_expert(index, num_experts))
+        return module
+
+
+class _Parallel(nn.Module):
+    """The class before that of a grouped network whose rows come from all processes."""
+
+    combines = False
+    dispatcher: Dispatcher
+    gradient_scale: float
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, ...] sorted by expert, offsets int32 [E + 1] of all experts -> [N, ...]."""
+        x, offsets, sent = self.dispatcher.dispatch(x, offsets)
+        with _local_tensors(self):
+            y = self.own_experts(x, offsets)
+        return self.dispatcher.combine(y, sent)
+
+    def own_experts(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return super().forward(x, offsets)
+
+
+class _ParallelOfTransformers(_Parallel):
+    """The class before that of a transformers mixture's experts."""
+
+    groups: Once[tuple[Tensor, Tensor, Tensor]]
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
+        order, position, offsets = self.groups(top_k_index)
+        rows = Gather.apply(hidden_states, order // position.shape[1], position)
+        y = super().forward(rows, offsets)
+        return combine(y, top_k_weights, position).to(hidden_states.dtype)
+
+    def own_experts(self, x: Tensor, offsets: Tensor) -> Tensor:
+        experts = expert_of_row(offsets, len(x)).long()[:, None]
+        weights = torch.ones_like(experts, dtype=x.dtype)
+        return super(_Parallel, self).forward(x, experts, weights)
+
+
+@contextmanager
+def _local_tensors(experts: Any) -> Iterator[None]:
+    """Inside, every parameter and buffer is this process's part, as a plain tensor."""
+    places = [
+        (place, name, t)
+        for m in experts.modules()
+        for place in (m._parameters, m._buffers)
+        for name, t in place.items()
+    ]
+    places = [(place, name, t) for place, name, t in places if isinstance(t, DTensor)]
+    try:
+        for table, name, t in places:
+            part = t.to_local()
+            table[name] = _Scaled.apply(part, experts.gradient_scale) if t.requires_grad else part
+        yield
+    finally:
+        for table, name, t in places:
+            table[name] = t
+
+
+class _Scaled(torch.autograd.Function):
+    """x, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return hasattr(module, "_is_expert_parallel")
+
+
+def _num_experts(experts: nn.Module) -> int:
+    found = getattr(experts, "num_experts", None)
+    tensors = [*experts.parameters(), *experts.buffers()]
+    if not isinstance(found, int) or not tensors or any(t.ndim == 0 or len(t) != found for t in tensors):
+        raise ValueError(
+            "module must have grouped experts, each tensor [E, ...], as ExpertMLP or ExpertResNet18 do, "
+            f"got {type(experts).__name__}"
+        )
+    return found
+
+
+def parallel_experts(model: nn.Module) -> list[nn.Module]:
+    """The grouped networks in `model` that are spread over processes."""
+    return [module for module in model.modules() if isinstance(module, _Parallel)]
+
+
+def ddp_ignores_experts(model: nn.Module) -> nn.Module:
+    """The model, of which DistributedDataParallel then leaves alone what is spread over processes."""
+    names = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if isinstance(t, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return model

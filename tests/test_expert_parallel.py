@@ -1,0 +1,61 @@
+"""Experts spread over 2 and 4 processes compute what one process does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_checks import CHECKS
+
+from moe_kernels.distributed.dispatch import Once
+
+SCRIPT = Path(__file__).parent / "parallel_checks.py"
+ROOT = SCRIPT.parent.parent
+
+
+def start(folder: Path, size: int, *options: str) -> list[subprocess.Popen[bytes]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    commands = [[sys.executable, str(SCRIPT), str(rank), str(size), str(folder), *options] for rank in range(size)]
+    return [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for command in commands]
+
+
+def run(folder: Path, size: int) -> dict[str, list[str]]:
+    """What the processes found, by the name of the check."""
+    folder.mkdir()
+    processes = start(folder, size)
+    for process in processes:
+        process.communicate(timeout=300)
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+    return {name: [each.get(name, "did not run") for each in found] for name in CHECKS}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[str]]]:
+    folder = tmp_path_factory.mktemp("processes")
+    return {size: run(folder / str(size), size) for size in (4, 2)}  # the checkpoint of 4 is read by 2
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize(
+    ("size", "name"), [(size, name) for size in (4, 2) for name in CHECKS if size in CHECKS[name][0]]
+)
+def test_processes_equal_one(found: dict[int, dict[str, list[str]]], size: int, name: str) -> None:
+    assert found[size][name] == [""] * size, "\n".join(found[size][name])
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
+    first, second = start(tmp_path, 2, "die")
+    _, error = first.communicate(timeout=240)
+    assert second.wait() == 9 and first.returncode != 0
+    assert b"onnection closed by peer" in error
+
+
+def test_what_is_known_of_a_tensor_ends_when_it_is_written_to() -> None:
+    calls = []
+    once, x = Once(lambda x: calls.append(1) or x.sum().item()), torch.ones(3)
+    assert [once(x), once(x), once(x.clone())] == [3, 3, 3] and len(calls) == 2
+    x.add_(1)
+    assert once(x) == 6
