@@ -50,7 +50,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     first, second = start(tmp_path, 2, "die")
     _, error = first.communicate(timeout=240)
     assert second.wait() == 9 and first.returncode != 0
-    assert b"onnection closed by peer" in error
+    assert b"by peer" in error, error.decode()  # closed or reset
 
 
 def test_what_is_known_of_a_tensor_ends_when_it_is_written_to() -> None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_kernels.distributed.dispatch import AllToAll, Dispatcher, Once
-from moe_kernels.nn.robust_moe import Gather, RobustMoE
+from moe_kernels.nn.robust_moe import ExpertList, Gather, RobustMoE
 from moe_kernels.ops import combine, group_by_expert
 from moe_kernels.ops.expert_sum import expert_of_row
 
@@ -151,12 +151,13 @@ def _is_transformers(module: nn.Module) -> bool:
 def _num_experts(experts: nn.Module) -> int:
     found = getattr(experts, "num_experts", None)
     tensors = [*experts.parameters(), *experts.buffers()]
-    if not isinstance(found, int) or not tensors or any(t.ndim == 0 or len(t) != found for t in tensors):
+    grouped = tensors and all(t.ndim > 0 and len(t) == found for t in tensors)
+    if not grouped or isinstance(experts, ExpertList):
         raise ValueError(
             "module must have grouped experts, each tensor [E, ...], as ExpertMLP or ExpertResNet18 do, "
             f"got {type(experts).__name__}"
         )
-    return found
+    return int(found)  # type: ignore[arg-type]
 
 
 def parallel_experts(model: nn.Module) -> list[nn.Module]:
