@@ -1,26 +1,68 @@
-// Eight floats at a time, which the compiler maps to the machine's registers.
+// As many floats at a time as a register holds at the level that is compiled for.
 #pragma once
+
+#include <memory>
 
 #include "common/inline.h"
 #include "common/tensor.h"
 
 namespace moe {
 
-constexpr int64_t kLanes = 8;
+// No template argument: as such, these types lose their attributes, and with them the right to lie anywhere.
+typedef float Eight __attribute__((vector_size(8 * sizeof(float)), aligned(sizeof(float)), may_alias));
 
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+inline Eight load_eight(const float* from) { return *reinterpret_cast<const Eight*>(from); }
+inline void store(float* to, Eight value) { *reinterpret_cast<Eight*>(to) = value; }
+
+#ifdef __AVX512F__
+typedef float Lanes __attribute__((vector_size(16 * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
 inline void store(float* to, Lanes value) { *reinterpret_cast<Lanes*>(to) = value; }
+inline Lanes broadcast(float v) { return Lanes{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
+#else
+typedef Eight Lanes;
+
+inline Lanes load(const float* from) { return load_eight(from); }
 inline Lanes broadcast(float v) { return Lanes{v, v, v, v, v, v, v, v}; }
+#endif
+constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
+
+// Floats from the beginning of a cache line on.
+class Floats {
+ public:
+  explicit Floats(int64_t count) : lines_(new Line[count / kLine + 1]) {}
+  static Floats zeros(int64_t count) {
+    Floats floats(count);
+    std::fill(floats + 0, floats + count, 0.f);
+    return floats;
+  }
+  operator float*() const { return lines_[0].values; }
+
+ private:
+  static constexpr int64_t kLine = 16;
+  struct alignas(64) Line {
+    float values[kLine];
+  };
+  std::unique_ptr<Line[]> lines_;
+};
 
 template <class T>
-MOE_INLINE Lanes read_lanes(const T* from) {
-  float lanes[kLanes];
-  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(from[i]);
-  return load(lanes);
+MOE_INLINE Eight read_eight(const T* from) {
+  float values[8];
+  for (int i = 0; i < 8; ++i) values[i] = static_cast<float>(from[i]);
+  return load_eight(values);
 }
-MOE_INLINE Lanes read_lanes(const float* from) { return load(from); }
+MOE_INLINE Eight read_eight(const float* from) { return load_eight(from); }
+
+template <class T>
+MOE_INLINE void write_eight(T* to, Eight lanes) {
+  float values[8];
+  store(values, lanes);
+#pragma omp simd
+  for (int i = 0; i < 8; ++i) store(to[i], values[i]);
+}
+MOE_INLINE void write_eight(float* to, Eight lanes) { store(to, lanes); }
 
 template <class T>
 MOE_INLINE void write_lanes(T* to, Lanes lanes) {
@@ -32,17 +74,17 @@ MOE_INLINE void write_lanes(T* to, Lanes lanes) {
 MOE_INLINE void write_lanes(float* to, Lanes lanes) { store(to, lanes); }
 
 template <int... kFrom>
-MOE_INLINE Lanes shuffle(Lanes a, Lanes b) {
+MOE_INLINE Eight shuffle(Eight a, Eight b) {
 #ifdef __clang__
   return __builtin_shufflevector(a, b, kFrom...);
 #else
-  typedef int32_t Mask __attribute__((vector_size(sizeof(Lanes))));
+  typedef int32_t Mask __attribute__((vector_size(sizeof(Eight))));
   return __builtin_shuffle(a, b, Mask{kFrom...});
 #endif
 }
 
-MOE_INLINE void transpose(Lanes r[8]) {
-  Lanes pairs[8], fours[8];
+MOE_INLINE void transpose(Eight r[8]) {
+  Eight pairs[8], fours[8];
   for (int i = 0; i < 8; i += 2) {
     pairs[i] = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(r[i], r[i + 1]);
     pairs[i + 1] = shuffle<2, 10, 3, 11, 6, 14, 7, 15>(r[i], r[i + 1]);
@@ -62,16 +104,16 @@ MOE_INLINE void transpose(Lanes r[8]) {
 // to [columns, rows] = from [rows, columns] transposed; rows of either are as far apart as the steps say.
 template <class To, class From>
 void copy_transposed(int64_t rows, int64_t columns, const From* from, int64_t from_step, To* to, int64_t to_step) {
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      if (i + kLanes <= rows && j + kLanes <= columns) {
-        Lanes block[kLanes];
-        for (int k = 0; k < kLanes; ++k) block[k] = read_lanes(from + (i + k) * from_step + j);
+  for (int64_t i = 0; i < rows; i += 8) {
+    for (int64_t j = 0; j < columns; j += 8) {
+      if (i + 8 <= rows && j + 8 <= columns) {
+        Eight block[8];
+        for (int k = 0; k < 8; ++k) block[k] = read_eight(from + (i + k) * from_step + j);
         transpose(block);
-        for (int k = 0; k < kLanes; ++k) write_lanes(to + (j + k) * to_step + i, block[k]);
+        for (int k = 0; k < 8; ++k) write_eight(to + (j + k) * to_step + i, block[k]);
       } else {
-        for (int64_t r = i; r < std::min(i + kLanes, rows); ++r) {
-          for (int64_t c = j; c < std::min(j + kLanes, columns); ++c) {
+        for (int64_t r = i; r < std::min<int64_t>(i + 8, rows); ++r) {
+          for (int64_t c = j; c < std::min<int64_t>(j + 8, columns); ++c) {
             store(to[c * to_step + r], static_cast<float>(from[r * from_step + c]));
           }
         }

@@ -27,19 +27,6 @@ struct Matrix {
   Matrix transposed(int64_t first) const { return {from + first * column, column, row}; }
 };
 
-// Uninitialised floats from the beginning of a cache line on.
-class Floats {
- public:
-  explicit Floats(int64_t count) : lines_(new Line[count / kPanel + 1]) {}
-  operator float*() const { return lines_[0].values; }
-
- private:
-  struct alignas(64) Line {
-    float values[kPanel];
-  };
-  std::unique_ptr<Line[]> lines_;
-};
-
 template <class T>
 MOE_INLINE void to_float(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);

@@ -131,14 +131,14 @@ class Strip {
       : height_(height),
         width_(width),
         depth_(round_up(channels, kLanes)),
-        pixels_(new float[height * width * depth_]()) {}
+        pixels_(Floats::zeros(height * width * depth_)) {}
 
   // From row `top` of the image on, its first pixel at `left`.
   template <class T>
   void read(const Images<T>& from, int64_t image, int64_t top, int64_t left) {
     const int64_t size = width_ * depth_;
     for (int64_t r = 0; r < height_; ++r) {
-      float* to = pixels_.get() + r * size;
+      float* to = pixels_ + r * size;
       if (top + r < 0 || top + r >= from.height) {
         std::fill(to, to + size, 0.f);
       } else {
@@ -147,13 +147,13 @@ class Strip {
     }
   }
 
-  // The values of its tiles, kSide x kSide pixels from every fourth on, eight channels at a time, go to
+  // The values of its tiles, kSide x kSide pixels from every fourth on, kLanes channels at a time, go to
   // to(point, tile, channel, values).
   template <int kSide, void (*kToPoints)(const Lanes*, Lanes*), class To>
   void evaluate(int64_t tiles, const To& write) const {
     for (int64_t t = 0; t < tiles; ++t) {
       for (int64_t c = 0; c < depth_; c += kLanes) {
-        const float* const tile = pixels_.get() + t * kOutputs * depth_ + c;
+        const float* const tile = pixels_ + t * kOutputs * depth_ + c;
         on_both_sides<kSide, kInputs, kToPoints>(
             [&](int i, int j) { return load(tile + (i * width_ + j) * depth_); },
             [&](int i, int j, Lanes value) { write(i * kInputs + j, t, c, value); });
@@ -163,7 +163,7 @@ class Strip {
 
  private:
   int64_t height_, width_, depth_;
-  std::unique_ptr<float[]> pixels_;
+  Floats pixels_;
 };
 
 }  // namespace moe

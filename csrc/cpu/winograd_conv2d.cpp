@@ -17,18 +17,21 @@ struct Kernels {
   int64_t output_step, input_step;
   bool turned;
 
-  // The nine numbers of eight output channels' kernels, of which `count` exist.
+  // The nine numbers of kLanes output channels' kernels, of which `count` exist.
   void read(int64_t output, int64_t input, int64_t count, Lanes taps[9]) const {
     const T* from = data + output * output_step + input * input_step;
-    Lanes rows[kLanes] = {}, last = {};
-    for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(from + i * output_step + 8 * input_step);  // more streams than the machine follows by itself
-      rows[i] = read_lanes(from + i * output_step);
-      last[i] = static_cast<float>(from[i * output_step + 8]);
+    float values[9][kLanes] = {};
+    for (int64_t first = 0; first < count; first += 8) {
+      Eight rows[8] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(8, count - first); ++i, from += output_step) {
+        __builtin_prefetch(from + 8 * input_step);  // more streams than the machine follows by itself
+        rows[i] = read_eight(from);
+        values[8][first + i] = static_cast<float>(from[8]);
+      }
+      transpose(rows);
+      for (int i = 0; i < 8; ++i) store(values[i] + first, rows[i]);
     }
-    transpose(rows);
-    for (int i = 0; i < 8; ++i) taps[turned ? 8 - i : i] = rows[i];
-    taps[turned ? 0 : 8] = last;
+    for (int i = 0; i < 9; ++i) taps[turned ? 8 - i : i] = load(values[i]);
   }
 };
 
@@ -53,13 +56,13 @@ class Winograd {
   struct Scratch {
     Scratch(const Winograd& w, int64_t rows)
         : strip(kInputs, w.columns_ * kOutputs + 2, w.x_.channels),
-          points(new float[kPoints * point_step(rows * w.columns_ * w.depth_)]),
-          weights(new float[kPoints * kWeightStep]),
-          products(new float[kPoints * point_step(rows * w.columns_ * kFilters)]),
-          results(new float[kOutputs * kOutputs * w.columns_ * kFilters]) {}
+          points(kPoints * point_step(rows * w.columns_ * w.depth_)),
+          weights(kPoints * kWeightStep),
+          products(kPoints * point_step(rows * w.columns_ * kFilters)),
+          results(kOutputs * kOutputs * w.columns_ * kFilters) {}
 
     Strip strip;
-    std::unique_ptr<float[]> points, weights, products, results;
+    Floats points, weights, products, results;
   };
 
   // Rows [first, first + count) of tiles, output channels [begin, end).
@@ -69,7 +72,7 @@ class Winograd {
     const int64_t step = point_step(tiles * depth_);
     Strip& strip = scratch.strip;
     for (int64_t i = 0; i < count; ++i) {
-      float* const to = scratch.points.get() + i * columns_ * depth_;  // of [36, tiles, depth]
+      float* const to = scratch.points + i * columns_ * depth_;  // of [36, tiles, depth]
       strip.read(x_, (first + i) / rows_, (first + i) % rows_ * kOutputs - pad_y_, pad_x_);
       strip.evaluate<kInputs, input_to_points>(columns_, [&](int64_t point, int64_t t, int64_t c, Lanes v) {
         store(to + point * step + t * depth_ + c, v);
@@ -80,14 +83,14 @@ class Winograd {
       for (int64_t c = 0; c < x_.channels; c += kSummands) {
         const int64_t terms = std::min(kSummands, x_.channels - c);
         for (int64_t p = 0; p < filters; p += kPanel) {
-          kernels_to_points(kernels, o + p, filters - p, c, terms, scratch.weights.get() + p * kSummands);
+          kernels_to_points(kernels, o + p, filters - p, c, terms, scratch.weights + p * kSummands);
         }
         for (int64_t point = 0; point < kPoints; ++point) {
           for (int64_t p = 0; p < filters; p += kPanel) {
             multiply_tiles(
-                tiles, terms, scratch.points.get() + point * step + c, kGemmTile * depth_, depth_, 1,
-                scratch.weights.get() + point * kWeightStep + p * kSummands,
-                TileSums{scratch.products.get() + point * point_step(tiles * kFilters) + p, kFilters, c > 0});
+                tiles, terms, scratch.points + point * step + c, kGemmTile * depth_, depth_, 1,
+                scratch.weights + point * kWeightStep + p * kSummands,
+                TileSums{scratch.products + point * point_step(tiles * kFilters) + p, kFilters, c > 0});
           }
         }
       }
@@ -96,7 +99,7 @@ class Winograd {
   }
 
  private:
-  // Input channels [c0, c0 + terms) of 16 output channels, of which `count` exist -> weights [36, terms, 16].
+  // Input channels [c0, c0 + terms) of kPanel output channels, of which `count` exist -> weights [36, terms, kPanel].
   static void kernels_to_points(const Kernels<T>& kernels, int64_t output, int64_t count, int64_t c0, int64_t terms,
                                 float* weights) {
     for (int64_t c = 0; c < terms; ++c) {
@@ -119,8 +122,8 @@ class Winograd {
     const int64_t width = columns_ * kOutputs;
     for (int64_t t = 0; t < columns_; ++t) {
       for (int64_t o = 0; o < filters; o += kLanes) {
-        const float* const from = scratch.products.get() + (tile + t) * kFilters + o;
-        float* const to = scratch.results.get() + t * kOutputs * kFilters + o;
+        const float* const from = scratch.products + (tile + t) * kFilters + o;
+        float* const to = scratch.results + t * kOutputs * kFilters + o;
         on_both_sides<kInputs, kOutputs, points_to_output>(
             [&](int i, int j) { return load(from + (i * kInputs + j) * point_step(tiles * kFilters)); },
             [&](int i, int j, Lanes value) { store(to + (i * width + j) * kFilters, value + load(shift + o)); });
@@ -128,7 +131,7 @@ class Winograd {
     }
     const int64_t top = row % rows_ * kOutputs;
     for (int64_t i = 0; i < std::min(kOutputs, y_.height - top); ++i) {
-      y_.write_row(row / rows_, top + i, output, filters, scratch.results.get() + i * width * kFilters, kFilters);
+      y_.write_row(row / rows_, top + i, output, filters, scratch.results + i * width * kFilters, kFilters);
     }
   }
 

@@ -14,14 +14,14 @@ struct Values {
       : group(group),
         tiles(tiles),
         step(point_step(round_up(channels, group) * tiles)),
-        values(new float[kPoints * step]()) {}
+        values(Floats::zeros(kPoints * step)) {}
 
   float* at(int64_t point, int64_t tile, int64_t channel) const {
-    return values.get() + point * step + (channel / group * tiles + tile) * group + channel % group;
+    return values + point * step + (channel / group * tiles + tile) * group + channel % group;
   }
 
   int64_t group, tiles, step;
-  std::unique_ptr<float[]> values;
+  Floats values;
 };
 
 // One expert after the other, whose tiles are evaluated some at a time, and joined to the sums [36, O, C] by points.
@@ -40,7 +40,7 @@ class WeightGrad {
         right_(x.channels, kPanel, rows_at_once_ * columns_),
         width_(round_up(x.channels, kPanel)),
         step_(point_step(grad.channels * width_)),
-        sums_(new float[kPoints * step_]) {}
+        sums_(kPoints * step_) {}
 
   // Images [begin, begin + count), at least one -> [O, C, 3, 3]
   void run(int64_t begin, int64_t count, T* out) {
@@ -83,7 +83,7 @@ class WeightGrad {
         for (int64_t c = 0; c < x_.channels; c += kPanel) {
           multiply_tiles(std::min(kRowGroup, grad_.channels - o), std::min(kSummands, tiles - t), left_.at(point, t, o),
                          kGemmTile, 1, kRowGroup, right_.at(point, t, c),
-                         TileSums{sums_.get() + point * step_ + o * width_ + c, width_, add || t > 0});
+                         TileSums{sums_ + point * step_ + o * width_ + c, width_, add || t > 0});
         }
       }
     }
@@ -92,15 +92,19 @@ class WeightGrad {
   // sums -> the kernels [C, 3, 3] of output channel o
   void write(int64_t o, T* out) const {
     for (int64_t c = 0; c < x_.channels; c += kLanes) {
-      Lanes taps[9];
-      const float* const from = sums_.get() + o * width_ + c;
+      float taps[9][kLanes];
+      const float* const from = sums_ + o * width_ + c;
       on_both_sides<kInputs, 3, points_to_weight>([&](int i, int j) { return load(from + (i * kInputs + j) * step_); },
-                                                  [&](int i, int j, Lanes value) { taps[3 * i + j] = value; });
-      transpose(taps);
-      for (int64_t i = 0; i < std::min(kLanes, x_.channels - c); ++i) {
-        T* const to = out + (c + i) * 9;
-        write_lanes(to, taps[i]);
-        store(to[8], taps[8][i]);
+                                                  [&](int i, int j, Lanes value) { store(taps[3 * i + j], value); });
+      for (int64_t first = 0; first < std::min(kLanes, x_.channels - c); first += 8) {
+        Eight rows[8];
+        for (int i = 0; i < 8; ++i) rows[i] = load_eight(taps[i] + first);
+        transpose(rows);
+        for (int64_t i = 0; i < std::min<int64_t>(8, x_.channels - c - first); ++i) {
+          T* const to = out + (c + first + i) * 9;
+          write_eight(to, rows[i]);
+          store(to[8], taps[8][first + i]);
+        }
       }
     }
   }
@@ -109,7 +113,7 @@ class WeightGrad {
   int64_t pad_y_, pad_x_, columns_, rows_, rows_at_once_;
   Values left_, right_;
   int64_t width_, step_;
-  std::unique_ptr<float[]> sums_;
+  Floats sums_;
 };
 
 // grad [N, O, H', W'], x [N, C, H, W] -> [E, O, C, 3, 3]; an expert without rows gets zeros.
