@@ -131,9 +131,15 @@ def jobs() -> int:
     return int(wanted)
 
 
-def simd_flags() -> list[str]:
-    # A fixed level, not -march=native: the same source gives the same numbers on every machine.
-    return ["-march=x86-64-v3"] if platform.machine() in ("x86_64", "AMD64") else []
+# The levels that the CPU kernels are compiled for, of which the best that a CPU has is loaded. Fixed ones, not
+# -march=native: the same level gives the same numbers on every machine.
+CPU_LEVELS = (
+    ("x86-64", "x86-64-v3", "x86-64-v4") if platform.machine() in ("x86_64", "AMD64") else (platform.machine(),)
+)
+
+
+def library_name(level: str) -> str:
+    return "_cpu_" + re.sub(r"\W", "_", level)
 
 
 def sources(folder: str, suffix: str) -> list[str]:
@@ -161,21 +167,23 @@ class NinjaBuild(build_ext):
                 description="compile $in",
             )
             ninja.rule("link", "$linker -shared $in -o $out $libraries", description="link $out")
-            (self.cuda_rules if ext.name.endswith("._cuda") else self.cpu_rules)(ninja, ext.sources, str(target))
+            rules = self.cuda_rules if ext.name.endswith("._cuda") else self.cpu_rules
+            rules(ninja, ext.name, ext.sources, str(target))
             ninja.default(str(target))
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(jobs())], check=True)
 
-    def cpu_rules(self, n: Any, files: list[str], target: str) -> None:
+    def cpu_rules(self, n: Any, name: str, files: list[str], target: str) -> None:
         import pybind11
 
+        march = [f"-march={x}" for x in CPU_LEVELS if name.endswith(library_name(x)) and x.startswith("x86")]
         facts = {
-            "SIMD": " ".join(simd_flags()),
+            "CPU_LEVELS": " ".join(CPU_LEVELS),
             "CUDA": toolkit.release if toolkit else "",
             "CUDA_OPERATORS": " ".join(Path(s).stem for s in sources("cuda", ".cu")) if toolkit else "",
             "CUDA_ARCHS": " ".join(f"sm_{number(a)}" for a in toolkit.architectures()) if toolkit else "",
         }
         flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno"]
-        flags += ["-fno-trapping-math", *simd_flags(), "-Wall", "-Wextra", "-Werror=return-type"]
+        flags += ["-fno-trapping-math", *march, "-Wall", "-Wextra", "-Wno-psabi", "-Werror=return-type"]
         # Before the copy of pybind11 among torch's headers.
         include = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
         n.variable("compiler", os.environ.get("CXX", "g++"))
@@ -188,7 +196,7 @@ class NinjaBuild(build_ext):
             n.build(self.object(file), "compile", str(ROOT / file), variables=values)
         n.build(target, "link", [self.object(file) for file in files])
 
-    def cuda_rules(self, n: Any, files: list[str], target: str) -> None:
+    def cuda_rules(self, n: Any, name: str, files: list[str], target: str) -> None:
         architectures = toolkit.architectures()
         codes = [f"-gencode=arch=compute_{number(a)},code=sm_{number(a)}" for a in architectures]
         codes += [f"-gencode=arch=compute_{number(a)},code=compute_{number(a)}" for a in architectures if "+" in a]
@@ -227,7 +235,8 @@ class NinjaBuild(build_ext):
 if __name__ == "__main__":
     torch = Torch.find()
     toolkit = Toolkit.find(torch)
-    extensions = [Extension("moe_kernels._C", ["csrc/module.cpp", *sources("cpu", ".cpp")])]
+    extensions = [Extension("moe_kernels._C", ["csrc/module.cpp"])]
+    extensions += [Extension(f"moe_kernels.{library_name(x)}", sources("cpu", ".cpp")) for x in CPU_LEVELS]
     if toolkit:
         extensions.append(Extension("moe_kernels._cuda", sources("cuda", ".cu")))
     setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild}, setup_requires=[] if torch else [OLDEST_TORCH[0]])

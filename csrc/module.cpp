@@ -5,10 +5,28 @@
 
 namespace py = pybind11;
 
+namespace {
+
+// The best of the levels that this CPU has.
+std::string best_cpu_level([[maybe_unused]] const std::string& built) {
+#ifdef __x86_64__
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  return v3 && v4 ? "x86-64-v4" : v3 ? "x86-64-v3" : "x86-64";
+#else
+  return built;
+#endif
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts of the CPU kernels.";
+  m.doc() = "Build facts of the kernels.";
   m.attr("compiler") = std::string("g++ ") + __VERSION__;
-  m.attr("simd") = MOE_KERNELS_SIMD;
+  m.attr("cpu_levels") = MOE_KERNELS_CPU_LEVELS;  // built, the lowest first
+  m.attr("best_cpu_level") = best_cpu_level(MOE_KERNELS_CPU_LEVELS);
   m.attr("built_with_torch") = MOE_KERNELS_TORCH;
   m.attr("built_with_cuda") = MOE_KERNELS_CUDA;  // of the CUDA library, if there is one
   m.attr("cuda_operators") = MOE_KERNELS_CUDA_OPERATORS;

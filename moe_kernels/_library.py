@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +101,9 @@ def load() -> None:
     global cuda_problem
     try:
         from moe_kernels import _C  # type: ignore[attr-defined]
-    except ImportError as error:
+
+        torch.ops.load_library(str(_library_file("_cpu_" + re.sub(r"\W", "_", cpu_level()))))
+    except (AttributeError, ImportError, OSError) as error:
         raise ImportError(f"the kernels are not built ({error}); run `pip install -e .` in the repository") from error
     if torch.version.cuda is None:
         return
@@ -122,9 +126,32 @@ def load() -> None:
         )
 
 
+def cpu_levels() -> list[str]:
+    """The levels that CPU libraries are built for and that this CPU has, the lowest first."""
+    from moe_kernels import _C  # type: ignore[attr-defined]
+
+    built = _C.cpu_levels.split()
+    return built[: built.index(_C.best_cpu_level) + 1]
+
+
+def cpu_level() -> str:
+    """The best of them, or that of MOE_KERNELS_CPU_LEVEL, which gives the numbers of a lesser CPU."""
+    level = os.environ.get("MOE_KERNELS_CPU_LEVEL") or cpu_levels()[-1]
+    if level not in cpu_levels():
+        raise ValueError(f"MOE_KERNELS_CPU_LEVEL must be one of {', '.join(cpu_levels())} on this CPU, got {level!r}")
+    return level
+
+
+def _library_file(name: str) -> Path:
+    """The library `name` that was built together with the module moe_kernels._C."""
+    from moe_kernels import _C  # type: ignore[attr-defined]
+
+    return Path(_C.__file__).with_name(Path(_C.__file__).name.replace("_C", name, 1))
+
+
 def cuda_library() -> Path | None:
     """The CUDA library that was built together with the CPU library, if one was."""
     from moe_kernels import _C  # type: ignore[attr-defined]
 
-    library = Path(_C.__file__).with_name(Path(_C.__file__).name.replace("_C", "_cuda", 1))
+    library = _library_file("_cuda")
     return library if _C.built_with_cuda and library.exists() else None

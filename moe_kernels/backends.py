@@ -60,7 +60,7 @@ def build_info() -> dict[str, Any]:
         "torch": torch.__version__,
         "built_with_torch": _C.built_with_torch,
         "compiler": _C.compiler,
-        "simd": _C.simd,
+        "cpu_level": f"{_library.cpu_level()} of {_C.cpu_levels}",
         "cuda_library": f"{cuda}; not loaded: {_library.cuda_problem}" if library and _library.cuda_problem else cuda,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": {

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import moe_kernels
-from moe_kernels import _C
+from moe_kernels import _C, _library
 
 
 def test_every_operator_has_a_cpu_kernel_and_a_reference() -> None:
@@ -28,4 +28,4 @@ def test_cuda_kernels_are_named_where_they_were_built() -> None:
 
 def test_the_command_prints_it() -> None:
     text = subprocess.run([sys.executable, "-m", "moe_kernels"], capture_output=True, text=True, check=True).stdout
-    assert "pgd_step_" in text and _C.compiler in text
+    assert "pgd_step_" in text and _C.compiler in text and _library.cpu_level() in text

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_kernels import _C
+
 ROOT = Path(__file__).parent.parent
 TREE = ["MANIFEST.in", "README.md", "LICENSE", "constraints.txt", "pyproject.toml", "setup.py", "csrc"]
 PACKAGES = {"moe_kernels": ROOT / "moe_kernels", "rter": ROOT / "python/rter"}
@@ -42,7 +44,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert {n for n in held if n.endswith(".py")} == modules()
-    assert {re.sub(r"\..*", "", n) for n in held if not n.endswith(".py")} <= {"moe_kernels/_C", "moe_kernels/_cuda"}
+    libraries = {re.sub(r"\..*", "", n) for n in held if not n.endswith(".py")} - {"moe_kernels/_cuda"}
+    assert libraries == {"moe_kernels/_C", *(f"moe_kernels/_cpu_{re.sub('-', '_', x)}" for x in _C.cpu_levels.split())}
 
 
 def test_the_readme_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:

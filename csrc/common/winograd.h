@@ -5,8 +5,8 @@
 //   dw = G^T [ sum over tiles (A dY A^T) * (B^T X B) ] G
 //
 // Rows are points at which polynomials are evaluated: here 0, +-2/3, +-3/2 and infinity. Their powers stay near 1, so
-// that the rounding error (root mean square, 128 channels) is 1.3 times that of a direct convolution summed in order, and
-// 2 (AVX2) or 3.6 times (AVX-512) that of oneDNN's; with the usual 0, +-1, +-2 it would be three times larger.
+// that the rounding error (root mean square, 128 channels) is 1.3 times that of a direct convolution summed in order,
+// and 2 (AVX2) or 3.6 times (AVX-512) that of oneDNN's; with the usual 0, +-1, +-2 it would be three times larger.
 #pragma once
 
 #include <algorithm>

@@ -87,10 +87,9 @@ class Winograd {
         }
         for (int64_t point = 0; point < kPoints; ++point) {
           for (int64_t p = 0; p < filters; p += kPanel) {
-            multiply_tiles(
-                tiles, terms, scratch.points + point * step + c, kGemmTile * depth_, depth_, 1,
-                scratch.weights + point * kWeightStep + p * kSummands,
-                TileSums{scratch.products + point * point_step(tiles * kFilters) + p, kFilters, c > 0});
+            multiply_tiles(tiles, terms, scratch.points + point * step + c, kGemmTile * depth_, depth_, 1,
+                           scratch.weights + point * kWeightStep + p * kSummands,
+                           TileSums{scratch.products + point * point_step(tiles * kFilters) + p, kFilters, c > 0});
           }
         }
       }
