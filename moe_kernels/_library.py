@@ -17,6 +17,8 @@ from moe_kernels import _checks as check
 NAMESPACE = "moe_kernels"
 OPERATORS: dict[str, Callable[..., Any]] = {}  # by name, as this package calls them
 TRITON: dict[str, str] = {}  # operator: the file of triton_kernels that computes it on a GPU
+KERNELS: set[tuple[str, str]] = set()  # operator and device type, of the libraries that are loaded
+level = ""  # of the CPU library that is loaded
 cuda_problem = ""  # why a CUDA build of torch has no CUDA library
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -97,14 +99,28 @@ def vjp(
 
 
 def load() -> None:
-    """Loads the CPU library and, under a CUDA build of torch, the CUDA library, or warns that it cannot be loaded."""
-    global cuda_problem
-    try:
-        from moe_kernels import _C  # type: ignore[attr-defined]
+    """Loads the libraries and notes for which devices each operator has a kernel."""
+    _load_cpu()
+    _load_cuda()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for device in ("cpu", "cuda"):
+        KERNELS.update((op, device) for op in OPERATORS if has_kernel(f"{NAMESPACE}::{op}", device.upper()))
 
-        torch.ops.load_library(str(_library_file("_cpu_" + re.sub(r"\W", "_", cpu_level()))))
+
+def _load_cpu() -> None:
+    global level
+    try:
+        level = cpu_level()
+        torch.ops.load_library(str(_library_file("_cpu_" + re.sub(r"\W", "_", level))))
     except (AttributeError, ImportError, OSError) as error:
         raise ImportError(f"the kernels are not built ({error}); run `pip install -e .` in the repository") from error
+
+
+def _load_cuda() -> None:
+    """Loads the CUDA library under a CUDA build of torch, or warns that it cannot be loaded."""
+    from moe_kernels import _C  # type: ignore[attr-defined]
+
+    global cuda_problem
     if torch.version.cuda is None:
         return
     if (library := cuda_library()) is None:
@@ -136,10 +152,11 @@ def cpu_levels() -> list[str]:
 
 def cpu_level() -> str:
     """The best of them, or that of MOE_KERNELS_CPU_LEVEL, which gives the numbers of a lesser CPU."""
-    level = os.environ.get("MOE_KERNELS_CPU_LEVEL") or cpu_levels()[-1]
-    if level not in cpu_levels():
-        raise ValueError(f"MOE_KERNELS_CPU_LEVEL must be one of {', '.join(cpu_levels())} on this CPU, got {level!r}")
-    return level
+    here = cpu_levels()
+    wanted = os.environ.get("MOE_KERNELS_CPU_LEVEL") or here[-1]
+    if wanted not in here:
+        raise ValueError(f"MOE_KERNELS_CPU_LEVEL must be one of {', '.join(here)} on this CPU, got {wanted!r}")
+    return wanted
 
 
 def _library_file(name: str) -> Path:

@@ -1,6 +1,5 @@
 """The only place that chooses between the implementations of an operator."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +7,6 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _library, reference
-
-DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 def choose(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
@@ -25,16 +22,9 @@ def choose(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
     return _library.OPERATORS[op]
 
 
-@torch.compiler.assume_constant_result
 def is_implemented(op: str, device: str) -> bool:
     """Whether the native operator has a kernel for this device type in the libraries that are loaded."""
-    return _has_kernel(op, device)
-
-
-@functools.cache
-def _has_kernel(op: str, device: str) -> bool:
-    key = DISPATCH_KEYS.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{op}", key)
+    return (op, device) in _library.KERNELS
 
 
 def _implementation(op: str, device: str) -> str:
@@ -60,7 +50,7 @@ def build_info() -> dict[str, Any]:
         "torch": torch.__version__,
         "built_with_torch": _C.built_with_torch,
         "compiler": _C.compiler,
-        "cpu_level": f"{_library.cpu_level()} of {_C.cpu_levels}",
+        "cpu_level": f"{_library.level} of {_C.cpu_levels}",
         "cuda_library": f"{cuda}; not loaded: {_library.cuda_problem}" if library and _library.cuda_problem else cuda,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": {

@@ -28,4 +28,10 @@ def test_cuda_kernels_are_named_where_they_were_built() -> None:
 
 def test_the_command_prints_it() -> None:
     text = subprocess.run([sys.executable, "-m", "moe_kernels"], capture_output=True, text=True, check=True).stdout
-    assert "pgd_step_" in text and _C.compiler in text and _library.cpu_level() in text
+    assert "pgd_step_" in text and _C.compiler in text and _library.level in text
+
+
+def test_the_import_loads_nothing_that_is_not_used_yet() -> None:
+    heavy = ["torch._dynamo", "torch._inductor", "triton", "sympy", "matplotlib", "transformers", "sklearn"]
+    script = f"import sys, torch, moe_kernels; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "[]\n"

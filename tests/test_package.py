@@ -54,7 +54,19 @@ def test_the_readme_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     python = tmp_path / "env/bin/python"
     packages = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
-    call(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel)
+    call(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "-q",
+        "--ignore-installed",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    )
     (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copy(ROOT / "tests/test_readme.py", tmp_path / "tests")

@@ -64,7 +64,8 @@ def test_what_is_no_number_stays_in_its_tiles() -> None:
 
 
 def test_a_layer_takes_it_where_it_saves_work() -> None:
-    x, _, _, offsets = arguments(16)
+    s = Source(torch.float32)
+    x, offsets = s.randn(5, 16, 12, 12), s.offsets((2, 0, 3))
     for saves, layer in {
         True: ExpertConv2d(3, 16, 16, 3, padding=1),
         False: ExpertConv2d(3, 16, 16, 3, stride=2, padding=1),

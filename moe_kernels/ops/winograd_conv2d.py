@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _checks as check
-from moe_kernels import backends
+from moe_kernels import _library, backends
 from moe_kernels._library import define
 from moe_kernels.ops.expert_conv2d import _empty
 from moe_kernels.ops.expert_sum import expert_sum
@@ -15,6 +15,10 @@ from moe_kernels.ops.expert_sum import expert_sum
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = WIDE[:1] if torch.cpu._is_avx512_bf16_supported() else WIDE  # in which float32 is the fastest to multiply in
 TILE = 4  # results per side
+# By the level of the CPU library, where Winograd's algorithm was measured to be faster than oneDNN (docs/facts.md): the
+# fewest tiles of an expert with less than 64 channels, and with more, and the largest share of the usual products.
+PAYS = {"x86-64-v4": (8, 4, 0.5)}
+PAYS_ELSEWHERE = (9, 9, 0.35)
 
 
 def winograd_conv2d(
@@ -65,19 +69,23 @@ def winograd_conv2d(
 
 
 def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int]) -> bool:
-    """Whether `winograd_conv2d` can convolve x with this weight [..., O, C, kh, kw] on x's device, from less than 0.6
-    of the usual products: 36 for each tile, of which some results may lie beyond the edge, not 9 for each result."""
+    """Whether `winograd_conv2d` can convolve x with this weight [..., O, C, kh, kw] on x's device, faster than the
+    vendor's convolution: with 36 products for each tile, of which some results may lie beyond the edge, in place of 9
+    for each result, and one transform of the weight for all tiles of an expert."""
     known = x.ndim == 4 and check.autocast_dtype(x) in DTYPES
     if not (known and backends.is_implemented("winograd_conv2d", x.device.type)):
         return False
     strides, paddings = check.pair("stride", stride, 1), check.pair("padding", padding, 0)
     height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], paddings, strict=True))
-    tiles = -(-height // TILE) * -(-width // TILE)
+    tiles, channels = -(-height // TILE) * -(-width // TILE), min(weight.shape[-4:-2])
+    experts = len(weight) if weight.ndim == 5 else 1
+    few_channels, many_channels, most_products = PAYS.get(_library.level, PAYS_ELSEWHERE)
     return (
         (*weight.shape[-2:], *strides) == (3, 3, 1, 1)
         and max(paddings) <= 2
-        and min(weight.shape[-4:-2]) >= 16
-        and 36 * tiles < 0.6 * 9 * height * width
+        and channels >= 16
+        and len(x) * tiles >= experts * (few_channels if channels < 64 else many_channels)
+        and 36 * tiles <= most_products * 9 * height * width
     )
 
 
