@@ -10,6 +10,7 @@ import torch
 from rter.checkpoint import load_tensors, save_tensors, write_atomic
 from rter.config import Config, load_config, load_settings
 from rter.data import load_data
+from rter.distributed import choose_device
 from rter.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "docs" / "configs"
@@ -139,3 +140,22 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "last.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(UserError, match=r"last\.safetensors is damaged"):
         load_tensors(tmp_path / "last.safetensors")
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with two GPUs, the second of which is the current one; then in the second of two processes."""
+    current: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    chosen = [choose_device(name) for name in (None, "cpu", "cuda", "cuda:0")]
+    assert [str(device) for device in chosen] == ["cuda:1", "cpu", "cuda:1", "cuda:0"] and current == [1, 1, 0]
+    for name in ("cuda:2", "gpu", "cuda:", "cuda:-1", "CPU", ""):
+        with pytest.raises(UserError, match=f"device must be .*, got '{name}'"):
+            choose_device(name)
+    monkeypatch.setattr("os.environ", {"WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    assert str(choose_device()) == str(choose_device("cuda")) == "cuda:0" and str(choose_device("cpu")) == "cpu"
+    with pytest.raises(UserError, match="device must be cpu, cuda, got 'cuda:1'"):
+        choose_device("cuda:1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert str(choose_device()) == "cpu"

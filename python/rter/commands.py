@@ -266,7 +266,7 @@ def _demo(args: argparse.Namespace) -> None:
     configs = {method: Config(**(given_settings(args) | {"method": method})) for method in runs}
     for method, run in runs.items():
         train(configs[method], run)
-        evaluate(run, "last", *_strength(args))
+        evaluate(run, "last", *_strength(args), progress=True)
     print(make_report(runs["rt-er"], [runs["standard"]]))
     print(f"report: {runs['rt-er'] / 'report.html'}")
 

@@ -44,7 +44,7 @@ def choose_device(name: str | None = None) -> torch.device:
     kind, _, index = name.partition(":")
     if kind == "cpu":
         return torch.device("cpu")
-    number = int(os.environ["LOCAL_RANK"] if several else index or 0)
+    number = int(os.environ["LOCAL_RANK"] if several else index or (torch.cuda.current_device() if count else 0))
     if number >= count:
         raise UserError(f"device must be one of the {count} GPUs that torch {torch.__version__} finds, got {name!r}")
     torch.cuda.set_device(number)

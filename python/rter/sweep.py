@@ -88,7 +88,7 @@ def _finish(run: Path, config: Config, steps: int, restarts: int, suite: str) ->
             raise UserError(f"--out holds {run} with other settings: give another folder, or remove it first")
         return report
     train(config, run, resume=True)
-    return evaluate(run, "last", steps, restarts, suite)
+    return evaluate(run, "last", steps, restarts, suite, progress=True)
 
 
 @contextmanager
