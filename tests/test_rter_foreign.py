@@ -92,6 +92,8 @@ def test_a_killed_command_goes_on_to_the_same_bits(
     assert main(["report", str(killed)]) == 0
     text = (killed / "report.md").read_text()
     assert "Measured on 30 of the 1797 given images, drawn by seed 0" in text and "| verdict" in text
+    page = (killed / "report.html").read_text()
+    assert f"rter evaluate --model {file}:{function} --data digits --images 30 " in page and "Training" not in page
 
 
 def test_a_process_that_is_killed(file: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import inspect
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -70,7 +71,7 @@ def evaluate_file(args: argparse.Namespace, steps: int, restarts: int, suite: st
     source = DATASETS[args.data](Path(args.data_dir or "data"), _whole("image-size", args.image_size, 0))
     images = source.train if source.test is None else source.test
     chosen = images if args.images is None else images.sample(args.images, seed)
-    about = {
+    about: dict[str, Any] = {
         "method": f"{type(model).__name__} of {args.model}",
         "data": args.data,
         "classes": list(source.names),
@@ -78,6 +79,12 @@ def evaluate_file(args: argparse.Namespace, steps: int, restarts: int, suite: st
         "split": "test" if source.test is not None else "given",
         "sample": None if len(chosen) == len(images) else {"of": len(images), "seed": seed},
     }
+    given = {"weights": args.weights, "data-dir": args.data_dir, "image-size": args.image_size, "images": args.images,
+             "batch-size": args.batch_size, "norm": args.norm, "seed": args.seed, "eps": args.eps, "suite": suite,
+             "steps": steps, "restarts": restarts, "queries": args.queries}  # fmt: skip
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    command = ["rter", "evaluate", "--model", args.model, "--data", args.data, *words, "--out", "NEW"]
+    about["command"] = shlex.join(command)
     report = evaluate_model(
         model.to(choose_device(args.device)),
         chosen.x,

@@ -236,7 +236,9 @@ def _png(image: Tensor) -> str:
 def _origin(name: str, report: dict[str, Any], folder: Path) -> str:
     """The command, the versions, the machine and the seeds."""
     made, attack, sample = report.get("made_with", {}), report["attack"], report.get("sample")
-    if report["split"] == "given" or report["weights"] not in ("last", "best"):
+    if report.get("command"):
+        command = report["command"]
+    elif report["split"] == "given" or report["weights"] not in ("last", "best"):
         command = f"rter.evaluate_model(model, x, y, eps={report['eps']!r}, norm={report['norm']!r}, "
         command += (
             f"suite={report['suite']!r}, steps={attack['steps']}, restarts={attack['restarts']}, seed={report['seed']})"
