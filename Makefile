@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc -type f)
 READY := $(VENV)/.ready
 CUDA := $(if $(shell command -v nvcc),$(VENV)/.cuda)
 
-.PHONY: run test lint format bench gpu gpu-static versions install clean
+.PHONY: run test lint format bench bench-all gpu gpu-static versions install clean
 
 run: $(READY)  ## train RT-ER on the embedded digits and write a report
 	$(BIN)/rter demo --out $(RUN)
@@ -35,14 +35,17 @@ format: $(READY)
 	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h)
 
 # Large tensors of all contenders in huge pages.
-bench: export THP_MEM_ALLOC_ENABLE := 1
-bench: $(READY)  ## speed and memory beside plain PyTorch, as ratios in one run
+bench bench-all: export THP_MEM_ALLOC_ENABLE := 1
+bench: ROWS := -m core
+bench bench-all: $(READY)  ## speed beside plain PyTorch, as ratios in one run: the core in 5 minutes; bench-all: every row, and memory
 	@mkdir -p $(dir $(BENCH))
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable --benchmark-json=$(BENCH) \
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' $(ROWS) --benchmark-enable --benchmark-json=$(BENCH) \
 	    --benchmark-columns=median
 	$(BIN)/python benchmarks/ratios.py $(BENCH)
+ifneq ($(filter bench-all,$(MAKECMDGOALS)),)
 	$(BIN)/python benchmarks/saved_bytes.py
 	$(BIN)/python benchmarks/peak_memory.py
+endif
 
 gpu-static: $(READY)  ## every GPU kernel compiled for every architecture: registers, shared memory, spills, tensor cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_static.py

@@ -1,9 +1,11 @@
-"""PGD on a dense ResNet-18 and on a transformer, beside eager torch and the attack libraries that are installed."""
+"""PGD on networks as users write them, beside eager torch in three hands, torch.compile and the attack libraries."""
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from conftest import BF16, MAX_GRADIENT_ERROR, Contest, direction, second_step
 from peers import pgd_step
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from moe_kernels import PGD
 from moe_kernels.testing import Source
@@ -20,14 +23,94 @@ EPS, ALPHA = 8 / 255, 2 / 255
 # `make` installs two of them; adv_lib needs torchvision
 LIBRARIES = [name for name in ("torchattacks", "foolbox", "adv_lib") if find_spec(name)]
 MAX_MOVED_OTHERWISE = {torch.float32: 0.001, torch.bfloat16: 0.1}  # of the pixels, by a gradient of the other sign
+TRAINABLE, FROZEN, COMPILED = "eager, parameters trainable", "eager, frozen", "torch.compile, frozen"
+BY_HAND = "eager by hand: frozen, norms folded, channels-last"
 
 Attack = Callable[..., Tensor]
 
 
-def model_and_images(batch: int) -> tuple[nn.Module, Tensor, Tensor]:
+class FromTransformers(nn.Module):
+    """An untrained network of ten classes from transformers, which returns logits."""
+
+    def __init__(self, name: str, size: int, **settings: Any) -> None:
+        super().__init__()
+        import transformers
+
+        config = getattr(transformers, f"{name}Config")(image_size=size, num_labels=10, **settings)
+        self.net = getattr(transformers, f"{name}ForImageClassification")(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).logits
+
+
+VIT_S = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "ResNet-18": lambda size: ResNet18(),
+    "ResNet-18 of width 16": lambda size: ResNet18(width=16),
+    "ViT-S/16 with 4 blocks": lambda size: ViT(size, depth=4),
+    "ViT-S/16": lambda size: FromTransformers("ViT", size, **VIT_S),
+    "ConvNeXt-T": lambda size: FromTransformers("ConvNext", size),
+    "Swin-T": lambda size: FromTransformers("Swin", size),
+    "MobileNetV2": lambda size: FromTransformers("MobileNetV2", size),
+    "ResNet-50": lambda size: FromTransformers("ResNet", size),
+}
+
+
+class Case(NamedTuple):
+    network: str
+    images: int
+    size: int
+    steps: int
+    targets: dict[str, str]  # by the rivals, but for those whose library is not installed
+
+    def __str__(self) -> str:
+        attack = "one step" if self.steps == 1 else f"PGD-{self.steps}"
+        return f"{attack} on a {self.network}, {self.images} images of {self.size} pixels"
+
+
+OTHERS = {FROZEN: ">= 1", BY_HAND: ">= 0.95"}
+LIBRARY_TARGETS = dict.fromkeys(("torchattacks", "foolbox", "adv_lib"), ">= 1.6")
+CORE = [
+    Case("ResNet-18", 32, 32, 1, {TRAINABLE: ">= 1.6", FROZEN: ">= 1", BY_HAND: ">= 1.15", COMPILED: ""}),
+    Case(
+        "ResNet-18",
+        32,
+        32,
+        10,
+        {TRAINABLE: ">= 2.4", FROZEN: ">= 1", BY_HAND: ">= 1.5", COMPILED: ""} | LIBRARY_TARGETS,
+    ),
+    *(Case("ResNet-18 of width 16", 8, 32, steps, OTHERS) for steps in (1, 10)),
+    Case("ViT-S/16 with 4 blocks", 2, 224, 3, {FROZEN: ">= 1"}),
+]
+REST = [
+    *(Case("ResNet-18", images, 32, steps, OTHERS) for images in (1, 2, 8) for steps in (1, 10)),
+    *(Case("ResNet-18", 2, size, 3, OTHERS) for size in (64, 224)),
+    *(Case("ResNet-18 of width 16", images, 32, steps, OTHERS) for images in (1, 2, 32) for steps in (1, 10)),
+    *(
+        Case(name, 2, size, 3, OTHERS | {COMPILED: ""})
+        for name in ("ViT-S/16", "ConvNeXt-T", "Swin-T", "MobileNetV2", "ResNet-50")
+        for size in (64, 224)
+        if find_spec("transformers")
+    ),
+]
+
+
+def cases(of: list[Case]) -> list[Any]:
+    """Each with ours and each rival."""
+    known = [name for name in (*LIBRARY_TARGETS, COMPILED) if name not in (*LIBRARIES, COMPILED)]
+    return [
+        pytest.param(case, name, id=f"{name}-{case}")
+        for case in of
+        for name in ("moe_kernels", *(rival for rival in case.targets if rival not in known))
+    ]
+
+
+@cache
+def model_and_images(network: str, images: int, size: int) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     s = Source(torch.float32)
-    return randomize_statistics(ResNet18()).eval(), s.rand(batch, 3, 32, 32), s.randint(10, batch).long()
+    model = randomize_statistics(NETWORKS[network](size)).eval()
+    return model, s.rand(images, 3, size, size), s.randint(10, images).long()
 
 
 def attack_of_library(name: str, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
@@ -61,14 +144,61 @@ def eager_attack(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
     return x_adv
 
 
+def frozen_attack(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    x_adv = x
+    for _ in range(steps):
+        x_adv = x_adv.clone(memory_format=torch.preserve_format).requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y), [x_adv])
+        x_adv = pgd_step(x_adv.detach(), grad, x, EPS, ALPHA)
+    return x_adv
+
+
+def channels_last_attack(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    return frozen_attack(model, x.contiguous(memory_format=torch.channels_last), y, steps)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def by_hand(model: nn.Module) -> nn.Module:
+    """Each batch norm folded into the convolution that is registered before it, in channels-last."""
+    model = frozen(model)
+    for module in list(model.modules()):
+        children = list(module.named_children())
+        for (name, conv), (norm_name, norm) in pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+    return model.to(memory_format=torch.channels_last)
+
+
+@cache
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(frozen(model))  # type: ignore[return-value]
+
+
+# What is done to the model before the attack is timed, and the attack.
+CONTENDERS: dict[str, tuple[Callable[[nn.Module], nn.Module], Attack]] = {
+    "moe_kernels": (lambda model: model, attack),
+    TRAINABLE: (lambda model: model, eager_attack),
+    FROZEN: (frozen, frozen_attack),
+    BY_HAND: (by_hand, channels_last_attack),
+    COMPILED: (compiled, frozen_attack),
+    **{name: (lambda model: model, partial(attack_of_library, name)) for name in LIBRARIES},
+}
+
+
 def in_bf16(attack: Attack, *inputs: object, **settings: object) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return attack(*inputs, **settings)
 
 
-def check(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> None:
+def check(
+    attack: Attack, model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, like: nn.Module | None = None
+) -> None:
     """The second step begins where it should, with the gradient of fp64 there; later ones amplify rounding."""
-    exact = copy.deepcopy(model).double()
+    exact = copy.deepcopy(like or model).double()
     x_adv, found = second_step(model, partial(attack, model, x, y, steps=2))
     x = x.double()
     moved = (x_adv - pgd_step(x, direction(exact, x, y), x, EPS, ALPHA)).abs() > ALPHA / 2
@@ -77,33 +207,28 @@ def check(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, dtype: torch.d
     assert error <= MAX_GRADIENT_ERROR[dtype], f"the second gradient is wrong by {error:.1e}"
 
 
-@pytest.mark.parametrize("name", ["moe_kernels", "eager, parameters trainable", *LIBRARIES])
-def test_fp32(contest: Contest, name: str) -> None:
-    model, x, y = model_and_images(32)
-    attacks = {"moe_kernels": attack, "eager, parameters trainable": eager_attack}
-    attacks |= {library: partial(attack_of_library, library) for library in LIBRARIES}
-    check(attacks[name], model, x[:2], y[:2], torch.float32)
-    contenders = {other: partial(attack, model, x, y, steps=10) for other, attack in attacks.items()}
-    targets = dict.fromkeys(("torchattacks", "foolbox", "adv_lib"), ">= 1.6")
-    targets = {"eager, parameters trainable": ">= 1.7"} | targets
-    contest("PGD-10 on a ResNet-18, 32 images, fp32", contenders, name, targets=targets)
+def compare(contest: Contest, case: Case, name: str) -> None:
+    model, x, y = model_and_images(case.network, case.images, case.size)
+    prepared = {other: (CONTENDERS[other][0](model), CONTENDERS[other][1]) for other in ("moe_kernels", name)}
+    check(prepared[name][1], prepared[name][0], x[:2], y[:2], torch.float32, model)
+    contenders = {other: partial(attack, net, x, y, steps=case.steps) for other, (net, attack) in prepared.items()}
+    contest(f"{case}, fp32", contenders, name, targets=case.targets)
 
 
-@pytest.mark.parametrize("name", ["moe_kernels", "eager, parameters trainable"])
-def test_vit(contest: Contest, name: str) -> None:
-    """Which keeps an eighth of what eager keeps and computes much of it again."""
-    torch.manual_seed(0)
-    s = Source(torch.float32)
-    model, x, y = ViT(depth=4).eval(), s.rand(2, 3, 224, 224), s.randint(10, 2).long()
-    attacks = {"moe_kernels": attack, "eager, parameters trainable": eager_attack}
-    check(attacks[name], model, x, y, torch.float32)
-    contenders = {other: partial(attack, model, x, y, steps=3) for other, attack in attacks.items()}
-    contest("PGD-3 on a ViT-S/16 with 4 blocks, 2 images, fp32", contenders, name)
+@pytest.mark.core
+@pytest.mark.parametrize("case, name", cases(CORE))
+def test_core(contest: Contest, case: Case, name: str) -> None:
+    compare(contest, case, name)
+
+
+@pytest.mark.parametrize("case, name", cases(REST))
+def test_rest(contest: Contest, case: Case, name: str) -> None:
+    compare(contest, case, name)
 
 
 @pytest.mark.parametrize("name", ["moe_kernels", "eager in bf16", "eager in fp32"])
 def test_bf16(contest: Contest, name: str) -> None:
-    model, x, y = model_and_images(4)
+    model, x, y = model_and_images("ResNet-18", 4, 32)
     attacks = {"moe_kernels": partial(in_bf16, attack), "eager in bf16": partial(in_bf16, eager_attack)}
     attacks["eager in fp32"] = eager_attack
     check(attacks[name], model, x[:2], y[:2], torch.float32 if name == "eager in fp32" else torch.bfloat16)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Contest
+from conftest import Contest, first_is_core
 from torch.nn import functional as F
 
 from moe_kernels import expert_linear, reference
@@ -15,7 +15,7 @@ SHAPES = [(2048, 512, 1024, 8), (4096, 1024, 1024, 16), (1024, 64, 128, 8)]  # r
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", first_is_core(SHAPES), ids=str)
 @pytest.mark.parametrize("name", ["moe_kernels", "dense GEMM of equal FLOPs", "F.grouped_mm", "loop of F.linear"])
 def test_forward(contest: Contest, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
     rows, k, n, experts = shape

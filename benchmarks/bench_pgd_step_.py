@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Contest
+from conftest import Contest, first_is_core
 from peers import pgd_step
 from torch import Tensor
 
@@ -15,7 +15,7 @@ EPS, ALPHA = 8 / 255, 2 / 255
 SHAPES = [(256, 3, 32, 32), (64, 3, 224, 224)]  # in the cache, and beyond it
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", first_is_core(SHAPES), ids=str)
 @pytest.mark.parametrize("name", ["moe_kernels", "7 eager kernels", "copy of the same bytes"])
 def test_linf(contest: Contest, shape: tuple[int, ...], name: str) -> None:
     s = Source(torch.float32)

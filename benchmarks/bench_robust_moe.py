@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import Contest
+from conftest import Contest, first_is_core
 from peers import combine as index_add_combine
 from peers import grouped_mm_layer, masked_loop_layer, route_and_sort
 from torch import Tensor
@@ -16,7 +16,7 @@ from moe_kernels.testing import Source
 SHAPES = [(1024, 512, 1024, 8, 2), (2048, 256, 512, 16, 2)]  # tokens, width, hidden, experts, k
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", first_is_core(SHAPES), ids=str)
 @pytest.mark.parametrize("name", ["moe_kernels", "F.grouped_mm, argsort, index_add", "loop over experts"])
 def test_forward_and_backward(contest: Contest, shape: tuple[int, ...], name: str) -> None:
     tokens, dim, hidden, experts, k = shape

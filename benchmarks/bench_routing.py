@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Contest
+from conftest import Contest, first_is_core
 from peers import combine as index_add_combine
 from peers import route_and_sort
 from torch import Tensor
@@ -13,7 +13,7 @@ from moe_kernels.testing import Source
 SHAPES = [(4096, 512, 16, 2), (4096, 1024, 64, 8)]  # tokens, width, experts, k
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", first_is_core(SHAPES), ids=str)
 @pytest.mark.parametrize("name", ["moe_kernels", "softmax, topk, argsort, index_add"])
 def test_route_group_combine(contest: Contest, shape: tuple[int, ...], name: str) -> None:
     tokens, width, experts, k = shape

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MAX_GRADIENT_ERROR, Contest, direction, second_step
+from conftest import MAX_GRADIENT_ERROR, Contest, direction, first_is_core, second_step
 from peers import OneImageAtATime
 from peers import rt_er_step as rt_er_step_by_image
 from rt_er import ALPHA, EPS, rt_er_step
@@ -58,7 +58,7 @@ def check(moe: RobustMoE, loop: OneImageAtATime, step: Callable[..., Tensor], x:
         assert error <= bound, f"the gradient of {name} is wrong by {error:.1e}"
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", first_is_core(["fp32", "bf16"]))
 @pytest.mark.parametrize("name", ["moe_kernels", "one image at a time, fp32"])
 def test_step(contest: Contest, dtype: str, name: str) -> None:
     """Both attacks and the loss with its gradients."""
@@ -76,5 +76,5 @@ def test_step(contest: Contest, dtype: str, name: str) -> None:
     label = f"RT-ER step, 4 x ResNet-18, {batch} images, PGD-{steps} twice, {dtype}"
     theirs = partial(rt_er_step_by_image, loop, x, y, EPS, ALPHA, steps)
     contenders = {"moe_kernels": partial(step, moe, x, y, steps), "one image at a time, fp32": theirs}
-    targets = {"one image at a time, fp32": ">= 3" if dtype == "fp32" else ">= 5"}
+    targets = {"one image at a time, fp32": ">= 3.5" if dtype == "fp32" else ">= 5"}
     contest(label, contenders, name, targets=targets, rounds=1)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_kernels import build_info
+
 OURS = "moe_kernels"
 BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # in hardware
 MAX_RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -22,6 +24,10 @@ Contest = Callable[..., None]
 
 
 ROUND, ALL_ROUNDS = 0.01, 2.0  # seconds that a round and all rounds of a contender should take
+
+
+def first_is_core(values: list[Any]) -> list[Any]:
+    return [pytest.param(values[0], marks=pytest.mark.core), *values[1:]]
 
 
 @pytest.fixture
@@ -110,4 +116,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["bf16"] = BF16
+    build = build_info()
+    machine_info["kernels"] = build.get("cpu_level") or build["simd"]
     machine_info["huge_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"

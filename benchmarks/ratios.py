@@ -19,11 +19,18 @@ def verdict(value: float, target: str) -> str:
     return "met" if COMPARE[comparison](value, float(bound)) else "missed"
 
 
+def readable(seconds: float) -> str:
+    """Three digits and a unit."""
+    unit, size = next(((u, s) for u, s in (("s", 1), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
+    digits = f"{seconds / size:.3g}"
+    return f"{float(digits):g} {unit}"
+
+
 def table(results: dict[str, Any]) -> str:
     groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in results["benchmarks"]:
         groups[row["group"]][row["name"]] = row
-    lines = ["| what | beside | theirs, ms | ours, ms | ratio | target | |", "|---|---|---|---|---|---|---|"]
+    lines = ["| what | beside | theirs | ours | ratio | target | |", "|---|---|---|---|---|---|---|"]
     for group, rows in groups.items():
         if OURS not in rows:
             continue
@@ -36,16 +43,15 @@ def table(results: dict[str, Any]) -> str:
                 lines.append(f"| {group} | {name} | not installed | | | {target} | |")
                 continue
             info, theirs = rows[name]["extra_info"], rows[name]["stats"]["median"]
-            theirs_ms, ours_ms = (1e3 * seconds / info["calls"] for seconds in (theirs, info["ours"]))
-            figures = f"{theirs_ms:.3g} | {ours_ms:.3g} | {info['ratio']:.2f}"
+            times = (readable(seconds / info["calls"]) for seconds in (theirs, info["ours"]))
+            figures = f"{' | '.join(times)} | {info['ratio']:.2f}"
             lines.append(f"| {group} | {name} | {figures} | {target} | {verdict(info['ratio'], target)} |")
     machine = results["machine_info"]
-    cpu = machine.get("cpu", {}).get("brand_raw", machine["machine"])
+    cpu = f"{machine.get('cpu', {}).get('brand_raw', machine['machine'])}, kernels {machine['kernels']}"
     bf16 = "in hardware" if machine["bf16"] else "emulated"
     pages = "on" if machine["huge_pages"] else "off"
     setting = f"{machine['threads']} threads, bf16 {bf16}, torch {machine['torch']}, huge pages {pages}"
-    lines.append(f"\n{cpu}, {setting}.")
-    return "\n".join(lines)
+    return "\n".join([f"{cpu}, {setting}.\n", *lines])
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_benchmarks_run() -> None:
     files = [BENCHMARKS / name for name in (*names, "bench_routing.py")]
     assert sorted(files) == sorted(BENCHMARKS.glob("bench_*.py"))
     others = "(128 and fp32) or (pgd_step_ and 256) or (moe_kernels and (small_part or 512 and combine))"
-    small = f"(moe_kernels and (attack or rt_er and fp32)) or {others}"
+    small = f"(moe_kernels and (test_core or test_bf16 or rt_er and fp32)) or (test_core and 16 and frozen) or {others}"
     options = ("-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "--benchmark-disable")
     assert " passed" in python("-c", SMALL_NETWORKS, *options, *files, "-k", small)
 
@@ -63,10 +63,12 @@ def test_a_timing_becomes_a_ratio_with_a_verdict(tmp_path: Path) -> None:
     ]
     results = tmp_path / "results.json"
     python("-c", SMALL_NETWORKS, "-p", "no:cacheprovider", "--benchmark-enable", f"--benchmark-json={results}", *cases)
-    _, _, row, _, machine = python(BENCHMARKS / "ratios.py", results).splitlines()
+    machine, _, _, _, row = python(BENCHMARKS / "ratios.py", results).splitlines()
     what, beside, theirs, ours, ratio, target, verdict = (cell.strip() for cell in row.strip("|").split("|"))
     assert (what, beside) == ("expert_linear 1024 x 64 x 128, 8 experts, fp32", "dense GEMM of equal FLOPs")
-    assert 0.2 < float(ratio) * float(ours) / float(theirs) < 5
+    units = {"s": 1, "ms": 1e-3, "us": 1e-6}
+    ours_s, theirs_s = (float(digits) * units[unit] for digits, unit in (time.split() for time in (ours, theirs)))
+    assert 0.2 < float(ratio) * ours_s / theirs_s < 5
     assert target == ">= 0.95" and verdict == ("met" if float(ratio) >= 0.95 else "missed")
     assert "1 threads" in machine
 
@@ -99,13 +101,19 @@ def test_table() -> None:
         row("not ours", "a loop", 1, targets={}),
     ]
     machine = {"machine": "x86_64", "threads": 2, "bf16": False, "huge_pages": True, "torch": "2.13"}
-    assert table({"benchmarks": rows, "machine_info": machine}).splitlines()[2:] == [
-        "| fast | a loop | 80 | 40 | 2.50 | >= 3 | missed |",
-        "| fast | a GEMM | 20 | 50 | 0.40 |  |  |",
+    lines = table({"benchmarks": rows, "machine_info": machine | {"kernels": "AVX2"}}).splitlines()
+    assert lines[0] == "x86_64, kernels AVX2, 2 threads, bf16 emulated, torch 2.13, huge pages on."
+    assert lines[4:] == [
+        "| fast | a loop | 80 ms | 40 ms | 2.50 | >= 3 | missed |",
+        "| fast | a GEMM | 20 ms | 50 ms | 0.40 |  |  |",
         "| fast | a library | not installed | | | >= 2 | |",
-        "",
-        "x86_64, 2 threads, bf16 emulated, torch 2.13, huge pages on.",
     ]
+
+
+def test_times_are_readable() -> None:
+    from ratios import readable
+
+    assert list(map(readable, (10.6, 1.064e4, 3.934e-3, 2.5e-5))) == ["10.6 s", "10600 s", "3.93 ms", "25 us"]
 
 
 @pytest.mark.parametrize("name", ["grouped_mm_layer", "masked_loop_layer"])
