@@ -397,7 +397,7 @@ PICTURES = {
     "LA": (saved("LA", (156, 9)), GREY),
     "RGBA": (saved("RGBA", (156, 20, 30, 9)), (156, 20, 30)),
     "palette": (saved("P", 1), (156, 20, 30)),
-    "palette with transparency": (saved("P", 1, transparency=bytes([255, 0])), (156, 20, 30)),
+    "palette with transparency": (saved("P", 1, transparency=bytes([128, 0])), (156, 20, 30)),
     "GIF with transparency": (saved("P", 1, "GIF", transparency=1), (156, 20, 30)),
     "CMYK": (saved("CMYK", (99, 235, 225, 0), "TIFF"), (156, 20, 30)),
     "YCbCr": (saved("YCbCr", (255, 128, 128), "TIFF"), (255, 255, 255)),
