@@ -53,8 +53,8 @@ EXPERT_LINEAR_GATED: Table = {
         4: {"many": Tile(32, 64, 32, 8, 3), "few": Tile(32, 32, 32, 4, 3)},
     },
     100: {
-        2: {"many": Tile(128, 128, 64, 8, 3, tma=True), "few": Tile(64, 64, 64, 4, 4, tma=True)},
-        4: {"many": Tile(32, 64, 32, 8, 3), "few": Tile(32, 32, 32, 4, 3)},
+        2: {"many": Tile(128, 64, 64, 8, 3, tma=True), "few": Tile(64, 64, 64, 4, 3, tma=True)},
+        4: {"many": Tile(32, 64, 16, 8, 3), "few": Tile(32, 32, 32, 4, 3)},
     },
     "default": {
         2: {"many": Tile(128, 64, 32, 8, 3), "few": Tile(32, 64, 32, 4, 4)},
