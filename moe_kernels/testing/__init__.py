@@ -50,7 +50,8 @@ def as_tuple(x: Any) -> tuple[Any, ...]:
 
 
 def to_double(args: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    """Copies in fp64 of what is floating-point."""
+    return tuple(a.to(torch.float64, copy=True) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 def assert_matches(out: Any, low: Any, exact: Any, dtype: torch.dtype) -> None:

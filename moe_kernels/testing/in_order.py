@@ -1,4 +1,4 @@
-"""Products whose sums are taken one after the other, so that they round alike on every machine."""
+"""Sums and products that are taken one after the other, so that they round alike on every machine."""
 
 import math
 from collections.abc import Callable
@@ -13,20 +13,32 @@ aten = torch.ops.aten
 
 
 class InOrder(TorchDispatchMode):
-    """Inside, matrix products and convolutions, and their gradients, are the textbook's sum: y = 0; y = y + a[k] b[k].
+    """Inside, sums, products of matrices and convolutions are the textbook's: y = 0; y = y + a[k] b[k].
 
-    Every product and every sum is rounded to float32, in float32 and in the 16-bit types, whose results are rounded
-    once more. A vendor's kernel sums up in as many parts as its registers have lanes, another number on another CPU,
-    and so its error is no measure for anybody else's.
+    Each product and each sum is rounded, in the 16-bit types to float32, and the result once more. A vendor's kernel
+    sums up in as many parts as its registers have lanes, another number on another CPU, and so its error is no measure
+    for anybody else's.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        ours = _PRODUCTS.get(func)
-        if ours is None or args[0].dtype == torch.float64:
-            return func(*args, **(kwargs or {}))
-        out = ours(*(a.float() if isinstance(a, Tensor) else a for a in args), **(kwargs or {}))
-        rounded = [y if y is None else y.to(args[0].dtype) for y in (out if isinstance(out, tuple) else (out,))]
+        kwargs = dict(kwargs or {})
+        ours = _SUMS.get(func)
+        if ours is None or not args[0].is_floating_point():
+            return func(*args, **kwargs)
+        dtype = kwargs.pop("dtype", None) or args[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        out = ours(*(a.to(wide) if isinstance(a, Tensor) else a for a in args), **kwargs)
+        rounded = [y if y is None else y.to(dtype) for y in (out if isinstance(out, tuple) else (out,))]
         return tuple(rounded) if isinstance(out, tuple) else rounded[0]
+
+
+def _sum(x: Tensor, dims: Any = None, keepdim: bool = False) -> Tensor:
+    dims = sorted(d % x.ndim for d in (dims or range(x.ndim)))
+    terms = x.movedim(dims, list(range(len(dims)))).flatten(0, len(dims) - 1) if dims else x[None]
+    y = torch.zeros_like(terms[0]) if len(terms) else x.new_zeros(terms.shape[1:])
+    for term in terms:
+        y += term
+    return y.view([1 if d in dims else size for d, size in enumerate(x.shape)]) if keepdim else y
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -71,10 +83,12 @@ def _convolution_backward(
         dx = F.fold(columns, x.shape[2:], weight.shape[2:], dilation, padding, stride)
     if needed[1]:
         dweight = _product(g, _columns(x, weight, stride, padding, dilation).T).reshape(weight.shape)
-    return dx, dweight, grad.sum((0, 2, 3)) if needed[2] else None
+    return dx, dweight, _sum(grad, (0, 2, 3)) if needed[2] else None
 
 
-_PRODUCTS: dict[Any, Callable[..., Any]] = {
+_SUMS: dict[Any, Callable[..., Any]] = {
+    aten.sum.default: _sum,
+    aten.sum.dim_IntList: _sum,
     aten.mm.default: _product,
     aten.bmm.default: _product,
     aten.mv.default: lambda a, x: _product(a, x[:, None])[:, 0],
