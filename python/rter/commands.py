@@ -106,6 +106,10 @@ def make_parser() -> argparse.ArgumentParser:
         "from which --resume goes on (default: 120)"
     )  # fmt: skip
     _add_device(train)
+    train.add_argument(
+        "--expert-parallel", type=_positive, default=1, metavar="N", help="spread the experts over the N processes of "
+        "torchrun, so that each has E / N of them (default: 1, all experts in each)"
+    )  # fmt: skip
     train.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     _add_settings(train)
     train.set_defaults(run=_train)
@@ -217,6 +221,7 @@ def _train(args: argparse.Namespace) -> None:
         save_every=args.save_every,
         tensorboard=args.tensorboard,
         device=args.device,
+        expert_parallel=args.expert_parallel,
     )
     if is_first():
         print(f"{'trained' if trained else 'finished already'}: {args.out}; next: rter evaluate {args.out}")

@@ -9,7 +9,12 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
 
+from moe_kernels import RobustMoE
+from moe_kernels.distributed import ExpertParallel
 from rter.errors import UserError
 
 
@@ -65,6 +70,29 @@ def wait_for_all() -> None:
         distributed.barrier()
 
 
+def spread_experts(model: nn.Module, number: int) -> None:
+    """Gives each of `number` processes, which must be all of them, its part of the experts of every mixture."""
+    if number != num_processes():
+        raise UserError(f"expert_parallel must be the number of processes, {num_processes()}, got {number}")
+    for moe in [module for module in model.modules() if isinstance(module, RobustMoE)]:
+        if moe.num_experts % number:
+            raise UserError(f"expert_parallel must divide the {moe.num_experts} experts, got {number}")
+        mesh = init_device_mesh(next(moe.parameters()).device.type, (number,), mesh_dim_names=("ep",))
+        parallelize_module(moe, mesh, ExpertParallel(average=False))
+
+
+def whole(t: Tensor) -> Tensor:
+    """The tensor itself, or, where it is spread over the processes, all of it on each of them."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def as_spread(t: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor t, spread as `like` is."""
+    if isinstance(like, DTensor) and t.shape == like.shape:
+        return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
+    return t
+
+
 @dataclass(frozen=True)
 class Share:
     """Rows start to stop of a joint batch of `total` rows: those that this process computes."""
@@ -99,9 +127,12 @@ class Share:
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Turns means over this share into means over the joint batch, in place."""
+        self._sum_(tensors, self.part)
+
+    def _sum_(self, tensors: Sequence[Tensor], factor: float) -> None:
         if self.alone or not tensors:
             return
-        joint = torch.cat([tensor.flatten() for tensor in tensors]) * ((self.stop - self.start) / self.total)
+        joint = torch.cat([tensor.flatten() for tensor in tensors]) * factor
         distributed.all_reduce(joint)
         for tensor, mean in zip(tensors, joint.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
@@ -114,12 +145,19 @@ class Share:
         distributed.all_reduce(said, distributed.ReduceOp.MAX)
         return bool(said.item())
 
-    def mean_gradients_(self, weights: Sequence[nn.Parameter]) -> None:
-        """Turns the gradients of a mean over this share into those over the joint batch.
+    @property
+    def part(self) -> float:
+        """The part of the joint batch's mean that is due to this share."""
+        return (self.stop - self.start) / self.total
 
-        A weight that no process used keeps the gradient None, as in one process.
+    def sum_gradients_(self, weights: Sequence[nn.Parameter]) -> None:
+        """Turns the gradients of this share's part of a mean into those of the joint batch's.
+
+        A weight that no process used keeps the gradient None, as in one process. Those of experts that are spread over
+        the processes are the joint batch's already.
         """
-        if self.alone:
+        weights = [weight for weight in weights if not isinstance(weight, DTensor)]
+        if self.alone or not weights:
             return
         used = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.uint8)
         used = used.to(weights[0].device)
@@ -127,4 +165,4 @@ class Share:
         shared = [weight for weight, by_any in zip(weights, used.tolist(), strict=True) if by_any]
         for weight in shared:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        self.mean_([weight.grad for weight in shared if weight.grad is not None])
+        self._sum_([weight.grad for weight in shared if weight.grad is not None], 1.0)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from rter.distributed import Share
+from rter.distributed import Share, whole
 from rter.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -71,12 +72,16 @@ def finish_gradients(weights: list[nn.Parameter], share: Share | None, clip_norm
         NonFiniteError: if their norm is no finite number.
     """
     if share:
-        share.mean_gradients_(weights)
-    norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        share.sum_gradients_(weights)
+    used = [weight for weight in weights if weight.grad is not None]
+    kinds = [[weight for weight in used if isinstance(weight, DTensor) is spread] for spread in (False, True)]
+    norms = [whole(nn.utils.get_total_norm([w.grad for w in kind if w.grad is not None])) for kind in kinds if kind]
+    norm = norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
     if not norm.isfinite():
         raise NonFiniteError("the gradient", norm.item())
     if clip_norm > 0:
-        nn.utils.clip_grads_with_norm_(weights, clip_norm, norm)
+        for kind in kinds:
+            nn.utils.clip_grads_with_norm_(kind, clip_norm, norm)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, config: Config, index: int, total: int) -> None:
@@ -115,6 +120,7 @@ class RunningMean:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """What batch norm remembers of the batches it has seen."""
+    """What batch norm remembers of the batches that this process has seen."""
     names = ("running_mean", "running_var")
-    return [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in names]
+    named = [(name.rpartition(".")[2], buffer) for name, buffer in model.named_buffers()]
+    return [buffer for name, buffer in named if name in names and not isinstance(buffer, DTensor)]

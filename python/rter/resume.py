@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rter.checkpoint import save_tensors
-from rter.distributed import num_processes
+from rter.distributed import as_spread, is_first, num_processes, whole
 from rter.errors import UserError
 from rter.models import RobustClassifier
 from rter.optimisation import RunningMean
@@ -51,6 +51,7 @@ class State:
     began: dict[str, int | str] = field(default_factory=circumstances)
 
     def save(self, path: Path) -> None:
+        """Writes the state, in the first process; where experts are spread, all must call it together."""
         tensors = {f"{part}/{name}": t for part, module in self._modules() for name, t in module.state_dict().items()}
         optimizer = self.optimizer.state_dict()
         for i, moments in optimizer["state"].items():
@@ -59,7 +60,9 @@ class State:
             tensors |= {f"records/{name}": torch.stack([r[name] for r in self.records]) for name in self.records[0]}
         scalars = {name: getattr(self, name) for name in SCALARS}
         scalars |= {"began": self.began, "groups": optimizer["param_groups"]}
-        save_tensors(path, tensors, {"state": json.dumps(scalars)})
+        tensors = {name: whole(t) for name, t in tensors.items()}
+        if is_first():
+            save_tensors(path, tensors, {"state": json.dumps(scalars)})
 
     def load(self, path: Path) -> None:
         """Raises UserError if the file is damaged or is that of another configuration."""
@@ -71,11 +74,14 @@ class State:
                     part, name = key.split("/", 1)
                     parts[part][name] = file.get_tensor(key)
             for part, module in self._modules():
-                module.load_state_dict(parts[part])
+                own = module.state_dict()
+                state = {name: as_spread(t, own[name]) if name in own else t for name, t in parts[part].items()}
+                module.load_state_dict(state)
             moments: dict[int, dict[str, Any]] = {}
+            weights = self.optimizer.param_groups[0]["params"]
             for key, tensor in parts["optimizer"].items():
                 i, name = key.split("/", 1)
-                moments.setdefault(int(i), {})[name] = tensor
+                moments.setdefault(int(i), {})[name] = as_spread(tensor, weights[int(i)])
             self.optimizer.load_state_dict({"state": moments, "param_groups": scalars["groups"]})
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} is damaged or not of this run: {' '.join(str(error).split())}") from None

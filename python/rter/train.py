@@ -1,6 +1,7 @@
 """The training loop; what it produces follows from the configuration alone."""
 
 import contextlib
+import copy
 import signal
 import statistics
 import time
@@ -25,13 +26,13 @@ from rter.config import Config
 from rter.console import Progress, say, stop_signals
 from rter.data import Data, Split, load_data
 from rter.data.augment import make_augment
-from rter.distributed import Share, choose_device, is_first, processes, wait_for_all
+from rter.distributed import Share, choose_device, is_first, processes, spread_experts, wait_for_all, whole
 from rter.errors import NonFiniteError, Stopped, UserError
 from rter.evaluate import quick_accuracies
 from rter.methods import METHODS
 from rter.methods.step import Step
 from rter.methods.update import update
-from rter.models import build_model
+from rter.models import RobustClassifier, build_model
 from rter.models.initial import load_initial
 from rter.optimisation import RunningMean, make_optimizer, running_statistics, set_rate
 from rter.resume import State, circumstances
@@ -46,6 +47,7 @@ def train(
     save_every: float = 120.0,
     tensorboard: bool = False,
     device: str | None = None,
+    expert_parallel: int = 1,
 ) -> bool:
     """Trains a model into the folder `out`; returns False if the run there was finished already.
 
@@ -53,6 +55,7 @@ def train(
         resume: go on with the run in `out`, if there is one.
         save_every: seconds of training between two savings of the state from which it can go on.
         tensorboard: write the metrics for TensorBoard too.
+        expert_parallel: number of processes that share the experts, which is that of all or 1.
 
     Raises:
         UserError: if the folder cannot be used, or if the loss is no number.
@@ -64,7 +67,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes())
         board = Board(out) if tensorboard and is_first() else None
-        training = _Training(config, out, data.to(where), board)
+        training = _Training(config, out, data.to(where), board, expert_parallel)
         if is_first():
             stack.enter_context(open_run(out, config, resume))
         wait_for_all()
@@ -88,7 +91,7 @@ def seconds_per_step(configs: Sequence[Config], rounds: int = 15) -> list[float]
 
 
 class _Training:
-    def __init__(self, config: Config, out: Path, data: Data, board: Board | None) -> None:
+    def __init__(self, config: Config, out: Path, data: Data, board: Board | None, expert_parallel: int = 1) -> None:
         self.config, self.out, self.data, self.board = config, out, data, board
         self.augment = make_augment(config)
         self.share = Share.of(min(config.batch_size, len(data.train)))
@@ -97,6 +100,10 @@ class _Training:
         if config.init:
             load_initial(model, Path(config.init))
         model.to(data.train.y.device)
+        self.alone = None
+        if expert_parallel > 1:
+            self.alone = copy.deepcopy(model)  # in which the first process evaluates
+            spread_experts(model, expert_parallel)
         optimizer = make_optimizer(config, model)
         self.state = State(model, optimizer, RunningMean(model, config.ema) if config.ema else None)
         self.saved = time.monotonic()
@@ -111,7 +118,7 @@ class _Training:
             keep_lines(out / "metrics.jsonl", state.step // self.steps)
             _note_differences(state.began, circumstances(), out)
         state.began = circumstances()
-        if total == 0 and is_first():
+        if total == 0:
             self._keep_initial()
         progress = Progress(
             out.name,
@@ -132,7 +139,7 @@ class _Training:
                         progress.note(self._finish(epoch))
                     stopped = self.share.any(bool(stop.asked), loss.device) and state.step < total
                     overdue = time.monotonic() - self.saved >= save_every
-                    if is_first() and (state.step == total or stopped or overdue):
+                    if self._jointly(state.step == total or stopped or overdue):
                         state.save(out / "resume.safetensors")
                         self.saved = time.monotonic()
                     progress.update(fact=lambda loss=loss: f"loss {loss.item():.4g}")  # type: ignore[misc]
@@ -144,10 +151,25 @@ class _Training:
 
     def _keep_initial(self) -> None:
         """Writes the files of a run without an epoch."""
-        for name in ("last", "best"):
-            save_weights(self.out / f"{name}.safetensors", self.state.model)
-        write_atomic(self.out / "metrics.jsonl", "")
-        self.state.save(self.out / "resume.safetensors")
+        model = self._whole(self.state.model)
+        if is_first():
+            for name in ("last", "best"):
+                save_weights(self.out / f"{name}.safetensors", model)
+            write_atomic(self.out / "metrics.jsonl", "")
+        if self._jointly(True):
+            self.state.save(self.out / "resume.safetensors")
+
+    def _jointly(self, answer: bool) -> bool:
+        """Whether this process takes part in what the first one decides: all do, where experts are spread."""
+        first = is_first() and answer
+        return first if self.alone is None else self.share.any(first, self.data.train.y.device)
+
+    def _whole(self, model: RobustClassifier) -> RobustClassifier:
+        """The model with all experts in this process."""
+        if self.alone is None:
+            return model
+        self.alone.load_state_dict({name: whole(t) for name, t in model.state_dict().items()})
+        return self.alone
 
     def _order(self, epoch: int) -> Tensor:
         shuffle = torch.Generator().manual_seed(self.config.seed_for("shuffle", epoch))
@@ -191,11 +213,13 @@ class _Training:
         state, config, out = self.state, self.config, self.out
         metrics: dict[str, Any] = {"epoch": epoch + 1, **_means(state.records), "seconds": round(state.seconds, 3)}
         state.records = []
+        evaluated = (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs
+        model = state.ema.model if state.ema else state.model
+        if evaluated:
+            model = self._whole(model)
         if not is_first():
             return {}
-        evaluated = (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs
         if evaluated:
-            model = state.ema.model if state.ema else state.model
             metrics |= quick_accuracies(model, config, self.data.held_out)
             save_weights(out / "last.safetensors", model)
             best_by = METHODS[config.method].best_by

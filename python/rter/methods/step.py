@@ -100,8 +100,10 @@ def partly_forced(model: RobustClassifier, own: Routing | None, forced: Routing)
     """The model with the last rows of the batch sent along `forced`, the rows before them along `own` or, if that is
     None, along the model's own route, which an attack can then change."""
 
+    fixed = None if own is None else Routing.cat([own, forced])  # sorted by expert, and told to others, once
+
     def logits(model: RobustClassifier, x: Tensor) -> Tensor:
-        first = model.route(x[: len(x) - len(forced.experts)]) if own is None else own
-        return model(x, routing=Routing.cat([first, forced]))
+        routing = fixed or Routing.cat([model.route(x[: len(x) - len(forced.experts)]), forced])
+        return model(x, routing=routing)
 
     return View(model, logits)

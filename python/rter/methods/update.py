@@ -46,5 +46,6 @@ def _gradient(run: Pass, terms: Loss, step: Step) -> None:
     parameters = list(run.part(step.model).parameters())
     for parameter in parameters:
         parameter.grad = None
-    loss.backward(inputs=parameters)
+    part = step.share.part if step.share else 1.0
+    (loss * part).backward(inputs=parameters)
     finish_gradients(parameters, step.share, step.config.clip_norm)
