@@ -105,7 +105,7 @@ class Recipes:
     """
 
     def __init__(self, during: AbstractContextManager[Any] | None = None, latest: Latest | None = None) -> None:
-        self.during = during or nullcontext()
+        self.during = nullcontext() if during is None else during
         self._known: dict[int, _Known] = {}
         self._held: dict[int, StorageWeakRef] = {}
         self._latest = latest
