@@ -50,7 +50,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "ViT-S/16 with 4 blocks": lambda size: ViT(size, depth=4),
     "ViT-S/16": lambda size: FromTransformers("ViT", size, **VIT_S),
     "ConvNeXt-T": lambda size: FromTransformers("ConvNext", size),
-    "Swin-T": lambda size: FromTransformers("Swin", size),
+    "Swin-T": lambda size: FromTransformers("Swin", size, window_size=7 if size == 224 else 2),
     "MobileNetV2": lambda size: FromTransformers("MobileNetV2", size),
     "ResNet-50": lambda size: FromTransformers("ResNet", size),
 }
