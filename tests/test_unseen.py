@@ -151,7 +151,7 @@ def test_every_step_is_that_of_eager(name: str, layout: torch.memory_format) -> 
     nets = [randomize_statistics(Net(function)).eval().requires_grad_(False) for _ in range(3)]
     for net in nets[1:]:
         net.load_state_dict(nets[0].state_dict())
-    x = Source(torch.float32).rand(2, 16, 8, 8).contiguous(memory_format=layout)
+    x = Source(torch.float32).rand(3, 16, 8, 8).contiguous(memory_format=layout)
     if layout == torch.channels_last and ("view" in name or name in ("TorchScript", "another thread")):
         return  # which eager torch refuses, too
     eager, strides = steps(nets[0], x)
@@ -164,7 +164,7 @@ def test_every_step_is_that_of_eager(name: str, layout: torch.memory_format) -> 
 
 
 def test_a_convolution_of_many_products_is_winograds_from_the_first_step() -> None:
-    net, x = Net(lambda net, x: net.conv(x)).requires_grad_(False), Source(torch.float32).rand(2, 16, 8, 8)
+    net, x = Net(lambda net, x: net.conv(x)).requires_grad_(False), Source(torch.float32).rand(3, 16, 8, 8)
     eager, _ = steps(net, x)
     with attack_mode(net), torch.profiler.profile() as profile:
         got, _ = steps(net, x)
@@ -190,7 +190,7 @@ def test_by_winograds_algorithm_the_gradient_has_the_error_and_the_signs_of_eage
 
 
 def test_second_derivatives_through_winograds_algorithm() -> None:
-    net, x = Net(lambda net, x: net.conv(x)).requires_grad_(False), Source(torch.float32).rand(2, 16, 8, 8)
+    net, x = Net(lambda net, x: net.conv(x)).requires_grad_(False), Source(torch.float32).rand(3, 16, 8, 8)
 
     def second(net: nn.Module, x: Tensor) -> Tensor:
         x = x.clone().requires_grad_()
