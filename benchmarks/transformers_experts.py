@@ -16,7 +16,7 @@ from moe_kernels.integrations.transformers import register
 from moe_kernels.testing.saved import saved_bytes
 
 TOKENS, WIDTH, REPEATS = (4, 128), 256, 9
-IMPLEMENTATIONS = {"eager": None, "grouped_mm": None, "ours": "activations", 'ours, recompute="all"': "all"}
+IMPLEMENTATIONS = {"eager": None, "grouped_mm": None, "ours": "all", 'ours, recompute="activations"': "activations"}
 TRAINED = {"attack": (), "LoRA": ("self_attn",), "training": ("",)}
 
 

@@ -102,11 +102,12 @@ def check(experts: nn.Module, dtype: torch.dtype, index: Tensor | None = None) -
     assert_matches(out, low, exact, dtype)
 
 
-@pytest.fixture(autouse=True, params=["activations"])
-def registered(request: pytest.FixtureRequest) -> None:
+@pytest.fixture(autouse=True, params=["all"])
+def registered(request: pytest.FixtureRequest) -> str:
     from moe_kernels.integrations import transformers
 
     transformers.register(request.param)
+    return request.param
 
 
 @pytest.mark.filterwarnings("error:.*without moe_kernels")
@@ -163,8 +164,9 @@ def test_known_activations_are_the_operators_own() -> None:
     assert callable(_activation(experts_of(*QWEN, torch.float32, hidden_act="relu")))
 
 
+@pytest.mark.parametrize("registered", ["activations", "all"], indirect=True)
 @pytest.mark.parametrize("family", [QWEN, GPT_OSS])
-def test_frozen_experts_cost_no_weight_gradient(family: tuple[str, str]) -> None:
+def test_frozen_experts_cost_no_weight_gradient(family: tuple[str, str], registered: str) -> None:
     experts = experts_of(*family, torch.float32)
     experts.config._experts_implementation = "moe_kernels"
     x, index, weights = rows(torch.float32)
@@ -179,11 +181,12 @@ def test_frozen_experts_cost_no_weight_gradient(family: tuple[str, str]) -> None
     frozen = operators(step)
     assert "expert_linear" in frozen and not sums & frozen
     kept = saved_bytes(lambda: experts(x, index, weights), apart_from=experts)
-    assert trained - kept == x.nbytes  # which the gradient of the first map's weight reads
+    # which the gradient of the first map's weight reads, and the map that is computed again
+    assert trained - kept == (x.nbytes if registered == "activations" else 0)
 
 
 @pytest.mark.parametrize("registered", ["activations", "all"], indirect=True)
-def test_under_autocast_the_family_equals_its_own_code(registered: None) -> None:
+def test_under_autocast_the_family_equals_its_own_code() -> None:
     experts = experts_of(*GPT_OSS, torch.float32)
     x, index, weights = rows(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -309,8 +312,10 @@ def test_an_attack_has_the_gradient_of_their_own_code_and_computes_none_of_a_wei
     assert_matches(grads[1], grads[0], exact, torch.float32)
 
 
-@pytest.mark.parametrize("registered", ["all"], indirect=True)
-def test_an_attack_keeps_at_most_half_of_what_theirs_keep(registered: None) -> None:
+def test_an_attack_keeps_at_most_half_of_what_theirs_keep() -> None:
+    from moe_kernels.integrations.transformers import register
+
+    register()
     size = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
     model = model_of("Mixtral", **size, num_local_experts=8)
     x = Source(torch.float32).randn(2, 32, 256).requires_grad_()
@@ -351,31 +356,56 @@ def test_pgd_on_a_prompt_and_under_a_forced_route() -> None:
         model(x[:3], routing=routing)
 
 
-def test_a_model_without_mixtures_says_so() -> None:
+def test_a_model_without_mixtures_says_so(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
     from moe_kernels.integrations.transformers import SoftPrompt
 
-    model = SoftPrompt(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"model must have mixtures .* got Linear"):
-        model.route(torch.randn(1, 2))
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=17, hidden_size=16, intermediate_size=12, **sizes))
+    dense.save_pretrained(tmp_path)
+    x = prompt()
+    routing = {"experts": (torch.zeros(15, 2, dtype=torch.long), torch.ones(15, 2))}
+    implementation = {"experts_implementation": "moe_kernels"}
+    before = dense.config._experts_implementation
+    for act in (
+        lambda: SoftPrompt(dense).route(x),
+        lambda: SoftPrompt(dense)(x, routing),
+        lambda: dense.set_experts_implementation("moe_kernels"),
+        lambda: LlamaForCausalLM.from_pretrained(tmp_path, **implementation),
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, **implementation),
+    ):
+        with pytest.raises(ValueError, match=r"^model must have mixtures .* for experts, got LlamaForCausalLM$"):
+            act()
+    assert dense.config._experts_implementation == before != "moe_kernels"
+    assert SoftPrompt(LlamaForCausalLM.from_pretrained(tmp_path))(x).shape == (3, 17)  # can be attacked all the same
 
 
-def test_old_or_missing_transformers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_is_loaded_with_the_name(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model_of("Mixtral").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="moe_kernels")
+    assert "expert_linear" in operators(lambda: model(inputs_embeds=prompt()))
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.23.2", "5.3.0.dev0"])
+def test_old_or_missing_transformers_is_one_line(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     import transformers
 
     from moe_kernels.integrations.transformers import register
 
     with pytest.raises(ValueError, match="recompute must be one of activations, all, got 'none'"):
         register("none")
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
-    with pytest.raises(ImportError, match=r"transformers must be 5\.24 or newer, got 4\.57\.1"):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=rf"^transformers must be 5\.24 or newer, got {re.escape(version)}$"):
         register()
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'moe_kernels\[transformers\]'"):
         register()
 
 
-@pytest.mark.parametrize("registered", ["all"], indirect=True)
-def test_a_weight_that_changes_before_the_backward_is_an_error(registered: None) -> None:
+def test_a_weight_that_changes_before_the_backward_is_an_error() -> None:
     experts = experts_of(*GPT_OSS, torch.float32).requires_grad_(False)
     experts.config._experts_implementation = "moe_kernels"
     x, index, weights = rows(torch.float32)

@@ -28,14 +28,15 @@ NAMES: dict[Any, str] = {F.silu: "silu", F.gelu: "gelu", nn.SiLU: "silu", nn.ReL
 GATED: dict[Any, str] = {"silu": "swiglu", "gelu": "geglu"}
 
 
-def register(recompute: str = "activations") -> None:
+def register(recompute: str = "all") -> None:
     """Makes `experts_implementation="moe_kernels"` known to transformers.
 
-    Weights that are frozen cost no gradient, and nothing is kept for one.
+    Weights that are frozen cost no gradient, and nothing is kept for one. From then on `from_pretrained` and
+    `set_experts_implementation` refuse the name for a model without mixtures, where transformers would ignore it.
 
     Args:
-        recompute: "activations" keeps the result of each slot's first linear map but neither its activation nor the
-            expert's output; "all" keeps the hidden states of the rows alone and computes that linear map again.
+        recompute: "all" keeps the hidden states of the rows alone and computes each slot's first linear map and its
+            activation again in the backward; "activations" keeps the linear map's result, for a faster backward.
 
     Example:
         register()
@@ -44,7 +45,8 @@ def register(recompute: str = "activations") -> None:
 
     Raises:
         ImportError: if transformers is not installed or older than 5.24.
-        ValueError: if recompute is unknown.
+        ValueError: if recompute is unknown; by the two methods, if the model has no mixture that uses transformers'
+            interface for experts.
     """
     check.one_of("recompute", recompute, RECOMPUTE)
     try:
@@ -56,6 +58,30 @@ def register(recompute: str = "activations") -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, functools.partial(experts_forward, recompute=recompute))
+    _refuse_models_without_mixtures(transformers.PreTrainedModel)
+
+
+@functools.cache
+def _refuse_models_without_mixtures(base: Any) -> None:
+    """Where users name an implementation; parts of a model are made elsewhere, and some of them have no mixture."""
+    load, choose = base.from_pretrained.__func__, base.set_experts_implementation
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config._experts_implementation == NAME:
+            _mixtures(model)
+        return loaded
+
+    @functools.wraps(choose)
+    def set_experts_implementation(self: Any, experts_implementation: str | dict[str, str]) -> None:
+        if experts_implementation == NAME:
+            _mixtures(self)
+        choose(self, experts_implementation)
+
+    base.from_pretrained = classmethod(from_pretrained)
+    base.set_experts_implementation = set_experts_implementation
 
 
 Routes = dict[str, tuple[Tensor, Tensor]]  # by the name of a mixture's experts: experts and weights, both [T, k]
@@ -91,7 +117,11 @@ class SoftPrompt(nn.Module):
         return routes
 
     def forward(self, x: Tensor, routing: Routes | None = None) -> Tensor:
-        """The logits; with `routing`, which `route` gave for as many rows, of mixtures that send their rows there."""
+        """The logits; with `routing`, which `route` gave for as many rows, of mixtures that send their rows there.
+
+        Raises:
+            ValueError: if `routing` is for another number of rows, or given to a model without mixtures.
+        """
         embed = self.model.get_input_embeddings()  # type: ignore[operator]
         x = x.to(embed.weight.dtype)
         if self.tokens is not None:
@@ -107,22 +137,27 @@ class SoftPrompt(nn.Module):
             return self.model(inputs_embeds=x, use_cache=False).logits[:, -1]
 
 
-@contextmanager
-def _before_experts(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """Inside, hook(name, hidden states, experts, weights) sees, or replaces, what each mixture hands to its experts."""
+def _mixtures(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The experts of the mixtures in a model, by their names."""
     modules = [(name, module) for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
     if not modules:
         found = type(model).__name__
         raise ValueError(f"model must have mixtures that use transformers' interface for experts, got {found}")
+    return modules
+
+
+@contextmanager
+def _before_experts(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """Inside, hook(name, hidden states, experts, weights) sees, or replaces, what each mixture hands to its experts."""
     with ExitStack() as stack:
-        for name, module in modules:
+        for name, module in _mixtures(model):
             handle = module.register_forward_pre_hook(lambda _, args, name=name: hook(name, *args))
             stack.callback(handle.remove)
         yield
 
 
 def experts_forward(
-    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, recompute: str = "activations"
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, recompute: str = "all"
 ) -> Tensor:
     """A mixture's experts on hidden_states [T, H], with top_k_index and top_k_weights [T, k] -> [T, H].
 
