@@ -136,27 +136,50 @@ def image_networks(p: Processes) -> None:
             torch.testing.assert_close(whole(buffer), expected, msg=name)
 
 
-@check(2)
-def transformers_experts(p: Processes) -> None:
+def transformers_block(implementation: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     from moe_kernels.integrations.transformers import register
 
     register()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": DIM, "intermediate_size": 10, "num_local_experts": E}
+    block = MixtralSparseMoeBlock(transformers.MixtralConfig(**sizes, experts_implementation=implementation))
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    return block
+
+
+@check(2)
+def transformers_experts(p: Processes) -> None:
     for implementation in ("moe_kernels", "eager"):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": DIM, "intermediate_size": 10, "num_local_experts": E}
-        config = transformers.MixtralConfig(**sizes, experts_implementation=implementation)
-        block = MixtralSparseMoeBlock(config)
-        for parameter in block.parameters():
-            nn.init.normal_(parameter)
+        block = transformers_block(implementation)
         x, grad = rows(4, 4, DIM), rows(4, 4, DIM, seed=2)
         low = results(p, copy.deepcopy(block), x, grad, False)
         exact = results(p, copy.deepcopy(block).double(), x.double(), grad.double(), False)
         parallelize_module(block, p.mesh, {"experts": ExpertParallel(average=False)})
         out = results(p, block, p.own(x), p.own(grad), True)
         assert_matches(out, *((p.own(r[0]), p.own(r[1]), *r[2:]) for r in (low, exact)), torch.float32)
+
+
+@check(2)
+def transformers_experts_under_fsdp(p: Processes) -> None:
+    """Whose first linear map is computed again from a weight that FSDP2 has freed in between."""
+    block, x = transformers_block("moe_kernels"), rows(4, 4, DIM)
+    one = copy.deepcopy(block)
+    fully_shard(block.experts, mesh=p.mesh)
+    fully_shard(block, mesh=p.mesh)
+    for model, batch in ((one, x), (block, p.own(x))):
+        model(batch).square().mean().backward()
+    for (name, parameter), (_, expected) in zip(block.named_parameters(), one.named_parameters(), strict=True):
+        torch.testing.assert_close(whole(parameter.grad), expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+    grads = []
+    for model, batch in ((one, x), (block, p.own(x))):
+        leaf = batch.clone().requires_grad_()
+        with attack_mode(model):
+            grads.append(torch.autograd.grad(model(leaf).square().sum(), leaf)[0])
+    torch.testing.assert_close(grads[1], p.own(grads[0]), rtol=1e-4, atol=1e-4)
 
 
 @check(2, 4)
@@ -176,14 +199,19 @@ def steps_of_an_optimiser_beside_ddp(p: Processes) -> None:
         torch.testing.assert_close(whole(parameter), expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@check(4)
-def fsdp_on_another_dimension(p: Processes) -> None:
+def on_two_dimensions(moe: nn.Module) -> nn.Module:
+    """Of 2 x 2 processes: its experts spread over one, and by FSDP2 over the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
-    one = mixture()
-    both = copy.deepcopy(one)
+    both = copy.deepcopy(moe)
     parallelize_module(both, mesh["ep"], ExpertParallel())
     fully_shard(both.experts, mesh=mesh["dp"])
-    fully_shard(both, mesh=mesh["dp", "ep"]._flatten("all"))
+    return fully_shard(both, mesh=mesh["dp", "ep"]._flatten("all"))
+
+
+@check(4)
+def fsdp_on_another_dimension(p: Processes) -> None:
+    one = mixture()
+    both = on_two_dimensions(one)
     optimizers = [torch.optim.AdamW(model.parameters(), 1e-2) for model in (one, both)]
     for i in range(3):
         x = rows(4 * p.size, DIM, seed=i)
@@ -196,11 +224,9 @@ def fsdp_on_another_dimension(p: Processes) -> None:
         torch.testing.assert_close(whole(parameter), expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@check(2)
-def attacks(p: Processes) -> None:
-    moe = images().eval()
-    spread, x, y = p.spread(moe), rows(4 * p.size, 3, 8, 8).sigmoid(), torch.arange(4 * p.size) % 5
-    grads = []
+def attack_equals_one(p: Processes, moe: nn.Module, spread: nn.Module, x: Tensor) -> None:
+    """Input gradients and PGD are those of `moe` on the joint batch, and `spread` is afterwards as it was."""
+    y, grads = torch.arange(len(x)) % 5, []
     for model, batch in ((moe, x), (spread, p.own(x))):
         leaf = batch.clone().requires_grad_()
         with attack_mode(model):
@@ -211,6 +237,20 @@ def attacks(p: Processes) -> None:
     attack = functools.partial(PGD, eps=2.0, alpha=0.2, steps=5, norm="L2", random_start=False, best_iterate=False)
     torch.testing.assert_close(attack(spread)(p.own(x), p.own(y)), p.own(attack(moe)(x, y)), rtol=1e-3, atol=1e-5)
     assert all(torch.equal(whole(t), b) for t, b in zip(spread.state_dict().values(), before, strict=True))
+
+
+@check(2)
+def attacks(p: Processes) -> None:
+    moe = images().eval()
+    attack_equals_one(p, moe, p.spread(moe), rows(4 * p.size, 3, 8, 8).sigmoid())
+
+
+@check(4)
+def attacks_under_fsdp_on_another_dimension(p: Processes) -> None:
+    for moe, x in ((mixture("swiglu").eval(), rows(16, DIM)), (images().eval(), rows(16, 3, 8, 8))):
+        both = on_two_dimensions(moe)
+        attack_equals_one(p, moe, both, x.sigmoid())
+        assert all(isinstance(q, DTensor) and q.requires_grad and q.grad is None for q in both.parameters())
 
 
 @contextmanager
@@ -289,30 +329,34 @@ def trained(p: Processes) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-@check(4)
+@check(2, 4)
 def a_checkpoint_is_written(p: Processes) -> None:
     model, optimizer = trained(p)
     states = get_state_dict(model, optimizer)
-    dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=p.folder.parent / "checkpoint")
+    dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=p.folder / "checkpoint")
     expected = {name: whole(t) for name, t in states[0].items()}
     moments = [whole(state["exp_avg"]) for state in optimizer.state.values()]
     if p.rank == 0:
-        torch.save((expected, moments), p.folder.parent / "expected.pt")
+        torch.save((expected, moments), p.folder / "expected.pt")
 
 
-@check(2)
-def a_checkpoint_of_other_processes_is_read(p: Processes) -> None:
-    model = p.spread(mixture())
+def read_checkpoint(model: nn.Module, folder: Path) -> None:
+    """Reads what `a_checkpoint_is_written` wrote into this model and an optimiser, and compares them."""
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=p.folder.parent / "checkpoint")
+    dcp.load(state, checkpoint_id=folder / "checkpoint")
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    expected, moments = torch.load(p.folder.parent / "expected.pt")
+    expected, moments = torch.load(folder / "expected.pt")
     for name, t in model.state_dict().items():
         torch.testing.assert_close(whole(t), expected[name], rtol=0, atol=0, msg=name)
     for moment, expected_moment in zip(optimizer.state.values(), moments, strict=True):
         assert torch.equal(whole(moment["exp_avg"]), expected_moment)
+
+
+@check(2)
+def a_checkpoint_of_other_processes_is_read(p: Processes) -> None:
+    read_checkpoint(p.spread(mixture()), p.folder.parent / "4")
 
 
 @check(2)

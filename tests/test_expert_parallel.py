@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_checks import CHECKS
+from parallel_checks import CHECKS, mixture, read_checkpoint
 
 from moe_kernels.distributed.dispatch import Once
 
@@ -33,8 +33,12 @@ def run(folder: Path, size: int) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[str]]]:
-    folder = tmp_path_factory.mktemp("processes")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[int, dict[str, list[str]]]:
     return {size: run(folder / str(size), size) for size in (4, 2)}  # the checkpoint of 4 is read by 2
 
 
@@ -44,6 +48,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[
 )
 def test_processes_equal_one(found: dict[int, dict[str, list[str]]], size: int, name: str) -> None:
     assert found[size][name] == [""] * size, "\n".join(found[size][name])
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_checkpoint_of_two_processes_is_read_by_one(found: dict[int, dict[str, list[str]]], folder: Path) -> None:
+    read_checkpoint(mixture(), folder / "2")
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
