@@ -7,6 +7,7 @@ trace.
 import copy
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_kernels import PGD, ExpertResNet18, ExpertViT, RobustMoE, attack_mode
 
@@ -136,6 +138,18 @@ def is_thawed_after_an_exception(net: nn.Module, x: Tensor) -> bool:
     return False
 
 
+def is_synchronised_after_unequal_attacks(net: nn.Module, rank: int, x: Tensor, y: Tensor) -> bool:
+    ddp = DistributedDataParallel(net, process_group=dist.new_group(timeout=timedelta(seconds=20)))
+    try:
+        found = train(ddp, lambda net, x, y: PGD(net, steps=1 + rank, seed=0)(x, y), x, y)
+    except RuntimeError:  # a process waits for a collective that the other does not make
+        return False
+    first = [p.clone() for p in found]
+    for p in first:
+        dist.broadcast(p, 0)
+    return all(map(torch.equal, found, first))
+
+
 def main(store: str, rank: int, processes: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
@@ -176,9 +190,13 @@ def main(store: str, rank: int, processes: int) -> None:
     if not all(map(torch.equal, found, expected)):
         faults.append("plain, FSDP1: differs")
     net = mixture(plain_experts())
-    found = train(nn.parallel.DistributedDataParallel(copy.deepcopy(net)), attacked, x, y)
-    if not all(map(torch.equal, found, train(net, attacked, x, y, average=True))):
-        faults.append("list, DDP: differs")
+    expected = train(copy.deepcopy(net), attacked, x, y, average=True)
+    for static_graph in (False, True):
+        found = train(DistributedDataParallel(copy.deepcopy(net), static_graph=static_graph), attacked, x, y)
+        if not all(map(torch.equal, found, expected)):
+            faults.append(f"list, DDP, {static_graph=}: differs")
+    if not is_synchronised_after_unequal_attacks(plain(), rank, x, y):
+        faults.append("plain, DDP: attacks of unequal numbers of steps hinder one another")
     dist.barrier()
     dist.destroy_process_group()
     sys.exit("\n".join(faults) or None)

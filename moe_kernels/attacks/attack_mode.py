@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -28,7 +29,8 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
     run. May be nested and reused. Lazy parameters and buffers that are initialised inside stay initialised. Threads
     attack the same model one after the other; models that share modules are not known to be one. What FSDP2
     shards is sharded again on entry and on exit; its gradients are left to it. FSDP1 drops the gradients that it holds
-    when it is attacked: take the optimizer's step before.
+    when it is attacked: take the optimizer's step before. DDP takes rank 0's buffers once, on entry; what the processes
+    do inside, however often, is their own.
 
     A forward inside keeps for its backward only what the gradient of its input needs (`moe_kernels.attacks.lean`), and
     on a CPU computes convolutions by Winograd's algorithm where that is faster, which rounds otherwise.
@@ -116,6 +118,23 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
                 if id(parameter) not in sharded:
                     gradients.append((parameter, parameter.grad))
                     parameter.grad = None
+    for ddp in (m for m in model.modules() if isinstance(m, DistributedDataParallel)):
+        _let_alone(ddp, stack)
+
+
+def _let_alone(ddp: Any, stack: ExitStack) -> None:
+    """Takes DDP's part out of forwards, of which processes may make unequal numbers, and out of their backwards, which
+    a static graph would take for that of a training step."""
+    if ddp._check_sync_bufs_pre_fwd():
+        ddp._sync_buffers()
+    flags = {
+        "require_backward_grad_sync": False,
+        "require_forward_param_sync": False,
+        "_static_graph_delay_allreduce_enqueued": True,
+    }
+    before = {name: vars(ddp)[name] for name in flags if name in vars(ddp)}
+    stack.callback(vars(ddp).update, before)
+    vars(ddp).update({name: flags[name] for name in before})
 
 
 def _set_flag(module: nn.Module, name: str, requires_grad: bool) -> None:
