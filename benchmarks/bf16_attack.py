@@ -16,6 +16,7 @@ from rter.checkpoint import load_weights
 from rter.config import Config
 from rter.data import Data, load_data
 from rter.models import build_model
+from rter.settings import make_config
 from rter.train import train
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def trained(settings: dict[str, Any], amp: str, seed: int, folder: Path) -> tuple[nn.Module, Config, Data]:
-    config = Config(amp=amp, seed=seed, **settings)
+    config = make_config(amp=amp, seed=seed, **settings)
     run = folder / f"{config.model}-{amp}-{seed}"
     train(config, run)
     data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size)

@@ -28,13 +28,13 @@ def poisoned_memory() -> Iterator[None]:
 def robust_digits(tmp_path_factory: pytest.TempPathFactory) -> "tuple[RobustClassifier, Split]":
     """Three small experts trained by PGD-AT for a few seconds, in eval mode, and the held-out images."""
     from rter.checkpoint import load_weights
-    from rter.config import Config
     from rter.data import load_data
     from rter.models import build_model
+    from rter.settings import make_config
     from rter.train import train
 
     settings = {"num_experts": 3, "width": 4, "epochs": 6, "attack_steps": 2, "eps": 0.15, "alpha_ratio": 0.6}
-    config = Config(method="pgd-at", batch_size=120, lr=2e-2, eval_every=6, held_out=120, **settings)
+    config = make_config(method="pgd-at", batch_size=120, lr=2e-2, eval_every=6, held_out=120, **settings)
     run = tmp_path_factory.mktemp("robust") / "digits"
     train(config, run)
     data = load_data(config.data, config.held_out, config.seed)

@@ -1,6 +1,7 @@
 """The house keeps its shape: imports run one way, and every operator has all of its files."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,32 @@ def test_imports_run_one_way(folder: str) -> None:
             else:
                 allowed = any(name == a or name.startswith(a + ".") for a in MAY_IMPORT[folder])
             assert allowed, f"{path.relative_to(ROOT)} must not import {name}"
+
+
+def modules_run(name: str, path: Path, files: dict[str, Path]) -> set[str]:
+    """Those among the files that a module's imports run, also its imports in functions and for annotations alone:
+    the modules that are named, and every package around them that is not around the module itself."""
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            named |= {module if module in files else str(node.module) for module in inside}
+    parts = [module.split(".") for module in named]
+    around = {".".join(part[:depth]) for part in parts for depth in range(1, len(part))}
+    return (named | {package for package in around if not f"{name}.".startswith(f"{package}.")}) & files.keys()
+
+
+def test_the_application_has_no_circle_of_imports() -> None:
+    paths = (ROOT / "python").rglob("*.py")
+    files = {".".join(p.relative_to(ROOT / "python").with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+    graph = {name: modules_run(name, path, files) for name, path in files.items()}
+    assert {"rter.config", "rter.settings", "rter.methods"} <= graph["rter.commands"] and not graph["rter.seeds"]
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as circle:
+        pytest.fail(f"a circle: {' is imported by '.join(circle.args[1])}")
 
 
 def test_nothing_imports_tests_or_benchmarks() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from rter.config import Config
 from rter.data.augment import cutout, flip, make_augment, translate
 from rter.errors import UserError
+from rter.settings import make_config
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,7 +47,7 @@ def test_cutout_blackens_one_square(pixels: int) -> None:
 
 
 def test_follows_from_the_generator_alone() -> None:
-    augment, before = make_augment(Config(augment="flip,crop4,cutout3")), torch.random.get_rng_state()
+    augment, before = make_augment(make_config(augment="flip,crop4,cutout3")), torch.random.get_rng_state()
     images = X.clone()
     first, again, other = augment(X, by(1)), augment(X, by(1)), augment(X, by(2))
     assert torch.equal(first, again) and not torch.equal(first, other) and torch.equal(X, images)
@@ -61,15 +61,15 @@ def test_follows_from_the_generator_alone() -> None:
 
 
 def test_auto_is_the_papers_but_for_digits() -> None:
-    paper = make_augment(Config(data="cifar10", augment="flip,translate2,cutout8"))
-    assert torch.equal(make_augment(Config(data="cifar10"))(X, by(0)), paper(X, by(0)))
-    for config in (Config(), Config(data="cifar10", augment="none")):
+    paper = make_augment(make_config(data="cifar10", augment="flip,translate2,cutout8"))
+    assert torch.equal(make_augment(make_config(data="cifar10"))(X, by(0)), paper(X, by(0)))
+    for config in (make_config(), make_config(data="cifar10", augment="none")):
         assert make_augment(config)(X, by(0)) is X
-    unflipped = make_augment(Config(augment="translate2,cutout8"))
-    assert torch.equal(make_augment(Config(data="svhn"))(X, by(0)), unflipped(X, by(0)))
+    unflipped = make_augment(make_config(augment="translate2,cutout8"))
+    assert torch.equal(make_augment(make_config(data="svhn"))(X, by(0)), unflipped(X, by(0)))
 
 
 @pytest.mark.parametrize("text", ["turn", "translate", "cutout0", "flip2", "flip,", "flip translate2", ""])
 def test_refuses(text: str) -> None:
     with pytest.raises(UserError, match="augment must be auto, none, or flip, translateN, cropN and cutoutN"):
-        Config(augment=text)
+        make_config(augment=text)

@@ -10,9 +10,10 @@ import torch
 from rter.__main__ import main
 from rter.checkpoint import load_tensors, write_json
 from rter.comparison import write_comparison
-from rter.config import Config
-from rter.evaluate import evaluate
+from rter.evaluate import TrainedRun, evaluate
+from rter.evaluation import Effort
 from rter.plots import learning
+from rter.settings import make_config
 
 TINY = ["--epochs", "2", "--batch-size", "400", "--num-experts", "2", "--width", "2", "--attack-steps", "1",
         "--held-out", "60", "--eval-every", "1"]  # fmt: skip
@@ -76,7 +77,7 @@ def test_training_repeats_itself_bitwise(demo: Path, tmp_path: Path) -> None:
 
 def test_evaluation_repeats_itself_and_takes_the_best_weights(demo: Path) -> None:
     before = json.loads((demo / "standard" / "report.json").read_text())
-    after = evaluate(demo / "standard", "last", 2, 2, "quick")
+    after = evaluate(TrainedRun(demo / "standard"), Effort("quick", 2, 2))
     for report in (before, after):
         for result in report["attack_results"]:
             result["seconds"] = 0
@@ -340,7 +341,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest
 
 
 def test_weights_that_do_not_fit_are_one_line(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text(Config(width=3).to_json())
+    (tmp_path / "config.json").write_text(make_config(width=3).to_json())
     (tmp_path / "last.safetensors").write_bytes((demo / "rt-er" / "last.safetensors").read_bytes())
     assert main(["evaluate", str(tmp_path)]) == 2
     error = capsys.readouterr().err

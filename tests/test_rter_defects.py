@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from rter.config import Config
 from rter.data import Data, Split
 from rter.methods import METHODS, step
 from rter.methods.step import Step
 from rter.methods.update import update
 from rter.models import DualClassifier, Normalize, RobustClassifier, build_model
+from rter.settings import make_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ def random_batch(size: int = 8, classes: int = 3, image: tuple[int, int, int] = 
 
 
 def tiny(batch: Split, classes: int = 3, **settings: Any) -> Step:
-    config = Config(**{"method": "rt-er", "num_experts": 3, "width": 2, "attack_steps": 3, **settings})
+    config = make_config(**{"method": "rt-er", "num_experts": 3, "width": 2, "attack_steps": 3, **settings})
     return Step(build_model(config, Data(batch, batch, classes)).train(), config, 0, epoch=config.epochs)
 
 

@@ -14,11 +14,11 @@ import torch
 from rter.__main__ import main
 from rter.attack import make_attack
 from rter.checkpoint import load_tensors, read_lines
-from rter.config import Config
 from rter.data import load_data
 from rter.distributed import Share
 from rter.methods.step import Step
 from rter.models import build_model
+from rter.settings import make_config
 from runs import assert_same_run
 
 # the standard network, then RT-ER: two passes, each with AWP; ten steps, of which five explore, of 150 and 151 rows
@@ -118,7 +118,7 @@ def test_goes_on_with_another_number_of_processes(
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("copies", [1, 2])
 def test_a_share_draws_as_the_joint_batch_does(norm: str, copies: int) -> None:
-    config = Config(num_experts=3, width=2, norm=norm)
+    config = make_config(num_experts=3, width=2, norm=norm)
     data = load_data("digits", 60, 0)
     model, batch = build_model(config, data), data.train[:7]
 

@@ -9,10 +9,10 @@ import torch
 from rter import alpha
 from rter.__main__ import main
 from rter.alpha import alpha_curve, alpha_flags
-from rter.config import Config
 from rter.data import Data, Split
 from rter.methods.step import Step
 from rter.models import DualClassifier, build_model
+from rter.settings import make_config
 from torch import Tensor, nn
 
 from moe_kernels import Routing
@@ -24,7 +24,7 @@ def batch() -> Split:
 
 
 def dual(batch: Split, **settings: Any) -> DualClassifier:
-    config = Config(method="dual", num_experts=3, width=2, **settings)
+    config = make_config(method="dual", num_experts=3, width=2, **settings)
     model = build_model(config, Data(batch, batch, 3))
     assert isinstance(model, DualClassifier)
     return model.eval()
@@ -61,14 +61,14 @@ def test_a_mixture_of_probabilities_is_bounded(batch: Split) -> None:
 
 
 def test_the_robust_half_starts_as_the_same_seeds_rt_er(batch: Split) -> None:
-    alone = build_model(Config(method="rt-er", num_experts=3, width=2), Data(batch, batch, 3))
+    alone = build_model(make_config(method="rt-er", num_experts=3, width=2), Data(batch, batch, 3))
     model = dual(batch)
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.robust.parameters(), strict=True))
     assert not torch.equal(model.standard.moe.router[1].weight, model.robust.moe.router[1].weight)
 
 
 def test_the_attack_on_the_dual_model_leaves_both_halves_as_they_were(batch: Split) -> None:
-    config = Config(method="dual", num_experts=3, width=2)
+    config = make_config(method="dual", num_experts=3, width=2)
     model = dual(batch).train()
     Step(model, config, 0, epoch=0).attack(model)(batch.x, batch.y)
     assert all(module.training for module in model.modules())

@@ -16,6 +16,7 @@ from rter.intervals import wilson
 from rter.models import DualClassifier, Normalize, RobustClassifier
 from rter.plots import accuracy
 from rter.sanity import Seen, sanity
+from rter.settings import make_config
 from rter.suite import apgd_attacks, is_deterministic
 from rter.wording import verdict
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def classifier(
 
 
 def config(**settings: Any) -> Config:
-    return Config(**({"method": "pgd-at", "eps": 0.02} | settings))
+    return make_config(**({"method": "pgd-at", "eps": 0.02} | settings))
 
 
 def evaluation(model: nn.Module, images: Split, **options: Any) -> Evaluation:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rter.__main__ import main
 from rter.checkpoint import load_tensors, read_lines
-from rter.config import Config
+from rter.settings import make_config
 
 SETTINGS = ["--method", "rt-er", "--epochs", "2", "--batch-size", "300", "--width", "4", "--attack-steps", "2", "--ema",
             "0.9", "--held-out", "60", "--eval-every", "1", "--clip-norm", "1", "--awp-gamma", "0.005",
@@ -75,4 +75,4 @@ def test_two_processes_go_on_after_a_kill_as_one_would(alone: Path, tmp_path: Pa
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--out", str(tmp_path / "run"), "--expert-parallel", "2"]) != 0
     assert "expert_parallel must be the number of processes, 1, got 2" in capsys.readouterr().err
-    assert Config().num_experts == 4
+    assert make_config().num_experts == 4

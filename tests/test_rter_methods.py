@@ -10,6 +10,7 @@ from rter.data import Data, Split
 from rter.methods import METHODS
 from rter.methods.step import Step
 from rter.models import DualClassifier, RobustClassifier, build_model
+from rter.settings import make_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ def batch() -> Split:
 def tiny(batch: Split, method: str, **settings: Any) -> tuple[RobustClassifier, Config]:
     sizes = {"width": 2} if method == "nine-experts" else {"width": 2, "num_experts": 3}
     weights = {"beta": 1.5, "clean_weight": 0.7, "balance_weight": 0.3}
-    config = Config(method=method, **(sizes | weights | settings))
+    config = make_config(method=method, **(sizes | weights | settings))
     return build_model(config, Data(batch, batch, 3)).double(), config
 
 
@@ -213,7 +214,7 @@ def test_rt_er(batch: Split, epoch: int, gate: str, second: str) -> None:
 
 
 def test_faithful_rt_er_is_the_public_codes_loss(batch: Split) -> None:
-    config = Config(method="rt-er", faithful=True, num_experts=3, width=2)
+    config = make_config(method="rt-er", faithful=True, num_experts=3, width=2)
     model = build_model(config, Data(batch, batch, 3)).double()
     step = Step(model, config, 0, epoch=0)
     assert step.own_route(batch.x) is None and (config.gate, config.second, config.beta) == ("hard", "ranked", 6)

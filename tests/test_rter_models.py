@@ -10,13 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 from rter.__main__ import main
-from rter.config import Config
 from rter.data import Data, Split, load_data
 from rter.errors import UserError
 from rter.models import Normalize, RobustClassifier, build_model
 from rter.models.initial import load_initial
 from rter.models.networks import NETWORKS
 from rter.models.routers import ROUTERS
+from rter.settings import make_config
 from torch import Tensor, nn
 
 from moe_kernels import attack_mode
@@ -31,7 +31,7 @@ def images(channels: int = 3, size: int = 8) -> Data:
 
 
 def tiny(model: str = "resnet18", data: Data | None = None, **settings: Any) -> RobustClassifier:
-    config = Config(**({"model": model, "width": 4, "num_experts": 2} | SMALL.get(model, {}) | settings))
+    config = make_config(**({"model": model, "width": 4, "num_experts": 2} | SMALL.get(model, {}) | settings))
     return build_model(config, data or images()).eval()
 
 
@@ -64,9 +64,10 @@ def test_routers_route_each_image_by_itself(router: str) -> None:
 
 
 def test_networks_have_sizes_of_their_own() -> None:
-    assert [Config(model=m).width for m in NETWORKS] == [16, 64, 64, 160, 384]
-    assert [Config(method="nine-experts", model=m).width for m in ("small-conv", "resnet18")] == [8, 64]
-    assert (Config(model="wrn").depth, Config(model="vit").depth, Config(model="wrn", width=32).width) == (28, 12, 32)
+    assert [make_config(model=m).width for m in NETWORKS] == [16, 64, 64, 160, 384]
+    assert [make_config(method="nine-experts", model=m).width for m in ("small-conv", "resnet18")] == [8, 64]
+    assert (make_config(model="wrn").depth, make_config(model="vit").depth) == (28, 12)
+    assert make_config(model="wrn", width=32).width == 32
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rter.__main__ import main
 from rter.commands import given_settings, make_parser
-from rter.config import Config, load_settings
 from rter.methods import METHODS
+from rter.settings import load_settings, make_config
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "python" / "README.md"]
@@ -58,4 +58,4 @@ def test_documented_commands_are_understood(page: Path, monkeypatch: pytest.Monk
     for words in commands(page):
         args = make_parser().parse_args(words)
         file = load_settings(args.config) if vars(args).get("config") else {}
-        Config(**(file | given_settings(args)))
+        make_config(**(file | given_settings(args)))

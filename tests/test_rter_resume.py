@@ -22,11 +22,12 @@ from rter.config import Config
 from rter.errors import UserError
 from rter.journal import Journal
 from rter.methods.update import update
+from rter.settings import make_config
 from rter.train import train
 from runs import assert_same_run
 
 TINY = {"num_experts": 2, "width": 2, "attack_steps": 1, "held_out": 60, "batch_size": 500, "epochs": 2}
-CONFIG = Config(method="standard", eval_every=1, **TINY)  # type: ignore[arg-type]
+CONFIG = make_config(method="standard", eval_every=1, **TINY)
 MOMENTS = 38  # see count_writes, of a run of CONFIG that saves its state after each of its 6 steps
 
 
@@ -140,7 +141,7 @@ def test_the_moments_are_all_there_are(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_process_that_is_killed(tmp_path: Path) -> None:
     """RT-ER with a running mean of the weights."""
-    config = Config(eval_every=2, ema=0.9, **(TINY | {"epochs": 5}))  # type: ignore[arg-type]
+    config = make_config(eval_every=2, ema=0.9, **(TINY | {"epochs": 5}))
     run = tmp_path / "run"
     command = [
         sys.executable,
@@ -169,8 +170,9 @@ def test_mkl_takes_the_threads_of_torch(tmp_path: Path) -> None:
     script = f"""
 import ctypes, pathlib, torch
 from rter.config import Config
+from rter.settings import make_config
 from rter.train import train
-config = Config(method="standard", eval_every=1, epochs=0, num_experts=2, width=2, held_out=60)
+config = make_config(method="standard", eval_every=1, epochs=0, num_experts=2, width=2, held_out=60)
 train(config, pathlib.Path({str(tmp_path / "run")!r}))
 library = ctypes.CDLL(torch.__path__[0] + "/lib/libtorch_cpu.so")
 print("MKL adjusts threads:", getattr(library, "mkl_serv_get_dynamic", int)())
@@ -207,7 +209,7 @@ def test_other_circumstances_are_said(
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_every_optimiser_goes_on(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config(eval_every=2, **(TINY | {"lr": 0.01} | settings))  # type: ignore[arg-type]
+    config = make_config(eval_every=2, **(TINY | {"lr": 0.01} | settings))
     train(config, tmp_path / "whole")
     kill_at(3 * 5, config, tmp_path / "run", monkeypatch)  # after the config and 4 states
     assert train(config, tmp_path / "run", resume=True)

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 from rter.checkpoint import load_tensors, save_tensors, write_atomic
-from rter.config import Config, load_config, load_settings
+from rter.config import Config
 from rter.data import load_data
 from rter.distributed import choose_device
 from rter.errors import UserError
+from rter.settings import load_config, load_settings, make_config
 
 CONFIGS = Path(__file__).parent.parent / "docs" / "configs"
 
 
 def test_config_survives_its_file(tmp_path: Path) -> None:
-    config = Config(method="pgd-at", eps="8/255", epochs="7", seed=3)  # type: ignore[arg-type]
+    config = make_config(method="pgd-at", eps="8/255", epochs="7", seed=3)
     assert config.eps == 8 / 255 and config.epochs == 7
     (tmp_path / "config.json").write_text(config.to_json())
     assert load_config(tmp_path / "config.json") == config
@@ -34,7 +35,7 @@ def test_settings_of_other_systems(tmp_path: Path, name: str, text: str, encodin
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_documented_settings_are_valid(path: Path) -> None:
-    assert load_config(path) != Config()
+    assert load_config(path) != make_config()
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,8 @@ def test_the_documented_settings_are_valid(path: Path) -> None:
         ({"dual_alpha": 2}, "dual_alpha must be between 0 and 1, got 2.0"),
         ({"awp_gamma": -1}, "awp_gamma must be at least 0, got -1.0"),
         ({"ema": 1}, "ema must be at least 0 and below 1, got 1.0"),
+        ({"method": ["rt-er"]}, "method must be text, got ['rt-er']"),
+        ({"model": {}}, "model must be text, got {}"),
         (
             {"schedule": "multi-step"},
             "drops must be numbers below epochs, 50, with commas between, got 100,105",
@@ -69,16 +72,25 @@ def test_the_documented_settings_are_valid(path: Path) -> None:
 )
 def test_config_refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        Config(**settings)
+        make_config(**settings)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
 def test_a_setting_that_is_not_given_is_the_methods_default() -> None:
-    assert (Config().beta, Config(method="trades").beta, Config(method="trades", beta=6).beta) == (2, 3, 6)
-    nine = Config(method="nine-experts")
-    assert (nine.num_experts, nine.gate, nine.lr) == (9, "soft", Config().lr)
-    faithful = Config(faithful=True, clean_weight=0.5)
+    assert (make_config().beta, make_config(method="trades").beta) == (2, 3)
+    assert make_config(method="trades", beta=6).beta == 6
+    nine = make_config(method="nine-experts")
+    assert (nine.num_experts, nine.gate, nine.lr) == (9, "soft", make_config().lr)
+    faithful = make_config(faithful=True, clean_weight=0.5)
     assert (faithful.gate, faithful.beta, faithful.balance_weight, faithful.clean_weight) == ("hard", 6, 0, 0.5)
+
+
+def test_settings_are_checked_all_together_or_there_are_none() -> None:
+    for unknown in ({"epoch": 3}, {"epoch": None}):
+        with pytest.raises(TypeError, match="epoch"):
+            make_config(**unknown)
+    with pytest.raises(TypeError, match="missing"):
+        Config(method="trades")
 
 
 @pytest.mark.parametrize(
@@ -97,10 +109,10 @@ def test_settings_file_refuses(tmp_path: Path, name: str, content: str, message:
 
 
 def test_seeds_differ_by_purpose_and_follow_from_the_seed() -> None:
-    config = Config()
+    config = make_config()
     purposes: list[tuple[str | int, ...]] = [("attack", 0), ("attack", 1), ("shuffle", 0), ("attack", "0")]
     assert len({config.seed_for(*purpose) for purpose in purposes}) == len(purposes)
-    assert config.seed_for("attack", 0) == Config().seed_for("attack", 0)
+    assert config.seed_for("attack", 0) == make_config().seed_for("attack", 0)
     assert config.seed_for("attack", 0) != dataclasses.replace(config, seed=1).seed_for("attack", 0)
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from rter.__main__ import main
 from rter.checkpoint import load_tensors
-from rter.config import Config
 from rter.data import load_data
 from rter.errors import UserError
 from rter.methods.step import Step
 from rter.methods.update import update
 from rter.models import build_model
 from rter.optimisation import RunningMean, finish_gradients, make_optimizer, set_rate
+from rter.settings import make_config
 from rter.train import train
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {"num_experts": 2, "width": 2, "attack_steps": 1, "held_o
 
 
 def rates(total: int, **settings: Any) -> list[float]:
-    config = Config(lr=0.1, **settings)
+    config = make_config(lr=0.1, **settings)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
     result = []
     for index in range(total):
@@ -36,7 +36,7 @@ def rates(total: int, **settings: Any) -> list[float]:
 @pytest.mark.parametrize("total", [1, 2, 7, 600])
 @pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.SGD])
 def test_one_cycle_is_bitwise_that_of_torch(total: int, rule: type[torch.optim.Optimizer]) -> None:
-    config = Config(lr=0.015)
+    config = make_config(lr=0.015)
     ours, theirs = (rule([nn.Parameter(torch.zeros(1))], lr=0.1, **momentum) for momentum in _momenta(rule))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(theirs, max_lr=0.015, total_steps=total)
     for index in range(total):
@@ -73,8 +73,8 @@ def test_the_running_mean_follows_its_formula() -> None:
 
 
 def test_the_running_mean_is_what_is_saved(tmp_path: Path) -> None:
-    train(Config(method="standard", ema=0.9, **TINY), tmp_path / "mean")
-    train(Config(method="standard", **TINY), tmp_path / "plain")
+    train(make_config(method="standard", ema=0.9, **TINY), tmp_path / "mean")
+    train(make_config(method="standard", **TINY), tmp_path / "plain")
     state = load_tensors(tmp_path / "mean" / "resume.safetensors")
     last, plain = (load_tensors(tmp_path / run / "last.safetensors") for run in ("mean", "plain"))
     for name in last:
@@ -83,7 +83,7 @@ def test_the_running_mean_is_what_is_saved(tmp_path: Path) -> None:
 
 
 def test_bf16_trains_attack_and_model_but_not_images_and_weights() -> None:
-    config = Config(method="rt-er", amp="bf16", **TINY)
+    config = make_config(method="rt-er", amp="bf16", **TINY)
     data = load_data("digits", 60, 0)
     model = build_model(config, data)
     seen: list[torch.dtype] = []
@@ -104,7 +104,7 @@ def test_evaluation_is_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     enabled: list[bool] = []
     monkeypatch.setattr(PGD, "__call__", attacked)
-    train(Config(method="pgd-at", amp="bf16", **TINY | {"epochs": 1}), tmp_path / "run")
+    train(make_config(method="pgd-at", amp="bf16", **TINY | {"epochs": 1}), tmp_path / "run")
     assert enabled == [True, True, True, False]  # three steps, then the evaluation
 
 
@@ -117,7 +117,7 @@ def test_the_gradient_is_clipped() -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_loss_that_is_no_number(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, run = Config(method="pgd-at", **TINY), tmp_path / "run"
+    config, run = make_config(method="pgd-at", **TINY), tmp_path / "run"
     steps = 0
 
     def poisoned(step: Step, x: Tensor) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def test_a_loss_that_is_no_number(where: str, tmp_path: Path, monkeypatch: pytes
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(Config(method="standard", **TINY), tmp_path / "run", tensorboard=True)
+    train(make_config(method="standard", **TINY), tmp_path / "run", tensorboard=True)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]

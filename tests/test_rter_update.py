@@ -12,6 +12,7 @@ from rter.methods.awp import perturbed_weights
 from rter.methods.step import Step
 from rter.methods.update import update
 from rter.models import Normalize, RobustClassifier, build_model
+from rter.settings import make_config
 from torch import Tensor, nn
 
 from moe_kernels import ExpertResNet18, RobustMoE
@@ -23,7 +24,7 @@ def batch() -> Split:
 
 
 def tiny(batch: Split, method: str, **settings: Any) -> tuple[RobustClassifier, Config]:
-    config = Config(method=method, width=2, attack_steps=1, **settings)
+    config = make_config(method=method, width=2, attack_steps=1, **settings)
     return build_model(config, Data(batch, batch, 3)), config
 
 
@@ -135,7 +136,7 @@ def test_awp_waits_for_its_warm_up(batch: Split) -> None:
 
 @pytest.mark.parametrize("method, awp_gamma", [("pgd-at", 0.0), ("pgd-at", 0.01), ("rt-er", 0.0)])
 def test_batch_norm_counts_each_batch_once_and_never_the_attack(batch: Split, method: str, awp_gamma: float) -> None:
-    config = Config(method=method, num_experts=2, attack_steps=3, awp_gamma=awp_gamma, awp_warmup=0)
+    config = make_config(method=method, num_experts=2, attack_steps=3, awp_gamma=awp_gamma, awp_warmup=0)
     model = with_batch_norm(batch).train()
     counted = model.moe.experts.bn1.num_batches_tracked
     update(Step(model, config, 0, epoch=0), torch.optim.SGD(model.parameters(), lr=0.1), batch)

@@ -152,7 +152,7 @@ def _strength(
     if not isinstance(seed, int) or seed < 0:
         raise UserError(f"seed must be a whole number, at least 0, got {seed!r}")
     radius /= high - low
-    return Strength(radius, norm, suite, steps, restarts, 0.25, queries, batch_size, seed)
+    return Strength(suite, steps, restarts, queries, eps=radius, norm=norm, batch_size=batch_size, seed=seed)
 
 
 def _images(x: Any, y: Any, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rter.config import ABSOLUTE, Config, load_config
+from rter.config import Config
 from rter.console import say
 from rter.data.files import damaged
 from rter.errors import UserError
+from rter.settings import ABSOLUTE, load_config
 
 NUMBER, OPTIONAL = (int, float), (int, float, type(None))
 NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}

@@ -16,19 +16,19 @@ import torch
 
 import moe_kernels
 from rter.checkpoint import run_config
-from rter.config import GROUPS, Config, load_settings
+from rter.config import GROUPS, Config
 from rter.console import handling, say
 from rter.data.command import add_command as add_data_command
 from rter.distributed import is_first, num_processes
 from rter.errors import Stopped, UserError, did_you_mean
+from rter.evaluation import QUERIES, RESTARTS, Effort
 from rter.foreign import EVALUATE, add_model_arguments, check_model_arguments, evaluate_file
 from rter.methods import METHODS
-from rter.models.networks import NETWORKS
+from rter.settings import CHOICES, OWN_DEFAULTS, load_settings, make_config
 
 TRAIN = """Trains a model into a new folder. A setting comes from its flag, or from the file given by --config, or it is
 the default. On several GPUs, or in several processes: torchrun --nproc-per-node N -m rter train ..."""
 
-OWN = {name: owner.defaults for owners in (METHODS, NETWORKS) for name, owner in owners.items()}
 NOTHING: dict[Any, str] = {bool: "no", str: "none", int: "0", float: "0"}
 METAVARS: dict[Any, str] = {str: "TEXT", int: "N", float: "NUMBER"}
 
@@ -171,9 +171,10 @@ def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in dataclasses.fields(Config):
         if field.name not in without:
-            choices = field.metadata["choices"]
-            own = (f"; {defaults[field.name]} for {name}" for name, defaults in OWN.items() if field.name in defaults)
-            default = f"default: {field.metadata['default'] or NOTHING[field.type]}{''.join(own)}"
+            choices = CHOICES.get(field.name)
+            owners = {name: own[field.name] for name, own in OWN_DEFAULTS.items() if field.name in own}
+            own_defaults = "".join(f"; {value} for {name}" for name, value in owners.items())
+            default = f"default: {field.metadata['default'] or NOTHING[field.type]}{own_defaults}"
             one_of = f"one of {', '.join(choices)}; " if choices else ""
             text = f"{field.metadata['help']} ({one_of}{default})"
             flag = "--" + field.name.replace("_", "-")
@@ -195,11 +196,8 @@ def _add_strength(parser: argparse.ArgumentParser, suite: str) -> None:
                         "suite 20)")  # fmt: skip
 
 
-def _strength(args: argparse.Namespace) -> tuple[int, int, str]:
-    """Steps, restarts and suite."""
-    from rter.evaluation import RESTARTS
-
-    return args.steps, args.restarts or RESTARTS[args.suite], args.suite
+def _effort(args: argparse.Namespace, queries: int = QUERIES) -> Effort:
+    return Effort(args.suite, args.steps, args.restarts or RESTARTS[args.suite], queries)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -213,7 +211,7 @@ def _train(args: argparse.Namespace) -> None:
 
     before = dataclasses.asdict(run_config(args.out)) if args.resume and (args.out / "config.json").exists() else {}
     settings = load_settings(args.config) if args.config else {}
-    config = Config(**(before | settings | given_settings(args)))
+    config = make_config(**(before | settings | given_settings(args)))
     trained = train(
         config,
         args.out,
@@ -228,16 +226,18 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from rter.evaluate import evaluate
+    from rter.evaluate import TrainedRun, evaluate
     from rter.report import name_of, table
     from rter.wording import summary, verdict
 
     check_model_arguments(args)
+    effort = _effort(args, args.queries)
     if args.model:
-        out = evaluate_file(args, *_strength(args))
+        out = evaluate_file(args, effort)
     else:
-        out, which, places = args.run_folder, args.weights or "last", {"data_dir": args.data_dir, "device": args.device}
-        report = evaluate(out, which, *_strength(args), args.queries, args.images, progress=True, **places)
+        out = args.run_folder
+        run = TrainedRun(out, args.weights or "last", args.images, args.data_dir, args.device)
+        report = evaluate(run, effort, progress=True)
         print(table({name_of(out): summary(report)}))
         print(verdict(report))
     print(f"written: {out / 'report.json'}; next: rter report {out}")
@@ -263,15 +263,15 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from rter.evaluate import evaluate
+    from rter.evaluate import TrainedRun, evaluate
     from rter.report import make_report
     from rter.train import train
 
     runs = {method: args.out / method for method in ("rt-er", "standard")}
-    configs = {method: Config(**(given_settings(args) | {"method": method})) for method in runs}
+    configs = {method: make_config(**(given_settings(args) | {"method": method})) for method in runs}
     for method, run in runs.items():
         train(configs[method], run)
-        evaluate(run, "last", *_strength(args), progress=True)
+        evaluate(TrainedRun(run), _effort(args), progress=True)
     print(make_report(runs["rt-er"], [runs["standard"]]))
     print(f"report: {runs['rt-er'] / 'report.html'}")
 
@@ -285,8 +285,8 @@ def _sweep(args: argparse.Namespace) -> None:
             meant = did_you_mean(name, names)
             raise UserError(f"--methods must be among {', '.join(names)}, got {name!r}{meant}")
     rows = ABLATION if args.ablation else {names[name]: ROWS[names[name]] for name in args.methods or names}
-    settings, strength = given_settings(args), _strength(args)
-    written = sweep(args.out, args.seeds, settings, rows, *strength, equal_time=args.equal_time, jobs=args.jobs)
+    settings, effort = given_settings(args), _effort(args)
+    written = sweep(args.out, args.seeds, settings, rows, effort, equal_time=args.equal_time, jobs=args.jobs)
     print(written.read_text(encoding="utf-8"))
     print(f"written: {written}")
 

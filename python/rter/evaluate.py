@@ -17,7 +17,7 @@ from rter.checkpoint import load_weights, read_lines, run_config
 from rter.config import Config
 from rter.data import Split, load_data
 from rter.distributed import choose_device
-from rter.evaluation import QUERIES, Attacked, Evaluation, Strength, mean, predict, says
+from rter.evaluation import Attacked, Effort, Evaluation, Strength, mean, predict, says
 from rter.intervals import wilson
 from rter.journal import seeded
 from rter.measured import Report, made_with
@@ -30,8 +30,8 @@ JOURNAL = "evaluation.jsonl"
 
 
 def strength_of(config: Config, **options: Any) -> Strength:
-    """The strength of a run's evaluation."""
-    return Strength(config.eps, config.norm, alpha_ratio=config.alpha_ratio, seed=config.seed, **options)
+    """The strength of a run's evaluation, with the options of an `Effort`."""
+    return Strength(eps=config.eps, norm=config.norm, alpha_ratio=config.alpha_ratio, seed=config.seed, **options)
 
 
 def quick_accuracies(model: RobustClassifier, config: Config, images: Split) -> dict[str, float]:
@@ -42,36 +42,41 @@ def quick_accuracies(model: RobustClassifier, config: Config, images: Split) -> 
     return {"sa": mean(evaluation.clean), "ra": mean(found.robust)}
 
 
-def evaluate(
-    run: Path,
-    weights: str,
-    steps: int,
-    restarts: int | None,
-    suite: str = "full",
-    queries: int = QUERIES,
-    count: int | None = None,
-    progress: bool = False,
-    data_dir: str | None = None,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Attacks the run's `last` or `best` weights with a suite; writes report.json and examples.safetensors.
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run of `rter train`, as it is evaluated.
 
-    With `count` on so many of the test images, drawn by the run's seed in the proportions of the classes; with
-    `data_dir` on the images there, if they have moved since training; on `device`, "cpu", "cuda" or "cuda:N", or where
-    that is None on a GPU, if there is one. An evaluation that was killed goes on.
+    Args:
+        folder: of the run.
+        weights: "last" or "best".
+        images: so many of the test images, drawn by the run's seed in the proportions of the classes; None for all.
+        data_dir: folder of the data set's files, if they have moved since training.
+        device: "cpu", "cuda" or "cuda:N"; None for a GPU, if there is one.
     """
-    config = run_config(run, data_dir)
-    where = choose_device(device)
+
+    folder: Path
+    weights: str = "last"
+    images: int | None = None
+    data_dir: str | None = None
+    device: str | None = None
+
+
+def evaluate(run: TrainedRun, effort: Effort, progress: bool = False) -> dict[str, Any]:
+    """Attacks the weights of a run; writes report.json and examples.safetensors into its folder.
+
+    An evaluation that was killed goes on.
+    """
+    config = run_config(run.folder, run.data_dir)
+    where = choose_device(run.device)
     data = load_data(
         config.data, config.held_out, config.seed, config.data_dir, config.image_size, config.train_images
     ).to(where)
-    test = data.test if count is None else data.test.sample(count, config.seed)
+    test = data.test if run.images is None else data.test.sample(run.images, config.seed)
     model = build_model(config, data).to(where)
-    load_weights(run / f"{weights}.safetensors", model)
+    load_weights(run.folder / f"{run.weights}.safetensors", model)
     model.eval()
-    history = read_lines(run / "metrics.jsonl")
-    strength = strength_of(config, suite=suite, steps=steps, restarts=restarts, queries=queries)
-    evaluation = Evaluation(model, test, strength, run / JOURNAL, progress)
+    history = read_lines(run.folder / "metrics.jsonl")
+    evaluation = Evaluation(model, test, strength_of(config, **asdict(effort)), run.folder / JOURNAL, progress)
     about = {
         "method": config.method,
         "data": config.data,
@@ -82,14 +87,14 @@ def evaluate(
         "routes": "attacked" if model.num_experts > 1 else "none: the model has one expert",
         "epochs": config.epochs,
         "train_seconds": history[-1]["seconds"] if history else 0.0,
-        "weights": weights,
+        "weights": run.weights,
         "split": "held-out" if data.official_test is None else "test",
         "classes": list(data.names),
         "held_out": len(test),
         "sample": None if len(test) == len(data.test) else {"of": len(data.test), "seed": config.seed},
     }
     report = Report(about | measure(evaluation), examples(evaluation))
-    report.save(run)
+    report.save(run.folder)
     evaluation.journal.finish()
     return report.figures
 

@@ -25,33 +25,20 @@ Judge = Callable[[Tensor, Tensor], Found]  # x_adv [B, C, H, W], its rows [B] ->
 
 
 @dataclass(frozen=True)
-class Strength:
-    """How a model is attacked.
+class Effort:
+    """How many attacks are tried, and how long each.
 
     Args:
-        eps: radius of the perturbation of images in [0, 1].
-        norm: "Linf", "L2" or "L1".
         suite: "quick" or "full", see rter.suite.
         steps: of PGD and APGD.
         restarts: of PGD on the whole model; None for those of the suite.
-        alpha_ratio: step of PGD, in eps.
         queries: of AutoAttack's Square.
-        batch_size: images that are attacked at a time; what is found depends on it, as random starts do.
-        seed: of all draws.
     """
 
-    eps: float
-    norm: str = "Linf"
     suite: str = "full"
     steps: int = 50
     restarts: int | None = None
-    alpha_ratio: float = 0.25
     queries: int = QUERIES
-    batch_size: int = BATCH
-    seed: int = 0
-
-    def seed_for(self, *purpose: str | int) -> int:
-        return seed_for(self.seed, *purpose)
 
     @property
     def full(self) -> bool:
@@ -60,6 +47,28 @@ class Strength:
     @property
     def whole_restarts(self) -> int:
         return self.restarts or RESTARTS[self.suite]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strength(Effort):
+    """How a model is attacked.
+
+    Args:
+        eps: radius of the perturbation of images in [0, 1].
+        norm: "Linf", "L2" or "L1".
+        alpha_ratio: step of PGD, in eps.
+        batch_size: images that are attacked at a time; what is found depends on it, as random starts do.
+        seed: of all draws.
+    """
+
+    eps: float
+    norm: str = "Linf"
+    alpha_ratio: float = 0.25
+    batch_size: int = BATCH
+    seed: int = 0
+
+    def seed_for(self, *purpose: str | int) -> int:
+        return seed_for(self.seed, *purpose)
 
 
 @dataclass(frozen=True)

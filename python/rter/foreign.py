@@ -6,6 +6,7 @@ import inspect
 import shlex
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rter.checkpoint import load_tensors
 from rter.data import DATASETS
 from rter.distributed import choose_device
 from rter.errors import UserError, did_you_mean
-from rter.evaluation import BATCH
+from rter.evaluation import BATCH, Effort
 
 EVALUATE = """Attacks a model and writes report.json: that of a RUN, a folder made by `rter train`, or, with --model,
 whatever module a function returns. An evaluation that was killed goes on when its command is given again."""
@@ -64,7 +65,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def evaluate_file(args: argparse.Namespace, steps: int, restarts: int, suite: str) -> Path:
+def evaluate_file(args: argparse.Namespace, effort: Effort) -> Path:
     """Evaluates the model of --model, and prints its report; returns the folder of the report."""
     seed = _whole("seed", args.seed, 0)
     model = load_model(args.model, None if args.weights is None else Path(args.weights))
@@ -80,8 +81,8 @@ def evaluate_file(args: argparse.Namespace, steps: int, restarts: int, suite: st
         "sample": None if len(chosen) == len(images) else {"of": len(images), "seed": seed},
     }
     given = {"weights": args.weights, "data-dir": args.data_dir, "image-size": args.image_size, "images": args.images,
-             "batch-size": args.batch_size, "norm": args.norm, "seed": args.seed, "eps": args.eps, "suite": suite,
-             "steps": steps, "restarts": restarts, "queries": args.queries}  # fmt: skip
+             "batch-size": args.batch_size, "norm": args.norm, "seed": args.seed, "eps": args.eps,
+             **asdict(effort)}  # fmt: skip
     words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     command = ["rter", "evaluate", "--model", args.model, "--data", args.data, *words, "--out", "NEW"]
     about["command"] = shlex.join(command)
@@ -91,14 +92,11 @@ def evaluate_file(args: argparse.Namespace, steps: int, restarts: int, suite: st
         chosen.y,
         eps=args.eps,
         norm=args.norm or "Linf",
-        suite=suite,
         batch_size=_whole("batch-size", args.batch_size, BATCH),
         seed=seed,
         out=args.out,
-        steps=steps,
-        restarts=restarts,
-        queries=args.queries,
         about=about,
+        **asdict(effort),
     )
     print(report)
     folder: Path = args.out

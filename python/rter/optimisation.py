@@ -1,22 +1,17 @@
 """The optimiser, its learning rate as a function of the step alone, and the running mean of the weights."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rter.config import Config
 from rter.distributed import Share, whole
 from rter.errors import NonFiniteError
-
-if TYPE_CHECKING:
-    from rter.config import Config  # which imports the names of the schedules
-    from rter.models import RobustClassifier
+from rter.models import RobustClassifier
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Config], torch.optim.Optimizer]] = {
     "adamw": lambda weights, config: torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay),

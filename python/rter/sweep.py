@@ -15,8 +15,10 @@ from rter.comparison import write_comparison
 from rter.config import Config
 from rter.console import Progress
 from rter.errors import UserError
-from rter.evaluate import evaluate
+from rter.evaluate import TrainedRun, evaluate
+from rter.evaluation import Effort
 from rter.methods import METHODS
+from rter.settings import make_config
 from rter.train import seconds_per_step, train
 from rter.wording import summary
 
@@ -44,9 +46,7 @@ def sweep(
     seeds: Sequence[int],
     settings: dict[str, Any],
     rows: Rows,
-    steps: int,
-    restarts: int,
-    suite: str,
+    effort: Effort,
     equal_time: bool = False,
     jobs: int = 1,
 ) -> Path:
@@ -54,6 +54,7 @@ def sweep(
 
     Args:
         rows: ABLATION, or some of ROWS.
+        effort: of the attacks on each run.
         equal_time: train every row for as many epochs as fit into the time of the row "rt-er", by the time of a step of
             each, measured in turns and kept in equal-time.json.
         jobs: runs at a time, each in a process of its own on an equal part of the threads.
@@ -67,8 +68,8 @@ def sweep(
     for name, row in rows.items():
         for seed in seeds:
             trained_for = {"epochs": epochs[name]} if equal_time else {}
-            config = Config(**(settings | row | trained_for | {"seed": seed}))
-            tasks.append((out / f"{name.replace(' ', '-')}-{seed}", config, steps, restarts, suite))
+            config = make_config(**(settings | row | trained_for | {"seed": seed}))
+            tasks.append((out / f"{name.replace(' ', '-')}-{seed}", config, effort))
     with _workers(jobs) as run_all, Progress("sweep", len(tasks), "run", leave=True) as progress:
         done = []
         for report in run_all(_finish, *zip(*tasks, strict=True)):
@@ -80,15 +81,15 @@ def sweep(
     return write_comparison(file)
 
 
-def _finish(run: Path, config: Config, steps: int, restarts: int, suite: str) -> dict[str, Any]:
+def _finish(run: Path, config: Config, effort: Effort) -> dict[str, Any]:
     if (run / "report.json").exists():
         report = read_report(run)
         attack = report["attack"]["steps"], report["attack"]["restarts"], report["suite"]
-        if run_config(run, config.data_dir) != config or attack != (steps, restarts, suite):
+        if run_config(run, config.data_dir) != config or attack != (effort.steps, effort.whole_restarts, effort.suite):
             raise UserError(f"--out holds {run} with other settings: give another folder, or remove it first")
         return report
     train(config, run, resume=True)
-    return evaluate(run, "last", steps, restarts, suite, progress=True)
+    return evaluate(TrainedRun(run), effort, progress=True)
 
 
 @contextmanager
@@ -116,11 +117,11 @@ def _equal_epochs(file: Path, settings: dict[str, Any], rows: Rows) -> dict[str,
     """Epochs of each row that take the time of "rt-er"; as measured before, where the file exists."""
     if "rt-er" not in rows:
         raise UserError(f"--methods must include rt-er with --equal-time, got {', '.join(rows)}")
-    if 0 in (Config(**(settings | row)).epochs for row in rows.values()):
+    if 0 in (make_config(**(settings | row)).epochs for row in rows.values()):
         raise UserError("epochs must be above 0 with --equal-time, got 0")
     known = read_json(file, {str: {"epochs": int}}) if file.exists() else {}
     if not rows.keys() <= known.keys():
-        configs = {name: Config(**(settings | row)) for name, row in rows.items()}
+        configs = {name: make_config(**(settings | row)) for name, row in rows.items()}
         seconds = dict(zip(rows, seconds_per_step(list(configs.values())), strict=True))
         time = configs["rt-er"].epochs * seconds["rt-er"]
         known = {name: {"seconds per step": s, "epochs": max(1, round(time / s))} for name, s in seconds.items()}

@@ -5,21 +5,16 @@ translateN   by up to N pixels in each direction, black behind; cropN, a crop af
 cutoutN      a black square of N pixels
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rter.config import Config
 from rter.errors import UserError
-
-if TYPE_CHECKING:
-    from rter.config import Config  # which imports the data sets
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 

@@ -33,5 +33,4 @@ METHOD = Method(
     ),
     second_expert=True,
     defaults={"epochs": 40},
-    dual=True,
 )

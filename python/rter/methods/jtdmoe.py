@@ -65,5 +65,4 @@ METHOD = Method(
     ),
     defaults={"dual_alpha": 0.9, "dual_mix": "probabilities", "beta": 1.0, "epochs": 30, "attack_steps": 5},
     second_expert=True,
-    dual=True,
 )

@@ -1,15 +1,12 @@
 """What a training method is: passes over a batch, each with a loss and the part of the model that it trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from rter.methods.step import Step
+from rter.methods.step import Step
 
 Loss = Callable[[], dict[str, Tensor]]
 
@@ -40,7 +37,6 @@ class Method:
         best_by: the accuracy that names the best weights, "sa" or "ra".
         defaults: settings for which the method has a default of its own.
         second_expert: whether it needs a second-ranked expert, so two experts or more and a top-1 gate.
-        dual: whether it trains a `DualClassifier`.
     """
 
     doc: str | None
@@ -48,7 +44,6 @@ class Method:
     best_by: str = "ra"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     second_expert: bool = False
-    dual: bool = False
 
     @property
     def summary(self) -> str:

@@ -1,21 +1,17 @@
 """What the methods share in one training step: the attack, the exploring route and the balance loss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_kernels import Routing
 from rter.attack import make_attack
+from rter.config import Config
 from rter.distributed import Share
 from rter.models import DualClassifier, RobustClassifier, View
-
-if TYPE_CHECKING:
-    from rter.config import Config  # which imports the methods
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,18 @@
 """Models: a mixture of experts behind a router, for images in [0, 1]."""
 
-from __future__ import annotations
-
 import math
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe_kernels import RobustMoE
+from rter.config import Config
 from rter.data import Data
 from rter.errors import UserError
 from rter.models.classifier import DualClassifier, Normalize, RobustClassifier, View
 from rter.models.networks import make_experts
 from rter.models.routers import make_router
-
-if TYPE_CHECKING:
-    from rter.config import Config  # which imports the methods
 
 __all__ = ["DualClassifier", "Normalize", "RobustClassifier", "View", "build_model"]
 

@@ -1,10 +1,7 @@
 """The networks that serve as experts, each as one grouped network."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +9,8 @@ from torch import Tensor
 from moe_kernels import ExpertConv2d, ExpertLinear, ExpertPreActResNet, ExpertResNet18, ExpertViT
 from moe_kernels.nn import GroupedNetwork
 from moe_kernels.ops import mask_relu
+from rter.config import Config
 from rter.errors import UserError
-
-if TYPE_CHECKING:
-    from rter.config import Config  # which imports the networks
 
 
 class ExpertConvNet(GroupedNetwork):

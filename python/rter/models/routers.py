@@ -1,14 +1,9 @@
 """The networks that choose an expert for each image; all begin without a preference of their own: a bias of zero."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from rter.config import Config  # which imports the routers
+from rter.config import Config
 
 HIDDEN = 64
 

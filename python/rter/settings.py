@@ -1,0 +1,159 @@
+"""What the settings of a run may be: their choices, the defaults of each method and network, and what goes together."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from rter.config import Config
+from rter.data import DATASETS
+from rter.data.augment import make_augment
+from rter.errors import UserError, did_you_mean
+from rter.methods import FAITHFUL, METHODS
+from rter.models import parse_normalize
+from rter.models.networks import NETWORKS
+from rter.models.routers import ROUTERS
+from rter.optimisation import OPTIMIZERS, SCHEDULES
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "data": tuple(DATASETS),
+    "model": tuple(NETWORKS),
+    "router": tuple(ROUTERS),
+    "gate": ("hard", "sigmoid", "softmax", "soft", "straight_through"),
+    "dual_mix": ("logits", "probabilities"),
+    "norm": ("Linf", "L2", "L1"),
+    "method": tuple(METHODS),
+    "second": ("random", "ranked"),
+    "optimizer": tuple(OPTIMIZERS),
+    "schedule": tuple(SCHEDULES),
+    "amp": ("none", "bf16"),
+}
+OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # of each method and each network
+    name: owner.defaults for owners in (METHODS, NETWORKS) for name, owner in owners.items()
+}
+ABSOLUTE = "data_dir_absolute"  # in a run's config.json beside data_dir, which stands there as it was given
+
+
+def make_config(**given: Any) -> Config:
+    """The settings of a run: those given, text among them parsed; a default for those that are missing, or None.
+
+    Raises:
+        UserError: on a value that is out of range, or that does not go with the others.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    values = _defaults(chosen) | chosen
+    converted = {field.name: _convert(field, values[field.name]) for field in dataclasses.fields(Config)}
+    config = Config(**(given | converted))
+    _check(config)
+    return config
+
+
+def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Of every setting: the network's own, or RT-ER's public code's, or the method's, or that of all."""
+    defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(Config)}
+    method, model = (str(chosen.get(name, defaults[name])) for name in ("method", "model"))
+    for own in (OWN_DEFAULTS.get(method, {}), FAITHFUL if chosen.get("faithful") else {}, OWN_DEFAULTS.get(model, {})):
+        defaults |= own
+    return defaults
+
+
+def _check(config: Config) -> None:
+    def demand(name: str, holds: bool, expected: str, hint: str = "") -> None:
+        if not holds:
+            raise UserError(f"{name} must be {expected}, got {getattr(config, name)}{hint}")
+
+    for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
+        demand(name, getattr(config, name) > 0, "above 0")
+    for name in ("batch_size", "lr", "eval_every", "cycle_steps", "patch"):
+        demand(name, getattr(config, name) > 0, "above 0")
+    for name in ("seed", "epochs", "train_images", "image_size", "depth", "weight_decay", "clip_norm", "beta",
+                 "clean_weight", "balance_weight", "awp_gamma", "awp_warmup"):  # fmt: skip
+        demand(name, getattr(config, name) >= 0, "at least 0")
+    for field in dataclasses.fields(config):
+        if field.type is int:
+            limit = 63 if field.name == "seed" else 31
+            demand(field.name, getattr(config, field.name) < 2**limit, f"below 2^{limit}")
+    demand("alpha_ratio", config.alpha_ratio <= 2, "at most 2: it is a part of eps, and 2 eps crosses the ball")
+    demand("eps", config.eps <= 1 or config.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
+    for name in ("explore", "dual_alpha", "lr_low"):
+        demand(name, 0 <= getattr(config, name) <= 1, "between 0 and 1")
+    for name in ("momentum", "ema"):
+        demand(name, 0 <= getattr(config, name) < 1, "at least 0 and below 1")
+    if config.schedule == "multi-step" and config.epochs:
+        epochs = config.drops.split(",")
+        valid = all(epoch.strip().isdecimal() and 0 < int(epoch) < config.epochs for epoch in epochs)
+        demand("drops", valid, f"numbers below epochs, {config.epochs}, with commas between")
+    for name in ("fgsm_reach", "pgd_scale"):
+        demand(name, getattr(config, name) > 0, "above 0")
+    if METHODS[config.method].second_expert:
+        dense = ": one dense network is --method pgd-at --num-experts 1"
+        demand("num_experts", config.num_experts > 1, f"at least 2 for {config.method}", dense)
+        demand("gate", config.gate != "soft", f"one that chooses an expert for {config.method}")
+    elif config.faithful:
+        raise UserError(f"faithful must be given with rt-er, dual or jtdmoe, got {config.method}")
+    if config.method == "nine-experts":
+        demand("num_experts", config.num_experts == 9, "9 for nine-experts")
+        demand("gate", config.gate == "soft", "soft for nine-experts")
+    make_augment(config)
+    if config.normalize != "data":
+        parse_normalize(config.normalize)
+
+
+def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """The value in the field's type; text is parsed, as it comes from the command line."""
+    expected = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}[field.type]  # type: ignore[index]
+    try:
+        if isinstance(value, field.type) and field.type in (str, bool):  # type: ignore[arg-type]
+            converted: Any = value
+        elif field.type is int and not isinstance(value, (bool, float)):
+            converted = int(value)
+        elif field.type is float and not isinstance(value, bool):
+            converted = float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
+            if not math.isfinite(converted):
+                raise ValueError
+        else:
+            raise ValueError
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{field.name} must be {expected}, got {value!r}") from None
+    choices = CHOICES.get(field.name)
+    if choices and converted not in choices:
+        meant = did_you_mean(converted, choices)
+        raise UserError(f"{field.name} must be one of {', '.join(choices)}, got {converted!r}{meant}")
+    return converted
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, or in a JSON file such as another run's config.json.
+
+    A run's data are where they were when it was made or, if they are there no more, at its `data_dir` from here.
+    """
+    kind, parse = ("TOML", tomllib.loads) if path.suffix.lower() == ".toml" else ("JSON", json.loads)
+    try:
+        settings = parse(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} must be a {kind} file: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold one JSON object, got {type(settings).__name__}")
+    if (place := settings.pop(ABSOLUTE, None)) and Path(str(place)).is_dir():
+        settings["data_dir"] = place
+    known = {field.name for field in dataclasses.fields(Config)}
+    for name in settings:
+        if name not in known:
+            meant = did_you_mean(name, known)
+            raise UserError(f"{path}: unknown setting {name!r}; known are {', '.join(sorted(known))}{meant}")
+    return settings
+
+
+def load_config(path: Path) -> Config:
+    return make_config(**load_settings(path))
