@@ -66,7 +66,7 @@ def test_norms_as_other_libraries_spell_them(name: str, others: list[object]) ->
         assert torch.equal(*steps)
 
 
-@pytest.mark.parametrize("norm", ["L3", 3, True, None, ["Linf"]])
+@pytest.mark.parametrize("norm", ["L3", 3, True, None, ["Linf"], np.array([1, 2]), torch.tensor([1, 2])])
 def test_unknown_norms(norm: object) -> None:
     for make in (PGD, APGD):
         with pytest.raises(ValueError, match="norm must be 'Linf'"):
@@ -130,8 +130,49 @@ def test_what_a_layer_is_given() -> None:
             moe(X, routing=routing)
 
 
+@pytest.mark.parametrize("x", [X.numpy(), X.tolist(), None])
+def test_a_layer_given_no_tensor(x: object) -> None:
+    moe = RobustMoE(3, 4, 2)
+    for run in (moe, moe.route, lambda x: moe(x, routing=moe.route(X))):
+        with pytest.raises(ValueError, match=r"x must be a tensor, got (numpy.ndarray|list|NoneType)"):
+            run(x)
+
+
+def test_experts_between_two() -> None:
+    routing = RobustMoE(3, 4, 2).route(X)
+    with pytest.raises(ValueError, match=r"e must be an expert between 0 and E - 1 = 1, got 0\.5"):
+        routing.fixed(0.5)
+    with pytest.raises(ValueError, match=r"i must be a rank between 0 and k - 1 = 1, got 0\.5"):
+        routing.select(0.5)
+
+
+def test_a_layer_given_a_scalar() -> None:
+    with pytest.raises(ValueError, match=r"x must have 3 features, got shape \[\]"):
+        RobustMoE(3, 4, 2)(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("attack", [PGD, APGD])
+def test_what_an_attack_is_made_of(attack: type[PGD | APGD]) -> None:
+    net = nn.Linear(3, 3)
+    for eps in ([0.1] * 4, np.full(4, 0.1), np.array(["a"])):
+        with pytest.raises(ValueError, match="eps must be finite and >= 0: a number"):
+            attack(net, eps)
+    for model in (None, "net", [net]):
+        with pytest.raises(ValueError, match="model must be a module or a function from x to logits, got"):
+            attack(model)
+
+
 def test_what_a_mixture_is_made_of() -> None:
     router = nn.Linear(3, 2)
+    assert RobustMoE.from_experts((nn.Linear(3, 3) for _ in range(2)), router).num_experts == 2
+    for experts in (None, 2):
+        with pytest.raises(ValueError, match="experts must be a list of modules or a grouped network with the attri"):
+            RobustMoE.from_experts(experts, router)
+    for other in (None, lambda x: x):
+        with pytest.raises(ValueError, match=r"router must be a module that maps x to logits \[..., E\], got"):
+            RobustMoE.from_experts([nn.Linear(3, 3)] * 2, other)
+    with pytest.raises(ValueError, match=r"top_k must be between 1 and num_experts = 2, got 1\.5"):
+        RobustMoE.from_experts([nn.Linear(3, 3)] * 2, router, top_k=1.5)
     with pytest.raises(ValueError, match="experts must be at least one module, got none"):
         RobustMoE.from_experts([], router)
     with pytest.raises(ValueError, match=r"experts\[1\] must be a module, got builtin_function_or_method"):

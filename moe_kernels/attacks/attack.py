@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from fractions import Fraction
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ class Attack(ABC):
         if seed is not None and not isinstance(seed, Integral):
             raise ValueError(f"seed must be an integer or None, got {seed!r}")
         check.bounds(bounds)
+        if not callable(model):
+            raise ValueError(f"model must be a module or a function from x to logits, got {model!r}")
         self.model = model
         self.eps = magnitude("eps", eps)
         self.norm = spelled(norm)
@@ -229,7 +231,7 @@ def magnitude(name: str, value: float | str | Tensor) -> float | Tensor:
     try:
         number = float(Fraction(value)) if isinstance(value, str) else value
         number = number.detach() if isinstance(number, Tensor) else number
-        valid = math.isfinite(number) and number >= 0 if isinstance(number, float) else _is_magnitude(number)
+        valid = isinstance(number, Real | Tensor) and _is_magnitude(number)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError):
         valid = False
     if not valid:
@@ -237,8 +239,9 @@ def magnitude(name: str, value: float | str | Tensor) -> float | Tensor:
     return number
 
 
-def _is_magnitude(number: Any) -> bool:
-    return bool(torch.as_tensor(number).isfinite().all() and (torch.as_tensor(number) >= 0).all())
+def _is_magnitude(number: float | Tensor) -> bool:
+    wide = torch.as_tensor(number, dtype=torch.float64)
+    return bool((wide.isfinite() & (wide >= 0)).all())
 
 
 def _are_probabilities(logits: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The robust Mixture-of-Experts layer: route, sort by expert, run all experts at once, combine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
@@ -167,7 +167,8 @@ class RobustMoE(nn.Module, HubMixin):
                 router that returns [B, E] sends whole images.
             top_k, gate, renormalize, balance_bias, groups, scale: as for `RobustMoE`.
         """
-        if not isinstance(experts, nn.Module) or type(experts) is nn.ModuleList:
+        if isinstance(experts, Iterable) and (type(experts) is nn.ModuleList or not isinstance(experts, nn.Module)):
+            experts = list(experts)
             for i, expert in enumerate(experts):
                 if not isinstance(expert, nn.Module):
                     raise ValueError(f"experts[{i}] must be a module, got {type(expert).__name__}")
@@ -197,12 +198,14 @@ class RobustMoE(nn.Module, HubMixin):
         scale: float,
     ) -> None:
         self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
-        if not 1 <= top_k <= self.num_experts:
+        if top_k not in range(1, self.num_experts + 1):
             raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k}")
         if gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
         if gate == "soft" and top_k != self.num_experts:
             raise ValueError(f'top_k must be num_experts = {self.num_experts} with gate="soft", got {top_k}')
+        if not isinstance(router, nn.Module):
+            raise ValueError(f"router must be a module that maps x to logits [..., E], got {router!r}")
         self.experts, self.router = experts, router
         self.top_k, self.gate, self.renormalize = top_k, gate, renormalize
         if groups is not None:
@@ -215,7 +218,8 @@ class RobustMoE(nn.Module, HubMixin):
 
     def route(self, x: Tensor, top_k: int | None = None) -> Routing:
         """Where x goes: the routing that forward(x) would take, or the one to `top_k` experts."""
-        if self.dim is not None and x.shape[-1] != self.dim:
+        check.tensor("x", x, "a tensor")
+        if self.dim is not None and x.shape[-1:] != (self.dim,):
             raise ValueError(f"x must have {self.dim} features, got shape {list(x.shape)}")
         if self.dim is not None:
             check.floating("x", x)
@@ -265,10 +269,11 @@ class RobustMoE(nn.Module, HubMixin):
         """Routes x, or sends it where `routing` says: x [..., dim] -> [..., dim], images [B, ...] -> [B, out].
 
         Raises:
-            ValueError: if `routing` is none, or was made for another number of rows or experts.
+            ValueError: if x is no tensor, or `routing` no Routing or made for another number of rows or experts.
         """
         if routing is None:
             routing = self.route(x)
+        check.tensor("x", x, "a tensor")
         if not isinstance(routing, Routing):
             raise ValueError(
                 "routing must be a Routing, as route(x) returns, or its select or fixed for chosen experts, "

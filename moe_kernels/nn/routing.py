@@ -99,13 +99,13 @@ class Routing:
             if check.may_read(i) and bool(((i < 0) | (i >= k)).any()):
                 raise ValueError(f"i must be ranks between 0 and k - 1 = {k - 1}, got {int(i.min())} to {int(i.max())}")
             return self._forced(self.experts.gather(1, i[:, None].long()))
-        if not 0 <= i < k:
+        if isinstance(i, float) or not 0 <= i < k:
             raise ValueError(f"i must be a rank between 0 and k - 1 = {k - 1}, got {i}")
         return self._forced(self.experts[:, i : i + 1])
 
     def fixed(self, e: int) -> "Routing":
         """Expert e for every row, with weight 1."""
-        if not 0 <= e < self.num_experts:
+        if isinstance(e, float) or not 0 <= e < self.num_experts:
             raise ValueError(f"e must be an expert between 0 and E - 1 = {self.num_experts - 1}, got {e}")
         return self._forced(torch.full_like(self.experts[:, :1], e))
 

@@ -115,9 +115,9 @@ def step_unchecked_(
 
 
 def spelled(norm: object) -> Any:
-    """The name of a norm that is written otherwise: "linf", "l2", 2, float("inf") ...; anything else as it is."""
+    """The name of a norm that is written otherwise: "linf", "l2", 2, float("inf") ...; an unknown name as it is."""
     known = isinstance(norm, str | Real) and not isinstance(norm, bool)
-    return SPELLINGS.get(norm.lower() if isinstance(norm, str) else norm, norm) if known else norm
+    return SPELLINGS.get(norm.lower() if isinstance(norm, str) else norm, norm) if known else None
 
 
 def _radius(name: str, value: float | Tensor, x_adv: Tensor) -> Tensor:
