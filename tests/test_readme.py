@@ -13,7 +13,7 @@ from moe_kernels import RobustMoE
 from moe_kernels.testing import Source
 
 README = Path(__file__).parent.parent / "README.md"
-LAYER, ATTACK, ROUTE, EVALUATION, _, IDEA = re.findall(
+LAYER, NETWORKS, ATTACK, ROUTE, EVALUATION, _, IDEA = re.findall(
     r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE
 )
 S = Source(torch.float32)
@@ -32,6 +32,21 @@ def test_the_layer() -> None:
         assert not torch.allclose(block(x)[0], y)
     block.train().moe.keep_routing = True
     assert torch.equal(block(x)[1], block.moe.last_routing.balance_loss())
+
+
+def test_the_mixture_of_networks() -> None:
+    names: dict[str, Any] = {
+        "nn": nn,
+        "RobustMoE": RobustMoE,
+        "x": Source(torch.float32).rand(16, 3, 32, 32),
+        "y": torch.arange(16) % 10,
+    }
+    exec(NETWORKS, names)
+    names["loss"].backward()
+    router, routing = names["router"], names["routing"]
+    assert routing.experts.shape == (16, 1) and router[1].weight.grad.abs().max() > 0
+    alone = torch.cat([names["experts"][e](x[None]) for e, x in zip(routing.experts[:, 0], names["x"], strict=True)])
+    torch.testing.assert_close(names["model"](names["x"]), routing.weights * alone)
 
 
 def test_the_attack() -> None:
