@@ -346,7 +346,7 @@ def test_a_folder_that_holds_another_half_evaluation(tmp_path: Path, monkeypatch
         (lambda: evaluate_model(model, x, y, **options | {"eps": 0.05}), "eps 0.02, not 0.05"),
         (lambda: evaluate_model(model, x, y, **options | {"suite": "full"}), "suite quick, not full"),
     ):
-        with pytest.raises(UserError, match=rf"holds a half evaluation (of|with) {message}: [^\n]*$"):
+        with pytest.raises(UserError, match=rf"holds an unfinished evaluation (of|with) {message}: [^\n]*$"):
             changed()
     assert file.read_bytes() == kept[: kept.rindex(b"\n") + 1]  # without the torn line
     with Journal(file, {}, 0, x.device).file, pytest.raises(UserError, match=r"is in use by another evaluation$"):

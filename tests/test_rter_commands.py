@@ -14,6 +14,7 @@ from rter.evaluate import TrainedRun, evaluate
 from rter.evaluation import Effort
 from rter.plots import learning
 from rter.settings import make_config
+from rter.wording import counted, verdict
 
 TINY = ["--epochs", "2", "--batch-size", "400", "--num-experts", "2", "--width", "2", "--attack-steps", "1",
         "--held-out", "60", "--eval-every", "1"]  # fmt: skip
@@ -86,14 +87,26 @@ def test_evaluation_repeats_itself_and_takes_the_best_weights(demo: Path) -> Non
     assert json.loads((demo / "standard" / "report.json").read_text())["weights"] == "best"
 
 
+def test_a_verdict_says_which_attack_broke_most() -> None:
+    report = {"verdict": 0.597, "intervals": {"verdict": [0.574, 0.62]}, "suite": "quick", "ra": 0.606, "aa": None,
+              "worst_attack": "apgd-ce", "checks": {}}  # fmt: skip
+    end = "PGD alone leaves 60.6%. Of what PGD leaves, apgd-ce breaks the most. All checks passed."
+    assert verdict(report).endswith(end)  # 9 of 1089 images: by no means most of them
+    assert [counted(n, "expert") for n in (0, 1, 2)] == ["no experts", "1 expert", "2 experts"]
+
+
 def test_a_sample_of_the_images_is_named(demo: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(demo / "standard", run)
-    assert main(["evaluate", str(run), *WEAK, "--images", "20"]) == 0 and main(["report", str(run)]) == 0
+    assert (
+        main(["evaluate", str(run), *WEAK, "--restarts", "1", "--images", "20"]) == 0
+        and main(["report", str(run)]) == 0
+    )
     report = json.loads((run / "report.json").read_text())
     assert report["held_out"] == 20 and report["sample"] == {"of": 60, "seed": 0} and report["split"] == "held-out"
     text = (run / "report.md").read_text()
-    assert "Measured on 20 of the 60 held-out images, drawn by seed 0 in the proportions of the classes," in text
+    assert "2 experts, 2 epochs, Linf" in text and ", 1 restart on the whole model" in text
+    assert "Measured on 20 of the 60 held-out images (drawn by seed 0 in the proportions of the classes) with" in text
     labels = load_tensors(run / "examples.safetensors")["label"]
     assert len(labels) > 5  # not the first classes alone
     write_json(run / "report.json", report | {"split": "test", "sample": None})
@@ -167,7 +180,9 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         ("fly", "invalid choice: 'fly'"),
         ("trian", "did you mean train? (see `rter --help`)"),
         ("train --nun-experts 3 --out {new}", "--nun-experts 3: did you mean --num-experts? (see `rter train --help`)"),
-        ("evaluate {full} --restart 0", "must be a whole number above 0"),  # argparse knows what it begins
+        ("evaluate {full} --restarts 0", "must be a whole number above 0"),
+        ("evaluate {full} --restart 1", "unrecognized arguments: --restart 1: did you mean --restarts?"),
+        ("train --eps 8/255 --alpha 2/255 --out {new}", "--alpha 2/255: did you mean --alpha-ratio?"),
         ("evaluate {full} --imagse=3", "unrecognized arguments: --imagse=3: did you mean --images?"),
         ("data fetch cifar", "did you mean cifar10?"),
         ("train --method RTER --out {new}", "got 'RTER': did you mean rt-er?"),
@@ -185,7 +200,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         ("train --alpha-ratio 8 --out {new}", "alpha_ratio must be at most 2: it is a part of eps"),
         ("train --drops ² --schedule multi-step --out {new}", "drops must be numbers below epochs"),
         ("train --device gpu --out {new}", "device must be cpu, cuda or cuda:N, got 'gpu'"),
-        ("train --device cuda:99 --out {new}", "GPUs that torch "),
+        ("train --device cuda:99 --out {new}", " finds, which is cpu"),
         ("train --train-images -1 --out {new}", "train_images must be at least 0, got -1"),
         ("train --train-images 9999 --out {new}", "train_images must be at most 1437 beside those held out, got 9999"),
         ("evaluate {full} --steps ²", "must be a whole number above 0, got '²'"),

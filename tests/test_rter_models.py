@@ -174,6 +174,7 @@ def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     contents = {
         "gone": "cannot read",
         "evil": "must be a file of tensors, which is all that is loaded",
+        "module": r"loaded: it holds a torch.nn.modules.linear.Linear: save model.state_dict\(\)$",
         "cut": "must be a file of tensors",
         "cut.safetensors": "must be a file of tensors",
         "list": "must hold a state dict of tensors",
@@ -183,7 +184,8 @@ def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
         "other": r"experts\[0\] must be a state dict .*; unexpected: w",
     }
     saved = {
-        "evil": {"w": Malicious(tmp_path / "ran")}, "list": [1], "three": PublicMoE(3).state_dict(), "less": less,
+        "evil": {"w": Malicious(tmp_path / "ran")}, "module": nn.Linear(2, 2), "list": [1],
+        "three": PublicMoE(3).state_dict(), "less": less,
         "router": state | {"router.gate.weight": torch.zeros(2, 7)}, "other": {"w": torch.zeros(1)},
     }  # fmt: skip
     for name, value in saved.items():

@@ -62,7 +62,7 @@ def evaluate_model(
         about: entries of report.json that say more of the model and its data, such as "method" and "data".
 
     Raises:
-        UserError: naming the argument, if one does not fit, or if `out` holds the half evaluation of another model.
+        UserError: naming the argument, if one does not fit, or if `out` holds an unfinished one of another model.
     """
     strength = _strength(eps, norm, suite, bounds, batch_size, seed, steps, restarts, queries)
     x, y = _images(x, y, bounds)

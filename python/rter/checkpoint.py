@@ -87,6 +87,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise damaged(path, str(error)) from None
 
 
+def refusal(error: Exception) -> str:
+    """Why a file of weights was not read, in one line; torch's own is a page on how to trust it."""
+    named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    return f"it holds a {named[1]}: save model.state_dict()" if named else " ".join(str(error).split())[:200]
+
+
 def load_weights(path: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(load_tensors(path))

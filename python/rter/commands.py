@@ -42,7 +42,13 @@ they train one dense network. AWP, EMA, bf16 and the schedules go with every met
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are one line on stderr, which names what may have been meant."""
+    """Mistakes are one line on stderr, which names what may have been meant.
+
+    A flag must be written out: --alpha would otherwise be taken for --alpha-ratio, a part of eps.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
@@ -116,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure a model under attack: that of a run, or anybody's",
                                    description=EVALUATE)  # fmt: skip
-    evaluate.add_argument("run_folder", type=Path, nargs="?", metavar="RUN")
+    evaluate.add_argument("run_folder", type=Path, nargs="?", metavar="RUN", help="folder made by `rter train`")
     evaluate.add_argument("--weights", metavar="WHICH", help="of a RUN: last, or best (default: last, which no look at "
                           "the held-out images chose); of a --model: a file, safetensors or a state dict")  # fmt: skip
     _add_strength(evaluate, suite="full")
@@ -131,7 +137,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write report.html and report.md of a run or a sweep; of several "
                                  "runs a page that compares them")  # fmt: skip
-    report.add_argument("run_folders", type=Path, nargs="+", metavar="RUN")
+    report.add_argument(
+        "run_folders", type=Path, nargs="+", metavar="RUN", help="folder of `rter evaluate`, or one of `rter sweep`"
+    )
     report.add_argument(
         "--baselines", type=Path, nargs="+", default=[], metavar="RUN", help="evaluated runs to compare"
     )

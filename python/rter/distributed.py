@@ -51,7 +51,8 @@ def choose_device(name: str | None = None) -> torch.device:
         return torch.device("cpu")
     number = int(os.environ["LOCAL_RANK"] if several else index or (torch.cuda.current_device() if count else 0))
     if number >= count:
-        raise UserError(f"device must be one of the {count} GPUs that torch {torch.__version__} finds, got {name!r}")
+        found = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
+        raise UserError(f"device must be one that torch {torch.__version__} finds, which is {found}, got {name!r}")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rter.api import NORMS, evaluate_model
-from rter.checkpoint import load_tensors
+from rter.checkpoint import load_tensors, refusal
 from rter.data import DATASETS
 from rter.distributed import choose_device
 from rter.errors import UserError, did_you_mean
@@ -201,8 +201,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     try:
         given = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of the unpickler, of zip files, and of what weights_only refuses
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"--weights {path} cannot be read as a state dict of tensors alone: {said}") from None
+        raise UserError(f"--weights {path} cannot be read as a state dict of tensors alone: {refusal(error)}") from None
     for key in NESTED:
         if isinstance(given, dict) and isinstance(given.get(key), dict):
             given = given[key]

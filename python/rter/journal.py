@@ -75,7 +75,8 @@ class Journal:
             if value != before[name]:
                 hashed = {"model": "of another model", "images": "of other images"}
                 what = hashed.get(name, f"with {name} {before[name]}, not {value}")
-                raise UserError(f"{self.path} holds a half evaluation {what}: give another folder, or remove the file")
+                begun = f"{self.path} holds an unfinished evaluation {what}"
+                raise UserError(f"{begun}: give another folder, or remove the file")
 
     def _append(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record).encode() + b"\n")

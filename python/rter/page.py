@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rter import plots
-from rter.wording import COLUMNS, certificate, measured_on, summary, verdict
+from rter.wording import COLUMNS, certificate, counted, measured_on, summary, verdict
 
 Runs = Mapping[str, dict[str, Any]]  # reports by the names of their runs
 EXAMPLES_SHOWN = 12
@@ -104,11 +104,12 @@ def setting(report: dict[str, Any]) -> str:
     attack, experts = report["attack"], report["num_experts"]
     model = f"{experts} experts" if experts > 1 else "one network, without a route"
     data = f" on {report['data']}" if report["data"] else ""
-    epochs = f", {report['epochs']} epochs" if report["epochs"] else ""
+    epochs = f", {counted(report['epochs'], 'epoch')}" if report["epochs"] else ""
     return (
         f"Method {report['method']}{data}{epochs}; {model}. Perturbations within {report['norm']} distance "
         f"{report['eps']:.4g}. Measured on {measured_on(report)}: {attack['steps']} steps of PGD with "
-        f"{attack['restarts']} random starts, and the {report['suite']} suite of attacks. Seed {report['seed']}."
+        f"{counted(attack['restarts'], 'random start')}, and the {report['suite']} suite of attacks. "
+        f"Seed {report['seed']}."
     )
 
 

@@ -12,7 +12,7 @@ from rter.checkpoint import load_tensors, read_lines, read_report, write_atomic,
 from rter.data.files import damaged
 from rter.errors import UserError
 from rter.page import make_page
-from rter.wording import COLUMNS, certificate, measured_on, summary, verdict
+from rter.wording import COLUMNS, certificate, counted, measured_on, summary, verdict
 
 EXAMPLES = {"x", "x_adv", "label", "clean", "adversarial"}
 
@@ -97,13 +97,13 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
     attack = report["attack"]
     parts = [
         f"# {name}: {report['method']} on {report['data']}",
-        f"{report['num_experts'] or 'No'} expert(s), "
-        + (f"{report['epochs']} epochs, " if report["epochs"] else "")
+        f"{counted(report['num_experts'], 'expert').capitalize()}, "
+        + (f"{counted(report['epochs'], 'epoch')}, " if report["epochs"] else "")
         + f"{report['norm']} perturbations of radius {report['eps']:.4g}, seed {report['seed']}. "
         f"Measured on {measured_on(report)}"
         + (f" with the {report['weights']} weights" if report["weights"] in ("last", "best") else "")
         + f": PGD of {attack['steps']} steps of {attack['alpha_ratio']:.3g} eps, "
-        f"{attack['restarts']} restart(s) on the whole model. The standard error of an accuracy near 0.7 is "
+        f"{counted(attack['restarts'], 'restart')} on the whole model. The standard error of an accuracy near 0.7 is "
         f"{(0.21 / report['held_out']) ** 0.5:.3f}.",
         f"**{verdict(report)}**",
         figures,

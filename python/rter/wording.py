@@ -39,9 +39,14 @@ def verdict(report: dict[str, Any]) -> str:
         f"Verdict: {report['verdict']:.1%} of the images withstand every attack of the {report['suite']} suite "
         f"(95 % interval {low:.1%} to {high:.1%}); PGD alone leaves {report['ra']:.1%}"
         + (f", AutoAttack alone {report['aa']:.1%}" if report["aa"] is not None else "")
-        + (f", and most of what PGD leaves falls to {worst}. " if worst != "pgd" else ". ")
+        + (f". Of what PGD leaves, {worst} breaks the most. " if worst != "pgd" else ". ")
         + (f"Checks that failed: {'; '.join(failed)}." if failed else "All checks passed.")
     )
+
+
+def counted(number: int, what: str) -> str:
+    """1 expert, 2 experts, no experts."""
+    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
 
 
 def measured_on(report: dict[str, Any]) -> str:
@@ -50,8 +55,8 @@ def measured_on(report: dict[str, Any]) -> str:
     if not sample:
         return f"{report['held_out']} {report['split']} images"
     return (
-        f"{report['held_out']} of the {sample['of']} {report['split']} images, drawn by seed {sample['seed']} in the "
-        "proportions of the classes,"
+        f"{report['held_out']} of the {sample['of']} {report['split']} images (drawn by seed {sample['seed']} in the "
+        "proportions of the classes)"
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_kernels import RobustMoE
 from moe_kernels.nn import GroupedNetwork
+from rter.checkpoint import refusal
 from rter.errors import UserError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which checkpoints keep a state dict
@@ -53,8 +54,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} must be a file of tensors, which is all that is loaded: {first}") from None
+        raise UserError(f"{path} must be a file of tensors, which is all that is loaded: {refusal(error)}") from None
     while isinstance(state, Mapping) and (wrapper := next((w for w in WRAPPERS if w in state), None)):
         state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
