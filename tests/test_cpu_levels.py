@@ -23,7 +23,8 @@ def test_the_best_level_is_taken() -> None:
 @pytest.mark.parametrize("level", LOWER)
 def test_values_and_gradients(level: str) -> None:
     files = ["tests/test_ops.py", "tests/test_winograd_conv2d.py", "tests/test_expert_linear.py"]
-    done = run_at(level, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not gradcheck and not opcheck", *files)
+    wanted = "not gradcheck and not opcheck and not float64"  # fp64 is the vendor's, or has no lanes of ours
+    done = run_at(level, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

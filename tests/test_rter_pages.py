@@ -27,27 +27,23 @@ def commands(page: Path) -> list[list[str]]:
     return [each[each.index("rter") + 1 :] if "rter" in each else each[1:] for each in words]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("clone")
+RUN_HERE = {page: [w for w in commands(page) if w[0] in SHORT and "runs/sweep" not in w] for page in READMES}
 
 
-RUN_HERE = [(page, w) for page in READMES for w in commands(page) if w[0] in SHORT and "runs/sweep" not in w]
-
-
-@pytest.mark.parametrize(
-    ("page", "words"), RUN_HERE, ids=lambda value: " ".join(value) if isinstance(value, list) else value.parent.name
-)
-def test_the_readmes_commands_run(page: Path, words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other in one folder for each page, as a reader would."""
-    place = folder / page.parent.name
-    place.mkdir(exist_ok=True)
-    monkeypatch.chdir(place)
-    assert main([*words, *SHORT[words[0]].split()]) == 0
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.parent.name)
+def test_the_readmes_commands_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other in one folder, as a reader would."""
+    monkeypatch.chdir(tmp_path)
+    for words in RUN_HERE[page]:
+        status = main([*words, *SHORT[words[0]].split()])
+        assert status == 0, f"rter {' '.join(words)}: {capsys.readouterr().err}"
 
 
 def test_every_method_has_its_command() -> None:
-    assert {words[words.index("--method") + 1] for _, words in RUN_HERE if "--method" in words} == set(METHODS)
+    commands = [words for page in READMES for words in RUN_HERE[page]]
+    assert {words[words.index("--method") + 1] for words in commands if "--method" in words} == set(METHODS)
     table = (ROOT / "docs" / "methods.md").read_text()
     assert all(f"| `{method}` |" in table for method in METHODS)
 
