@@ -34,7 +34,8 @@ def test_cuda_library_holds_the_architectures_that_it_names() -> None:
         pytest.skip("no cuobjdump")
     listing = subprocess.run([cuobjdump, "-lelf", str(library)], capture_output=True, text=True, check=True).stdout
     held = {line.split(".")[-2] for line in listing.splitlines() if line.endswith(".cubin")}
-    assert held == set(_C.cuda_archs.split())
+    named = set(_C.cuda_archs.split())
+    assert held in (named, {architecture.rstrip("af") for architecture in named})  # older tools leave the letter out
 
 
 def symbols(file: Path, kind: str) -> set[str]:
