@@ -73,7 +73,7 @@ def test_the_readme_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     place = "import moe_kernels, rter; print(moe_kernels.__file__, rter.__file__)"
     assert all(Path(p).is_relative_to(packages) for p in call(python, "-I", "-c", place, cwd=tmp_path).split())
     said = call(python, "-I", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "tests", cwd=tmp_path)
-    assert re.search(r"4 passed", said), said
+    assert re.search(r"^[1-9]\d* passed in", said, re.M) and "skipped" not in said, said
     assert "rt-er" in call(tmp_path / "env/bin/rter", "train", "--help", cwd=tmp_path)
 
 
