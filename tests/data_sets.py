@@ -1,0 +1,15 @@
+"""What tests of several files ask of data sets."""
+
+from pathlib import Path
+
+import pytest
+from rter.data import load_data
+from rter.errors import UserError
+
+
+def refused(name: str, folder: Path, *parts: str, held_out: int = 2) -> str:
+    with pytest.raises(UserError) as error:
+        load_data(name, held_out, 0, str(folder))
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+    return message
