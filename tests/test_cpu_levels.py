@@ -23,7 +23,9 @@ def test_the_best_level_is_taken() -> None:
 @pytest.mark.parametrize("level", LOWER)
 def test_values_and_gradients(level: str) -> None:
     files = ["tests/test_ops.py", "tests/test_winograd_conv2d.py", "tests/test_expert_linear.py"]
-    wanted = "not gradcheck and not opcheck and not float64"  # fp64 is the vendor's, or has no lanes of ours
+    # Not in fp64, where nothing is more exact than the reference and its own rounding goes unmeasured: the bound of two
+    # roundings is met at the best level, and missed by 0.3 % by one case of batch norm at the lowest.
+    wanted = "not gradcheck and not opcheck and not float64"
     done = run_at(level, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

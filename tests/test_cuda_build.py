@@ -28,10 +28,8 @@ built = pytest.mark.skipif(library is None, reason="the CUDA library is not buil
 @built
 def test_cuda_library_holds_the_architectures_that_it_names() -> None:
     triton = importlib.util.find_spec("triton")
-    folders = triton.submodule_search_locations or [] if triton else []
-    places = [os.environ["PATH"], *(f"{folder}/backends/nvidia/bin" for folder in folders)]
-    if (cuobjdump := shutil.which("cuobjdump", path=os.pathsep.join(places))) is None:
-        pytest.skip("no cuobjdump")
+    assert triton is not None and triton.submodule_search_locations
+    cuobjdump = Path(triton.submodule_search_locations[0], "backends/nvidia/bin/cuobjdump")
     listing = subprocess.run([cuobjdump, "-lelf", str(library)], capture_output=True, text=True, check=True).stdout
     held = {line.split(".")[-2] for line in listing.splitlines() if line.endswith(".cubin")}
     named = set(_C.cuda_archs.split())

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_kernels import _library
 from moe_kernels.nn import ExpertConv2d
 from moe_kernels.ops import expert_conv2d, winograd_conv2d
+from moe_kernels.ops.winograd_conv2d import saves_work
 from moe_kernels.testing import InOrder, Source, check_threads
 
 
@@ -79,6 +81,19 @@ def test_a_layer_takes_it_where_it_saves_work() -> None:
         assert torch.equal(layer(x.double(), offsets), direct)
         with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
             assert torch.equal(layer(x.double(), offsets), direct)
+
+
+@pytest.mark.parametrize("level", ["x86-64-v3", "x86-64-v4"])
+def test_few_tiles_are_left_to_the_vendor(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of 4 x 4 results each, and of 5 x 5, most of whose four tiles lie beyond the edge."""
+    monkeypatch.setattr(_library, "level", level)
+    fewest = {"x86-64-v3": {16: 9, 64: 9}, "x86-64-v4": {16: 8, 64: 4}}[level]
+    for channels, tiles in fewest.items():
+        for experts in (1, 3):
+            weight = torch.ones(experts, channels, channels, 3, 3)
+            for count, saves in ((tiles * experts - 1, False), (tiles * experts, True)):
+                assert saves_work(torch.ones(count, channels, 4, 4), weight, 1, 1) is saves
+    assert not saves_work(torch.ones(99, 64, 5, 5), torch.ones(64, 64, 3, 3), 1, 1)
 
 
 def test_bad_input_names_the_argument() -> None:

@@ -58,11 +58,15 @@ def _columns(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
     return F.unfold(x, weight.shape[2:], dilation, padding, stride).transpose(0, 1).flatten(1)
 
 
+def _check_plain(x: Tensor, transposed: bool, output_padding: Any, groups: int) -> None:
+    if transposed or groups != 1 or x.ndim != 4:
+        raise ValueError("convolution must be of images, in one group and not transposed, to be summed in order")
+
+
 def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, *rest: Any
 ) -> Tensor:
-    if rest[0] or rest[2] != 1 or x.ndim != 4:
-        raise NotImplementedError("plain two-dimensional convolutions only")
+    _check_plain(x, *rest)
     like = F.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding, dilation)
     y = _product(weight.flatten(1), _columns(x, weight, stride, padding, dilation))
     y = y.view(*like.transpose(0, 1).shape).transpose(0, 1)
@@ -72,9 +76,8 @@ def _convolution(
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    if rest[0] or rest[2] != 1 or x.ndim != 4:
-        raise NotImplementedError("plain two-dimensional convolutions only")
-    needed = rest[3]
+    *others, needed = rest
+    _check_plain(x, *others)
     g = grad.transpose(0, 1).flatten(1)  # [O, N pixels]
     dx = dweight = None
     if needed[0]:
