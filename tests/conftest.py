@@ -16,6 +16,16 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
+def seeded_sources(request: pytest.FixtureRequest) -> None:
+    """A module's sources begin anew for each test, whichever others the process has run."""
+    from moe_kernels.testing import Source
+
+    for value in vars(request.module).values():
+        if isinstance(value, Source):
+            value.generator.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

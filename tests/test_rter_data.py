@@ -18,8 +18,6 @@ from rter.data.plain_pickle import read_pickle
 from rter.errors import UserError
 from scipy.io import savemat
 
-RNG = np.random.default_rng(0)
-
 
 def test_split_keeps_bytes_and_gives_floats() -> None:
     pixels = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8)
@@ -202,7 +200,10 @@ def test_digits_in_cifar10s_format(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def write_svhn(folder: Path, name: str, **changes: np.ndarray) -> dict[str, np.ndarray]:
-    content = {"X": RNG.integers(256, size=(32, 32, 3, 5), dtype=np.uint8), "y": np.array([[10], [1], [2], [9], [5]])}
+    content = {
+        "X": np.random.default_rng(0).integers(256, size=(32, 32, 3, 5), dtype=np.uint8),
+        "y": np.array([[10], [1], [2], [9], [5]]),
+    }
     content |= changes
     savemat(folder / f"{name}_32x32.mat", content, do_compression=True)
     return content
