@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import gpu_speed
+import gpu_calls
 import pytest
 import torch
 from gpu_device import Device, Outputs, first_cases
@@ -33,7 +33,7 @@ def share(items: list[Any], which: str) -> list[Any]:
 
 def warm(device: Device, report: Report, which: str, tool: str) -> None:
     """Compiles Triton's kernels, while nvcc compiles the others: those that are timed, then those of the cases."""
-    calls = [(f"warm {name}", call) for name, call in gpu_speed.triton_calls(device)]
+    calls = [(f"warm {name}", call) for name, call in gpu_calls.triton_calls(device)]
     pairs = [(case, dtype) for case in device.cases for dtype in dtypes(device, case)]
     calls += [(f"warm {c} {str(d)[6:]}", lambda c=c, d=d: warm_case(device, c, d)) for c, d in pairs]
     for name, call in share(calls, which):

@@ -1,25 +1,22 @@
 """The benchmarks of `make gpu`: each result is checked, then timed beside the strongest library call there is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import peers
 import roofline
 import torch
+from gpu_calls import ConvCalls, LinearCalls, Mixture, even_offsets, randn
+from gpu_contest import Contest
 from gpu_device import Device
 from gpu_jobs import SECTIONS
 from gpu_report import Report
 from roofline import Conv, Layer, Linear, Work
-from rt_er import ALPHA, EPS, rt_er_step
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels import (
-    PGD,
-    ExpertConv2d,
-    ExpertResNet18,
     RobustMoE,
     attack_mode,
     autotune,
@@ -29,71 +26,11 @@ from moe_kernels import (
     reference,
     topk_route,
 )
-from moe_kernels._layout import channels_innermost
-from moe_kernels.testing import as_tuple, to_double
+from moe_kernels.testing import to_double
 from moe_kernels.triton_kernels import tuning
 
 ops = torch.ops.moe_kernels
 aten = torch.ops.aten
-MAX_RELATIVE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-class Contest:
-    """Times kernels on one device into one report, their names after `prefix`."""
-
-    def __init__(self, device: Device, report: Report, prefix: str = "") -> None:
-        self.device, self.report, self.prefix = device, report, prefix
-
-    def __call__(
-        self,
-        work: Work,
-        ours: Callable[[], Any],
-        exact: Callable[[], Any] | None = None,
-        beside: dict[str, Callable[[], Any]] | None = None,
-        budget: int = 100,
-    ) -> None:
-        """Our time beside the floor and the others' times; nothing where the result is not the exact one."""
-        kernel = self.prefix + work.kernel
-        name = f"{kernel}, {work.shape}"
-        if exact is not None and not self.report.check(f"right: {name}", lambda: check_result(ours(), exact())):
-            return
-        for who, function in ({"ours": ours} | (beside or {})).items():
-            time = partial(self._time, work, kernel, who, function, budget)
-            if not self.report.check(f"time of {who}: {name}", time, "time") and who == "ours":
-                return
-
-    def _time(self, work: Work, kernel: str, who: str, function: Callable[[], Any], budget: int) -> None:
-        ms = self.device.milliseconds(function, budget)
-        if who != "ours":
-            self.report.add(kind="beside", kernel=kernel, shape=work.shape, who=who, ms=ms)
-            return
-        self.report.add(
-            kind="speed",
-            kernel=kernel,
-            shape=work.shape,
-            ms=ms,
-            floor_ms=work.floor * 1e3,
-            tflops=work.flops / ms / 1e9,
-            gb_per_s=work.bytes / ms / 1e6,
-        )
-
-
-def check_result(out: Any, exact: Any) -> None:
-    for ours, theirs in zip(as_tuple(out), as_tuple(exact), strict=True):
-        ours = ours.detach()
-        if not theirs.is_floating_point():
-            assert torch.equal(ours.long(), theirs.long()), "integers differ"
-            continue
-        error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-        assert error <= MAX_RELATIVE_ERROR[ours.dtype], f"wrong by {error:.1e}"
-
-
-def randn(device: Device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape, dtype=dtype, device=device.name)
-
-
-def even_offsets(device: Device, rows: int, experts: int) -> Tensor:
-    return torch.arange(0, rows + 1, rows // experts, dtype=torch.int32, device=device.name)
 
 
 def ceilings(contest: Contest) -> None:
@@ -103,24 +40,6 @@ def ceilings(contest: Contest) -> None:
     target, a, b = torch.empty_like(source), randn(contest.device, side, side), randn(contest.device, side, side)
     contest(Work("device-to-device copy", f"{size} bytes", 2 * size), lambda: target.copy_(source))
     contest(Work("cuBLAS bf16", f"{side}^3", 6 * side**2, 2 * side**3), lambda: a @ b)
-
-
-Calls = dict[str, Callable[[], Any]]
-
-
-class LinearCalls:
-    """expert_linear and its gradients on random operands of a shape, an equal part of the rows for each expert."""
-
-    def __init__(self, device: Device, shape: Linear) -> None:
-        rows, k, n, experts = shape
-        self.x, self.grad = randn(device, rows, k), randn(device, rows, n)
-        self.weight = randn(device, experts, n, k) / k**0.5
-        self.back, self.offsets = self.weight.transpose(1, 2), even_offsets(device, rows, experts)
-        self.calls: Calls = {
-            "forward": lambda: ops.expert_linear(self.x, self.weight, None, self.offsets, None),
-            "dX": lambda: ops.expert_linear(self.grad, self.back, None, self.offsets, None),
-            "dW": lambda: ops.expert_linear_weight_grad(self.grad, self.x, self.offsets, None),
-        }
 
 
 def linear(contest: Contest, shape: Linear) -> None:
@@ -145,27 +64,6 @@ def linear(contest: Contest, shape: Linear) -> None:
         lambda: reference.expert_linear_weight_grad(*to_double((grad, x)), offsets),
         {"one dense GEMM": lambda: grad.T @ x, "F.grouped_mm": lambda: F.grouped_mm(grad.T, x, offs=ends)},
     )
-
-
-class ConvCalls:
-    """expert_conv2d and its gradients on random operands of a shape, laid out as in the networks."""
-
-    def __init__(self, device: Device, shape: Conv) -> None:
-        images, experts, c_in, c_out, size, kernel, stride = shape
-        layer = ExpertConv2d(experts, c_in, c_out, kernel, stride, kernel // 2, bias=False, device=device.name)
-        self.weight = channels_innermost(layer.weight.detach(), torch.bfloat16)  # as under autocast
-        self.x, self.grad = (
-            randn(device, images, c, side, side).contiguous(memory_format=torch.channels_last)
-            for c, side in ((c_in, size), (c_out, size // stride))
-        )
-        self.offsets = even_offsets(device, images, experts)
-        self.steps = steps = [stride, stride], [kernel // 2, kernel // 2]
-        sizes = size, size
-        self.calls: Calls = {
-            "forward": lambda: ops.expert_conv2d(self.x, self.weight, None, self.offsets, *steps),
-            "dX": lambda: ops.expert_conv2d_input_grad(self.grad, self.weight, self.offsets, *sizes, *steps),
-            "dW": lambda: ops.expert_conv2d_weight_grad(self.grad, self.x, self.offsets, kernel, kernel, *steps),
-        }
 
 
 def conv(contest: Contest, shape: Conv) -> None:
@@ -203,25 +101,6 @@ def conv(contest: Contest, shape: Conv) -> None:
         lambda: torch.stack([dw for _, dw, _ in wide(False, True)]),
         {"cuDNN for each expert": lambda: gradients(torch.bfloat16, False, True)},
     )
-
-
-def triton_calls(device: Device) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A call of each of Triton's kernels that is timed, the convolutions of an RT-ER step first."""
-    shapes = device.shapes
-    batch, experts, width = shapes.rt_er
-    networks = {c for n in (2, 3) for c in roofline.resnet18(n * batch, experts, width, device.attack[1])}
-    layer = shapes.layer
-    slots = layer.tokens * layer.top_k
-    halves = Linear(slots, layer.d, 2 * layer.n, layer.experts), Linear(slots, layer.n, layer.d, layer.experts)
-
-    def run(calls: type[LinearCalls] | type[ConvCalls], shape: Any, part: str) -> None:
-        calls(device, shape).calls[part]()
-
-    for part in ("forward", "dX", "dW"):
-        for conv_shape in sorted(networks) + [c for c in shapes.conv if c not in networks]:
-            yield f"expert_conv2d {part}, {conv_shape}", partial(run, ConvCalls, conv_shape, part)
-        for shape in (*shapes.linear, *halves):
-            yield f"expert_linear {part}, {shape}", partial(run, LinearCalls, shape, part)
 
 
 def routing(contest: Contest, shape: Layer) -> None:
@@ -322,36 +201,6 @@ def passes(contest: Contest, shapes: roofline.Shapes) -> None:
         lambda: reference.expert_batch_norm_forward(values.float(), *arguments)[0],
         {"F.batch_norm, one expert": lambda: F.batch_norm(values, None, None, training=True)},
     )
-
-
-class Mixture:
-    """Four ResNet-18 experts and a batch, as in `benchmarks/bench_rt_er.py`; everything under bf16 autocast."""
-
-    def __init__(self, device: Device, images: int) -> None:
-        _, experts, width = device.shapes.rt_er
-        _, size, _, self.steps = device.attack
-        self.device = device
-        net = ExpertResNet18(experts, width=width, device=device.name)
-        router = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size**2, experts, device=device.name))
-        self.moe = RobustMoE.from_experts(net, router)
-        x = torch.rand(images, 3, size, size, device=device.name)
-        self.x = x.contiguous(memory_format=torch.channels_last)
-        self.y = torch.randint(10, (images,), device=device.name)
-
-    def train(self, capture: str | bool) -> Tensor:
-        with torch.autocast(self.device.name, torch.bfloat16):
-            return rt_er_step(self.moe, self.x, self.y, self.steps, capture=capture)
-
-    def attack(self, capture: str | bool) -> Tensor:
-        options: dict[str, Any] = {"steps": self.steps, "best_iterate": False, "seed": 0, "capture": capture}
-        with torch.autocast(self.device.name, torch.bfloat16):
-            return PGD(self.moe, EPS, ALPHA, **options)(self.x, self.y)
-
-    def attack_step(self) -> None:
-        with torch.autocast(self.device.name, torch.bfloat16):
-            leaf = self.x.detach().requires_grad_()
-            loss = F.cross_entropy(self.moe(leaf).float(), self.y, reduction="sum")
-            pgd_step_(self.x.clone(), torch.autograd.grad(loss, [leaf])[0], self.x, EPS, ALPHA)
 
 
 def rt_er(contest: Contest) -> None:

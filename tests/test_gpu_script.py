@@ -141,8 +141,8 @@ def test_the_deadline_cuts_off(tmp_path: Path) -> None:
 
 
 def test_figures_are_on_disk_one_by_one(tmp_path: Path) -> None:
+    from gpu_contest import Contest
     from gpu_report import Report, summary
-    from gpu_speed import Contest
     from roofline import Work
 
     report, seen = Report(tmp_path / "report.jsonl"), []
