@@ -201,27 +201,14 @@ def _relu(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
     return lean(input, forward, backward, inplace)
 
 
-def _relu_(func: Any, input: Tensor) -> Tensor:
-    return _relu(func, input, True)
-
-
 def _leaky_relu(func: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     return piecewise(input, lambda x: F.leaky_relu(x, negative_slope), lambda x: x > 0, negative_slope, inplace)
 
 
-def _leaky_relu_(func: Any, input: Tensor, negative_slope: float = 0.01) -> Tensor:
-    return _leaky_relu(func, input, negative_slope, True)
-
-
 def _hardtanh(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    def passes(x: Tensor) -> Tensor:
-        return ~((x <= min_val) | (x >= max_val))
-
-    return piecewise(input, lambda x: F.hardtanh(x, min_val, max_val), passes, 0, inplace)
-
-
-def _hardtanh_(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
-    return _hardtanh(func, input, min_val, max_val, True)
+    return piecewise(
+        input, lambda x: F.hardtanh(x, min_val, max_val), lambda x: ~((x <= min_val) | (x >= max_val)), 0, inplace
+    )
 
 
 def _relu6(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
@@ -235,11 +222,11 @@ RULES: dict[Any, Rule] = {
     F.linear: _linear,
     F.batch_norm: _batch_norm,
     **dict.fromkeys([F.relu, torch.relu, Tensor.relu], _relu),
-    **dict.fromkeys([torch.relu_, Tensor.relu_], _relu_),
+    **dict.fromkeys([torch.relu_, Tensor.relu_], functools.partial(_relu, inplace=True)),
     F.leaky_relu: _leaky_relu,
-    F.leaky_relu_: _leaky_relu_,
+    F.leaky_relu_: functools.partial(_leaky_relu, inplace=True),
     F.hardtanh: _hardtanh,
-    F.hardtanh_: _hardtanh_,
+    F.hardtanh_: functools.partial(_hardtanh, inplace=True),
     F.relu6: _relu6,
     **POOLINGS,
 }
