@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_kernels import _checks as check
 from moe_kernels.attacks.attack import Attack, Best, per_sample
 from moe_kernels.attacks.losses import Loss, check_classes, cross_entropy, dlr, dlr_towards, margin
-from moe_kernels.ops.pgd_step_ import spelled, step_unchecked_
+from moe_kernels.ops.pgd_step_ import spelled
 
 Goal = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [B, ...] -> objective to ascend [B], success [B]
 
@@ -121,11 +121,11 @@ class APGD(Attack):
         objective, success, grad = self._slope(x_adv, goal, with_gradient=self.steps > 0)
         best.offer(x_adv, objective, success)
         peak, peak_grad, peak_objective = x_adv, grad, objective  # as `best`, but by the objective alone
-        previous, eta, bounds = x_adv, 2 * eps, (float(self.bounds[0]), float(self.bounds[1]))
+        previous, eta = x_adv, 2 * eps
         checked, halved, raised = peak_objective, torch.ones_like(success), torch.zeros_like(eps)
         checkpoints = dict(_checkpoints(self.steps))
         for step in range(1, self.steps + 1):
-            z = step_unchecked_(x_adv.clone(), grad, x, eps, eta, self.norm, bounds)
+            z = self._step(x_adv.clone(), grad, x, eps, eta)
             momentum = MOMENTUM if step > 1 else 0.0
             moved = x_adv + (1 - momentum) * (z - x_adv) + momentum * (x_adv - previous)
             previous, x_adv = x_adv, self._projected(moved, x, eps)

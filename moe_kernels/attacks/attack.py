@@ -16,7 +16,7 @@ from moe_kernels import _checks as check
 from moe_kernels import _fsdp as fsdp
 from moe_kernels.attacks.attack_mode import MODES, frozen, mode_of
 from moe_kernels.attacks.losses import Loss
-from moe_kernels.ops.pgd_step_ import pgd_step_, spelled
+from moe_kernels.ops.pgd_step_ import spelled, step_unchecked_
 
 
 class Attack(ABC):
@@ -59,7 +59,8 @@ class Attack(ABC):
         self.random_start = random_start
         self.attack_misclassified = True
         self.recompute = recompute
-        self.bounds = bounds
+        low, high = (b.item() if isinstance(b, Tensor) else b for b in bounds)
+        self.bounds = low, high
         self.seed = None if seed is None else int(seed)
         self._counts = torch.zeros(3, dtype=torch.int64)
         self._probabilities: Tensor | None = None  # whether the first logits of the last call looked like such
@@ -178,9 +179,13 @@ class Attack(ABC):
     def _uniform_start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
         return self._projected(x + per_sample(eps, x) * _uniform_in_unit_ball(x, self.norm, generator), x, eps)
 
+    def _step(self, x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
+        """`pgd_step_`, whose arguments are checked once for all steps; eps is [B], alpha [B] or [1]."""
+        return step_unchecked_(x_adv, grad, x, eps, alpha, self.norm, (float(self.bounds[0]), float(self.bounds[1])))
+
     def _projected(self, candidate: Tensor, x: Tensor, eps: Tensor) -> Tensor:
         """The candidate, overwritten, in the ball and within the bounds."""
-        return pgd_step_(candidate, torch.zeros_like(x), x, eps, 0.0, self.norm, self.bounds)
+        return self._step(candidate, torch.zeros_like(x), x, eps, eps.new_zeros(1))
 
 
 class Best:

@@ -11,7 +11,7 @@ from moe_kernels.attacks.attack import Attack, Best, magnitude
 from moe_kernels.attacks.capture import repeat
 from moe_kernels.attacks.losses import Loss, cross_entropy, margin
 from moe_kernels.ops.kl_divergence import kl_divergence
-from moe_kernels.ops.pgd_step_ import NORMS, spelled, step_unchecked_
+from moe_kernels.ops.pgd_step_ import NORMS, spelled
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
 
@@ -131,7 +131,7 @@ class PGD(Attack):
         if self.freeze_routing:
             with torch.no_grad():
                 routed = {"routing": self.model.route(x)} | kwargs  # type: ignore[attr-defined]
-        x_adv, bounds = self.start(x, eps, generator), (float(self.bounds[0]), float(self.bounds[1]))
+        x_adv = self.start(x, eps, generator)
         best = Best(x_adv)
 
         def step() -> None:
@@ -140,7 +140,7 @@ class PGD(Attack):
             grad = self._gradient(objective, leaf)
             if self.best_iterate and not self.freeze_routing:
                 best.offer(x_adv, objective.detach(), success)
-            step_unchecked_(x_adv, grad, x, eps, alpha, self.norm, bounds)
+            self._step(x_adv, grad, x, eps, alpha)
 
         repeat(step, self.steps, x.device if self.capture == "auto" and x.is_cuda else None)
         if self.restarts == 1 and self.attack_misclassified and not self.best_iterate:
