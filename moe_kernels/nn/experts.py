@@ -122,8 +122,7 @@ class ExpertMLP(nn.Module):
         recompute: str = "activations",
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        check.one_of("activation", activation, ACTIVATIONS)
         check.one_of("recompute", recompute, RECOMPUTE)
         for name, size in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
             check.count(name, size, 1)

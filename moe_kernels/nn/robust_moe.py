@@ -200,8 +200,7 @@ class RobustMoE(nn.Module, HubMixin):
         self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
         if top_k not in range(1, self.num_experts + 1):
             raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k}")
-        if gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+        check.one_of("gate", gate, GATES)
         if gate == "soft" and top_k != self.num_experts:
             raise ValueError(f'top_k must be num_experts = {self.num_experts} with gate="soft", got {top_k}')
         if not isinstance(router, nn.Module):

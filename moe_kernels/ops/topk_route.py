@@ -54,8 +54,7 @@ def topk_route(
     num_experts = logits.shape[1]
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be between 1 and the number of experts E = {num_experts}, got {k}")
-    if gate not in GATES:
-        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+    check.one_of("gate", gate, GATES)
     if gate == "soft":
         if k != num_experts:
             raise ValueError(f'k must be the number of experts E = {num_experts} with gate="soft", got {k}')
