@@ -116,6 +116,5 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["bf16"] = BF16
-    build = build_info()
-    machine_info["kernels"] = build.get("cpu_level") or build["simd"]
+    machine_info["kernels"] = build_info()["cpu_level"]
     machine_info["huge_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
