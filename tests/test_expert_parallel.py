@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_checks import CHECKS, mixture, read_checkpoint
+from parallel_checks import read_checkpoint
+from processes import CHECKS, mixture
 
 from moe_kernels.distributed.dispatch import Once
 
