@@ -9,7 +9,7 @@ import torch
 from gpu_device import Device
 from roofline import Conv, Linear
 from rt_er import ALPHA, EPS, rt_er_step
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_kernels import PGD, ExpertConv2d, ExpertResNet18, RobustMoE, pgd_step_
@@ -82,6 +82,13 @@ def triton_calls(device: Device) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"expert_linear {part}, {shape}", partial(run, LinearCalls, shape, part)
 
 
+def mixture(experts: int, width: int, size: int, device: str) -> RobustMoE:
+    """ResNet-18 experts behind a linear router of images [B, 3, size, size]."""
+    net = ExpertResNet18(experts, width=width, device=device)
+    router = nn.Sequential(nn.Flatten(), nn.Linear(3 * size**2, experts, device=device))
+    return RobustMoE.from_experts(net, router)
+
+
 class Mixture:
     """Four ResNet-18 experts and a batch, as in `benchmarks/bench_rt_er.py`; everything under bf16 autocast."""
 
@@ -89,9 +96,7 @@ class Mixture:
         _, experts, width = device.shapes.rt_er
         _, size, _, self.steps = device.attack
         self.device = device
-        net = ExpertResNet18(experts, width=width, device=device.name)
-        router = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size**2, experts, device=device.name))
-        self.moe = RobustMoE.from_experts(net, router)
+        self.moe = mixture(experts, width, size, device.name)
         x = torch.rand(images, 3, size, size, device=device.name)
         self.x = x.contiguous(memory_format=torch.channels_last)
         self.y = torch.randint(10, (images,), device=device.name)

@@ -11,12 +11,11 @@ import torch
 from gpu_device import Device, Outputs, first_cases
 from gpu_jobs import ROOT
 from gpu_report import Report
-from torch import Tensor, nn
+from rt_er import ALPHA, EPS
+from torch import Tensor
 from torch.nn import functional as F
 
-from moe_kernels import PGD, ExpertResNet18, RobustMoE, _library, attack_mode, pgd_step_, testing
-
-EPS, ALPHA = 8 / 255, 2 / 255
+from moe_kernels import PGD, RobustMoE, _library, attack_mode, pgd_step_, testing
 
 
 def poison(on: bool) -> None:
@@ -147,9 +146,7 @@ class AttackSteps:
     def __init__(self, device: Device, where: str = "") -> None:
         width, size, batch, self.steps = device.attack
         to: dict[str, Any] = {"device": where or device.name}
-        experts = ExpertResNet18(4, width=width, **to)
-        router = nn.Sequential(nn.Flatten(), nn.Linear(3 * size**2, 4, **to))
-        self.model = RobustMoE.from_experts(experts, router)
+        self.model = gpu_calls.mixture(4, width, size, **to)
         self.x = torch.rand(batch, 3, size, size, **to)
         self.y = torch.randint(10, (batch,), **to)
 
