@@ -1,4 +1,5 @@
-"""Builds the kernels: `moe_kernels._C` for the CPU always, `moe_kernels._cuda` for a torch built with CUDA.
+"""Builds the kernels: `moe_kernels._cpu_*` for each level of CPU always, `moe_kernels._cuda` for a torch built with
+CUDA, and beside them `moe_kernels._C`, which says what was built.
 
 Environment variables: MOE_KERNELS_CUDA=1 demands the CUDA library, for a CPU build of torch too, and 0 leaves it out;
 TORCH_CUDA_ARCH_LIST names its architectures, as for torch's own extensions; MAX_JOBS bounds the compilers at work.

@@ -1,4 +1,4 @@
-// The Python module moe_kernels._C: facts about this build. The operators register themselves when it is loaded.
+// The Python module moe_kernels._C: facts about this build, by which the libraries with the operators are chosen.
 #include <pybind11/pybind11.h>
 
 #include <string>
