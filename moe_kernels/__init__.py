@@ -1,7 +1,8 @@
 """Fast, memory-lean kernels for adversarially robust Mixture-of-Experts."""
 
 from moe_kernels.attacks import APGD, PGD, ExpertAttack, JointAttack, RouterLogits, SoftBackward, attack_mode
-from moe_kernels.backends import build_info
+from moe_kernels.build_info import __version__ as __version__
+from moe_kernels.build_info import build_info
 from moe_kernels.nn import (
     ExpertBatchNorm2d,
     ExpertConv2d,
@@ -26,8 +27,6 @@ from moe_kernels.ops import (
     topk_route,
 )
 from moe_kernels.triton_kernels.tuning import autotune
-
-__version__ = "0.1.0"
 
 __all__ = [
     "APGD",

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _checks as check
+from moe_kernels import reference
 
 NAMESPACE = "moe_kernels"
 OPERATORS: dict[str, Callable[..., Any]] = {}  # by name, as this package calls them
 TRITON: dict[str, str] = {}  # operator: the file of triton_kernels that computes it on a GPU
+COMPOSED: set[str] = set()  # operators that other operators compute on a GPU
 KERNELS: set[tuple[str, str]] = set()  # operator and device type, of the libraries that are loaded
 level = ""  # of the CPU library that is loaded
 cuda_problem = ""  # why a CUDA build of torch has no CUDA library
@@ -45,6 +47,7 @@ def define(
         TRITON[name] = triton
     if composed is not None:
         _library.impl(name, torch.no_grad()(composed), "CUDA")
+        COMPOSED.add(name)
     operator = getattr(torch.ops.moe_kernels, name).default
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
@@ -56,7 +59,6 @@ def _call(operator: Callable[..., Any], differentiable: bool, *args: Any) -> Any
     """Where nothing is recorded, leaves out what torch registers for autograd: it is Python and takes longer than many
     an operator. Under torch.func and in forward mode, of which what is registered knows nothing, runs the reference."""
     if check.transformed():
-        reference = importlib.import_module("moe_kernels.reference")
         return getattr(reference, operator._schema.name.split("::")[1])(*args)  # type: ignore[attr-defined]
     if not differentiable or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operator(*args)
@@ -78,7 +80,7 @@ def run_triton(file: str, name: str, x: Tensor, *args: Any) -> Any:
 
 
 def vjp(
-    reference: Callable[..., Any], inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    function: Callable[..., Any], inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Differentiable vector-Jacobian product of a plain-torch function: the double backward of ops that need it.
 
@@ -86,7 +88,7 @@ def vjp(
     """
     with torch.enable_grad():
         leaves = [x.view_as(x) if want else x for x, want in zip(inputs, needed, strict=True)]
-        outputs = reference(*leaves)
+        outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
         wanted = [x for x, want in zip(leaves, needed, strict=True) if want]

@@ -22,8 +22,13 @@ def test_every_operator_has_a_cpu_kernel_and_a_reference() -> None:
 def test_cuda_kernels_are_named_where_they_were_built() -> None:
     operators = moe_kernels.build_info()["operators"]
     for op, by_device in operators.items():
-        in_triton = op in ("expert_linear", "expert_conv2d")
-        assert by_device["cuda"] == ("Triton" if in_triton else "CUDA C++" if _C.cuda_operators else "none"), op
+        expected = {
+            "expert_linear": "Triton",
+            "expert_conv2d": "Triton",
+            "expert_mlp_output": "composed",
+            "winograd_conv2d": "none",
+        }.get(op, "CUDA C++" if _C.cuda_operators else "none")
+        assert by_device["cuda"] == expected, op
 
 
 def test_the_command_prints_it() -> None:
