@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc -type f)
 READY := $(VENV)/.ready
 CUDA := $(if $(shell command -v nvcc),$(VENV)/.cuda)
 
-.PHONY: run test lint format bench bench-all gpu gpu-static versions install clean
+.PHONY: run test lint format docs bench bench-all gpu gpu-static versions install clean
 
 run: $(READY)  ## train RT-ER on the embedded digits and write a report
 	$(BIN)/rter demo --out $(RUN)
@@ -33,6 +33,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h)
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(READY)  ## the documentation site, into site/
+	$(BIN)/mkdocs build --strict
 
 # Large tensors of all contenders in huge pages.
 bench bench-all: export THP_MEM_ALLOC_ENABLE := 1
@@ -64,7 +68,7 @@ $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch numpy "setuptools>=77" pybind11 ninja
 	$(BIN)/python setup.py -q build_ext --inplace  # pip, which would hide what it says, finds it done
-	$(BIN)/pip install -q --no-build-isolation -e '.[rter,test,lint,transformers]'
+	$(BIN)/pip install -q --no-build-isolation -e '.[rter,test,lint,transformers,docs]'
 	$(BIN)/pip install -q --no-deps torchattacks foolbox eagerpy  # beside which ours are timed and tested
 	@touch $@
 
