@@ -214,7 +214,7 @@ class NinjaBuild(build_ext):
         # -z defs: a symbol that none of these libraries has is an error here, not where the library is loaded.
         n.variable("libraries", f"-Wl,-z,defs -L. -ltorch_cuda {toolkit.runtime()} {self.link_flags()}")
         n.rule("stub", "$linker -shared -fPIC -Wl,-soname,$out $in -o $out")
-        n.build("libtorch_cuda.so", "stub", str(ROOT / "csrc/common/torch_cuda_stub.cpp"))
+        n.build("libtorch_cuda.so", "stub", str(ROOT / "csrc/cuda/torch_cuda_stub.cpp"))
         for file in files:
             n.build(self.object(file), "compile", str(ROOT / file))
         n.build(target, "link", [self.object(file) for file in files], implicit="libtorch_cuda.so")

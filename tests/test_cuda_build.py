@@ -19,7 +19,7 @@ from moe_kernels import _C, _library
 
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
-STUB = (ROOT / "csrc/common/torch_cuda_stub.cpp").read_text()
+STUB = (ROOT / "csrc/cuda/torch_cuda_stub.cpp").read_text()
 
 library = _library.cuda_library()
 built = pytest.mark.skipif(library is None, reason="the CUDA library is not built")

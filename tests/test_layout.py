@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,19 @@ def test_evaluation_takes_nothing_from_training(name: str) -> None:
 def test_an_op_has_all_its_files(op: str) -> None:
     for path in (f"moe_kernels/reference/{op}.py", f"csrc/cpu/{op}.cpp", f"tests/test_{op}.py"):
         assert (ROOT / path).exists(), path
+
+
+def headers_of(folder: str) -> set[str]:
+    """The headers of csrc/ that the files of one of its folders include, themselves or through others."""
+    found: set[str] = set()
+    todo = [*(ROOT / "csrc" / folder).iterdir()]
+    while todo:
+        named = set(re.findall(r'#include "(.*)"', todo.pop().read_text())) - found
+        found |= named
+        todo += [ROOT / "csrc" / name for name in named]
+    return found
+
+
+def test_what_cpu_and_cuda_share_is_in_common() -> None:
+    both = headers_of("cpu") & headers_of("cuda")
+    assert both == {f"common/{path.name}" for path in (ROOT / "csrc/common").iterdir()}

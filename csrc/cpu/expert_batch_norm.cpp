@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "common/layout.h"
-#include "common/offsets.h"
+#include "cpu/offsets.h"
 
 namespace moe {
 namespace {

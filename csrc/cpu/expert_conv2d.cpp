@@ -1,7 +1,7 @@
 // Grouped convolutions of a batch sorted by expert, each block of images one convolution of ATen's (oneDNN).
-#include "common/blocks.h"
 #include "common/layout.h"
-#include "common/narrow.h"
+#include "cpu/blocks.h"
+#include "cpu/narrow.h"
 
 namespace moe {
 namespace {

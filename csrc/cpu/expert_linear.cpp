@@ -1,6 +1,6 @@
-// Grouped matrix products of a batch sorted by expert, each block one single-threaded product: common/product.h's, or
-// the vendor's.
-#include "common/product.h"
+// Grouped matrix products of a batch sorted by expert, each block one single-threaded product: cpu/gemm.h's, or the
+// vendor's.
+#include "cpu/grouped_linear.h"
 
 namespace moe {
 namespace {

@@ -1,7 +1,7 @@
 // The second half of an expert MLP and the backward through its activation, which is never stored: it is computed from
 // the pre-activation a few rows at a time.
-#include "common/activation.h"
-#include "common/product.h"
+#include "cpu/activation.h"
+#include "cpu/grouped_linear.h"
 
 namespace moe {
 namespace {

@@ -1,8 +1,8 @@
 // Sums of the rows of each expert, and of rows that share an index: fixed order, so bitwise the same for any threads.
 #include <algorithm>
 
-#include "common/offsets.h"
 #include "common/tensor.h"
+#include "cpu/offsets.h"
 
 namespace moe {
 namespace {

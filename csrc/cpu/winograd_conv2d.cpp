@@ -1,7 +1,7 @@
 // Grouped 3 x 3 convolutions of a batch sorted by expert, by Winograd's algorithm.
-#include "common/blocks.h"
 #include "common/layout.h"
-#include "common/winograd.h"
+#include "cpu/blocks.h"
+#include "cpu/winograd.h"
 
 namespace moe {
 namespace {

@@ -1,7 +1,7 @@
 // The weight gradients of grouped 3 x 3 convolutions of a batch sorted by expert, by Winograd's algorithm.
 #include "common/layout.h"
-#include "common/offsets.h"
-#include "common/winograd.h"
+#include "cpu/offsets.h"
+#include "cpu/winograd.h"
 
 namespace moe {
 namespace {

@@ -1,8 +1,8 @@
 // Weighted sums of each row's k slots, and the two adjoints: checks and launches. That position is a permutation is
 // the caller's to see to: looking would halt the stream.
 #include "common/combine_arguments.h"
-#include "common/cuda_tensor.h"
 #include "cuda/combine.cuh"
+#include "cuda/tensor.h"
 
 namespace moe {
 namespace {

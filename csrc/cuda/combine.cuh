@@ -1,7 +1,7 @@
 // combine and its adjoints on the GPU: each thread sums a pack of columns over a row's slots, in their order.
 #pragma once
 
-#include "common/cuda_rows.h"
+#include "cuda/rows.cuh"
 
 namespace moe {
 

@@ -1,8 +1,8 @@
 // Batch normalisation with statistics per expert: checks, allocation and launches. That the offsets cover the rows is
 // the caller's to see to: looking would halt the stream.
-#include "common/cuda_tensor.h"
 #include "common/layout.h"
 #include "cuda/expert_batch_norm.cuh"
+#include "cuda/tensor.h"
 
 namespace moe {
 namespace {

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/cuda_rows.h"
+#include "cuda/rows.cuh"
 
 namespace moe {
 

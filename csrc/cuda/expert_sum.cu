@@ -1,7 +1,7 @@
 // Sums of the rows of each expert, and of rows that share an index: checks and launches. That offsets cover the rows
 // and indices lie in range is the caller's to see to: looking would halt the stream.
-#include "common/cuda_tensor.h"
 #include "cuda/expert_sum.cuh"
+#include "cuda/tensor.h"
 
 namespace moe {
 namespace {

@@ -1,8 +1,8 @@
 // Sums of the rows of each expert, and of rows that share an index, on the GPU: in a fixed order, without atomics.
 #pragma once
 
-#include "common/cuda_rows.h"
 #include "cuda/group_by_expert.cuh"
+#include "cuda/rows.cuh"
 
 namespace moe {
 

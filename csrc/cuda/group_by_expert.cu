@@ -1,7 +1,7 @@
 // Stable sort of the slots by expert: checks and launches. That experts lie in [0, num_experts) is the caller's to see
 // to: looking would halt the stream.
-#include "common/cuda_tensor.h"
 #include "cuda/group_by_expert.cuh"
+#include "cuda/tensor.h"
 
 namespace moe {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "common/cuda_rows.h"
+#include "cuda/rows.cuh"
 
 namespace moe {
 

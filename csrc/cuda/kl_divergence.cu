@@ -1,7 +1,7 @@
 // KL(softmax(clean) || softmax(adv)) per row, from logits: checks and launches.
-#include "common/cuda_tensor.h"
 #include "common/kl_arguments.h"
 #include "cuda/kl_divergence.cuh"
+#include "cuda/tensor.h"
 
 namespace moe {
 namespace {

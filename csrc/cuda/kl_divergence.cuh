@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "common/cuda_rows.h"
+#include "cuda/rows.cuh"
 
 namespace moe {
 

@@ -1,7 +1,7 @@
 // ReLU whose backward needs one bit per element: checks and launches.
-#include "common/cuda_tensor.h"
 #include "common/layout.h"
 #include "cuda/mask_relu.cuh"
+#include "cuda/tensor.h"
 
 namespace moe {
 namespace {

@@ -1,8 +1,8 @@
 // ReLU that keeps one bit per element, on the GPU: a pack per thread, whose neighbours join their bits to bytes.
 #pragma once
 
-#include "common/cuda_device.h"
-#include "common/cuda_launch.h"
+#include "cuda/device.cuh"
+#include "cuda/launch.cuh"
 
 namespace moe {
 

@@ -1,7 +1,7 @@
 // One step of projected gradient descent, in place: checks and launch.
-#include "common/cuda_tensor.h"
 #include "common/pgd_arguments.h"
 #include "cuda/pgd_step_.cuh"
+#include "cuda/tensor.h"
 
 namespace moe {
 namespace {

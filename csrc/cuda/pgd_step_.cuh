@@ -1,9 +1,9 @@
 // pgd_step_ on the GPU: Linf by element; L2 and L1 with one block per sample, whose re-reads hit the caches.
 #pragma once
 
-#include "common/cuda_device.h"
-#include "common/cuda_launch.h"
 #include "common/pgd_math.h"
+#include "cuda/device.cuh"
+#include "cuda/launch.cuh"
 
 namespace moe {
 

@@ -1,6 +1,6 @@
 // Top-k routing: checks and launches. That a row holds no NaN, no +inf and a finite entry is the caller's to see to,
 // because looking would halt the stream: such a row gets weights of NaN, and experts within range.
-#include "common/cuda_tensor.h"
+#include "cuda/tensor.h"
 #include "cuda/topk_route.cuh"
 
 namespace moe {

@@ -1,8 +1,8 @@
 // Top-k routing on the GPU: one warp per row, its logits in registers where there are at most 512 of them.
 #pragma once
 
-#include "common/cuda_rows.h"
 #include "common/gate.h"
+#include "cuda/rows.cuh"
 
 namespace moe {
 

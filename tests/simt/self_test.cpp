@@ -1,5 +1,5 @@
 // self_test NAME: one small kernel, right or with one planted fault; prints what it computed.
-#include "common/cuda_launch.h"
+#include "cuda/launch.cuh"
 #include "driver.h"
 
 namespace {

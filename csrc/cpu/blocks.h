@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "common/offsets.h"
+#include "cpu/offsets.h"
 
 namespace moe {
 

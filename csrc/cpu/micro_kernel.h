@@ -1,7 +1,7 @@
 // A matrix product's innermost block on a CPU.
 #pragma once
 
-#include "common/lanes.h"
+#include "cpu/lanes.h"
 
 namespace moe {
 

@@ -1,8 +1,8 @@
 // How threads cover the rows of a matrix: a warp each, or in tiles of threads that lie side by side. No torch header.
 #pragma once
 
-#include "common/cuda_device.h"
-#include "common/cuda_launch.h"
+#include "cuda/device.cuh"
+#include "cuda/launch.cuh"
 
 namespace moe {
 

@@ -12,8 +12,8 @@
 #include <algorithm>
 #include <memory>
 
-#include "common/gemm.h"
-#include "common/narrow.h"
+#include "cpu/micro_kernel.h"
+#include "cpu/narrow.h"
 
 namespace moe {
 
