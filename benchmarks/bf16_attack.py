@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from rter.checkpoint import load_weights
 from rter.config import Config
-from rter.data import Data, load_data
-from rter.models import build_model
+from rter.data.load import load_data
+from rter.data.split import Data
+from rter.models.build import build_model
 from rter.settings import make_config
 from rter.train import train
 from torch import Tensor, nn

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from rter.data import Split
-    from rter.models import RobustClassifier
+    from rter.data.split import Split
+    from rter.models.classifier import RobustClassifier
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -38,8 +38,8 @@ def poisoned_memory() -> Iterator[None]:
 def robust_digits(tmp_path_factory: pytest.TempPathFactory) -> "tuple[RobustClassifier, Split]":
     """Three small experts trained by PGD-AT for a few seconds, in eval mode, and the held-out images."""
     from rter.checkpoint import load_weights
-    from rter.data import load_data
-    from rter.models import build_model
+    from rter.data.load import load_data
+    from rter.models.build import build_model
     from rter.settings import make_config
     from rter.train import train
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from rter.data import load_data
+from rter.data.load import load_data
 from rter.errors import UserError
 
 

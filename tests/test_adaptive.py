@@ -5,8 +5,8 @@ import textwrap
 
 import pytest
 import torch
-from rter.data import Split
-from rter.models import RobustClassifier
+from rter.data.split import Split
+from rter.models.classifier import RobustClassifier
 from torch import Tensor, nn
 
 import moe_kernels

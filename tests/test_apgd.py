@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from rter.data import Split
-from rter.models import RobustClassifier
+from rter.data.split import Split
+from rter.models.classifier import RobustClassifier
 from torch import Tensor, nn
 
 from moe_kernels import APGD, PGD

@@ -11,9 +11,9 @@ from rter.__main__ import main
 from rter.checkpoint import load_tensors, write_json
 from rter.comparison import write_comparison
 from rter.evaluate import TrainedRun, evaluate
-from rter.evaluation import Effort
 from rter.plots import learning
 from rter.settings import make_config
+from rter.strength import Effort
 from rter.wording import counted, verdict
 
 TINY = ["--epochs", "2", "--batch-size", "400", "--num-experts", "2", "--width", "2", "--attack-steps", "1",

@@ -13,8 +13,10 @@ from data_sets import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rter.__main__ import main
-from rter.data import Split, cifar10, load_data
+from rter.data import cifar10
+from rter.data.load import load_data
 from rter.data.plain_pickle import read_pickle
+from rter.data.split import Split
 from rter.errors import UserError
 from scipy.io import savemat
 

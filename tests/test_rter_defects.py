@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from rter.data import Data, Split
+from rter.data.split import Data, Split
 from rter.methods import METHODS, step
 from rter.methods.step import Step
 from rter.methods.update import update
-from rter.models import DualClassifier, Normalize, RobustClassifier, build_model
+from rter.models.build import build_model
+from rter.models.classifier import DualClassifier, Normalize, RobustClassifier
 from rter.settings import make_config
 from torch import Tensor, nn
 from torch.nn import functional as F

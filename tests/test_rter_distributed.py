@@ -14,10 +14,10 @@ import torch
 from rter.__main__ import main
 from rter.attack import make_attack
 from rter.checkpoint import load_tensors, read_lines
-from rter.data import load_data
+from rter.data.load import load_data
 from rter.distributed import Share
 from rter.methods.step import Step
-from rter.models import build_model
+from rter.models.build import build_model
 from rter.settings import make_config
 from runs import assert_same_run
 

@@ -9,9 +9,10 @@ import torch
 from rter import alpha
 from rter.__main__ import main
 from rter.alpha import alpha_curve, alpha_flags
-from rter.data import Data, Split
+from rter.data.split import Data, Split
 from rter.methods.step import Step
-from rter.models import DualClassifier, build_model
+from rter.models.build import build_model
+from rter.models.classifier import DualClassifier
 from rter.settings import make_config
 from torch import Tensor, nn
 

@@ -9,11 +9,11 @@ import torch
 from rter.autoattack import auto_attack
 from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.config import Config
-from rter.data import Split
+from rter.data.split import Split
 from rter.evaluate import examples, measure, strength_of
 from rter.evaluation import Evaluation
 from rter.intervals import wilson
-from rter.models import DualClassifier, Normalize, RobustClassifier
+from rter.models.classifier import DualClassifier, Normalize, RobustClassifier
 from rter.plots import accuracy
 from rter.sanity import Seen, sanity
 from rter.settings import make_config

@@ -11,7 +11,8 @@ from threading import Thread
 
 import pytest
 from rter.__main__ import main
-from rter.data.fetch import ARCHIVES, Archive, fetch
+from rter.data.archives import ARCHIVES, Archive
+from rter.data.fetch import fetch
 from rter.errors import UserError
 
 CONTENT = bytes(range(256)) * 400

@@ -12,7 +12,8 @@ import pytest
 import torch
 from data_sets import refused
 from PIL import Image
-from rter.data import folders, load_data
+from rter.data import folders
+from rter.data.load import load_data
 from rter.errors import UserError
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from rter.config import Config
-from rter.data import Data, Split
+from rter.data.split import Data, Split
 from rter.methods import METHODS
 from rter.methods.step import Step
-from rter.models import DualClassifier, RobustClassifier, build_model
+from rter.models.build import build_model
+from rter.models.classifier import DualClassifier, RobustClassifier
 from rter.settings import make_config
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -10,12 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 from rter.__main__ import main
-from rter.data import Data, Split, load_data
+from rter.data.load import load_data
+from rter.data.split import Data, Split
 from rter.errors import UserError
-from rter.models import Normalize, RobustClassifier, build_model
+from rter.models import NETWORKS, ROUTERS
+from rter.models.build import build_model
+from rter.models.classifier import Normalize, RobustClassifier
 from rter.models.initial import load_initial
-from rter.models.networks import NETWORKS
-from rter.models.routers import ROUTERS
 from rter.settings import make_config
 from torch import Tensor, nn
 

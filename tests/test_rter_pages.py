@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from rter.__main__ import main
-from rter.commands import given_settings, make_parser
+from rter.commands import given_settings
 from rter.methods import METHODS
+from rter.parser import make_parser
 from rter.settings import load_settings, make_config
 
 ROOT = Path(__file__).parent.parent

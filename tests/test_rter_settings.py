@@ -9,7 +9,7 @@ import pytest
 import torch
 from rter.checkpoint import load_tensors, save_tensors, write_atomic
 from rter.config import Config
-from rter.data import load_data
+from rter.data.load import load_data
 from rter.distributed import choose_device
 from rter.errors import UserError
 from rter.settings import load_config, load_settings, make_config

@@ -8,11 +8,11 @@ import pytest
 import torch
 from rter.__main__ import main
 from rter.checkpoint import load_tensors
-from rter.data import load_data
+from rter.data.load import load_data
 from rter.errors import UserError
 from rter.methods.step import Step
 from rter.methods.update import update
-from rter.models import build_model
+from rter.models.build import build_model
 from rter.optimisation import RunningMean, finish_gradients, make_optimizer, set_rate
 from rter.settings import make_config
 from rter.train import train

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from rter.config import Config
-from rter.data import Data, Split
+from rter.data.split import Data, Split
 from rter.methods import METHODS
 from rter.methods.awp import perturbed_weights
 from rter.methods.step import Step
 from rter.methods.update import update
-from rter.models import Normalize, RobustClassifier, build_model
+from rter.models.build import build_model
+from rter.models.classifier import Normalize, RobustClassifier
 from rter.settings import make_config
 from torch import Tensor, nn
 

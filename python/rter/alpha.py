@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rter.models import DualClassifier
+from rter.models.classifier import DualClassifier
 
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)  # F_R's logits are the smaller
 

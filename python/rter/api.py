@@ -1,7 +1,6 @@
 """The evaluation of anybody's model."""
 
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from rter.console import say
-from rter.data import Split
+from rter.data.split import Split
 from rter.errors import UserError
 from rter.evaluate import JOURNAL, examples, measure
-from rter.evaluation import BATCH, QUERIES, RESTARTS, Evaluation, Strength, eval_mode
+from rter.evaluation import Evaluation, eval_mode
 from rter.journal import seeded
 from rter.measured import Report
 from rter.models.adapted import adapt
+from rter.strength import BATCH, QUERIES, make_strength
 from rter.suite import DRAWS, is_deterministic
-
-NORMS = ("Linf", "L2", "L1")
 
 
 def evaluate_model(
@@ -64,7 +62,7 @@ def evaluate_model(
     Raises:
         UserError: naming the argument, if one does not fit, or if `out` holds an unfinished one of another model.
     """
-    strength = _strength(eps, norm, suite, bounds, batch_size, seed, steps, restarts, queries)
+    strength = make_strength(eps, norm, suite, bounds, batch_size, seed, steps, restarts, queries)
     x, y = _images(x, y, bounds)
     like = next(model.parameters(), x) if isinstance(model, nn.Module) else x
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -111,48 +109,6 @@ def evaluate_model(
         report.save(out)
         evaluation.journal.finish()
     return report
-
-
-def _strength(
-    eps: float | str,
-    norm: str,
-    suite: str,
-    bounds: tuple[float, float],
-    batch_size: int,
-    seed: int,
-    steps: int,
-    restarts: int | None,
-    queries: int,
-) -> Strength:
-    if norm not in NORMS:
-        raise UserError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    if suite not in RESTARTS:
-        raise UserError(f"suite must be one of {', '.join(RESTARTS)}, got {suite!r}")
-    try:
-        low, high = map(float, bounds)
-        valid = low < high
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise UserError(f"bounds must be (low, high) with low < high, got {bounds!r}")
-    try:
-        radius = float(Fraction(eps)) if isinstance(eps, str) else float(eps)
-        valid = 0 < radius < float("inf")
-    except (TypeError, ValueError, ZeroDivisionError):
-        valid = False
-    if not valid:
-        raise UserError(f"eps must be a number above 0 or a fraction such as 8/255, got {eps!r}")
-    if norm == "Linf" and radius > high - low:
-        raise UserError(
-            f"eps must be at most {high - low:g}, the width of bounds {bounds}, got {eps}: is 8/255 meant by 8?"
-        )
-    for name, count in (("batch_size", batch_size), ("steps", steps), ("restarts", restarts), ("queries", queries)):
-        if count is not None and not (isinstance(count, int) and count > 0):
-            raise UserError(f"{name} must be a whole number above 0, got {count!r}")
-    if not isinstance(seed, int) or seed < 0:
-        raise UserError(f"seed must be a whole number, at least 0, got {seed!r}")
-    radius /= high - low
-    return Strength(suite, steps, restarts, queries, eps=radius, norm=norm, batch_size=batch_size, seed=seed)
 
 
 def _images(x: Any, y: Any, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_kernels import ExpertConv2d, ExpertLinear
 from moe_kernels.attacks import every_expert
-from rter.models import RobustClassifier
+from rter.models.classifier import RobustClassifier
 from rter.models.networks import ExpertConvNet
 
 DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from tqdm import tqdm
-
 EVERY = 30.0  # seconds between two lines of progress
 MEASURED = 4  # steps of which a run's time is estimated; the first, which warms up, is not counted
 
 
 def say(line: str) -> None:
     if sys.stderr is not None:  # it is None where the stream was closed, and print would take stdout
+        from tqdm import tqdm
+
         tqdm.write(f"rter: {line}", file=sys.stderr)  # above a bar, if there is one
         sys.stderr.flush()
 
@@ -54,6 +54,8 @@ class Progress:
         epoch: int | None = None,
         scale: bool = False,
     ) -> None:
+        from tqdm import tqdm
+
         self.what, self.total, self.unit, self.first, self.done = what, total, unit, done, done
         self.each, self.epoch, self.shown = each, epoch, shown
         terminal = shown and at_terminal()

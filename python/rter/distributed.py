@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from moe_kernels import RobustMoE
 from moe_kernels.distributed import ExpertParallel
 from rter.errors import UserError
+from rter.ranks import num_processes
 
 
 @contextlib.contextmanager
@@ -55,15 +56,6 @@ def choose_device(name: str | None = None) -> torch.device:
         raise UserError(f"device must be one that torch {torch.__version__} finds, which is {found}, got {name!r}")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
-
-
-def num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes and reports."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def wait_for_all() -> None:

@@ -15,14 +15,17 @@ from rter.autoattack import auto_attack
 from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.checkpoint import load_weights, read_lines, run_config
 from rter.config import Config
-from rter.data import Split, load_data
+from rter.data.load import load_data
+from rter.data.split import Split
 from rter.distributed import choose_device
-from rter.evaluation import Attacked, Effort, Evaluation, Strength, mean, predict, says
+from rter.evaluation import Attacked, Evaluation, mean, predict, says
 from rter.intervals import wilson
 from rter.journal import seeded
 from rter.measured import Report, made_with
-from rter.models import DualClassifier, RobustClassifier, View, build_model
+from rter.models.build import build_model
+from rter.models.classifier import DualClassifier, RobustClassifier, View
 from rter.sanity import Seen, sanity
+from rter.strength import Effort, Strength
 from rter.suite import apgd_attacks
 
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # eps, in units of the evaluation's

@@ -12,63 +12,12 @@ from torch import Tensor, nn
 
 from rter.attack import make_attack
 from rter.console import Progress
-from rter.data import Split
+from rter.data.split import Split
 from rter.journal import Found, Journal, seeded
-from rter.seeds import seed_for
-
-RESTARTS = {"quick": 5, "full": 20}  # of PGD on the whole model, in each suite
-BATCH = 512
-QUERIES = 5000  # of Square, as in AutoAttack's standard ensemble
+from rter.strength import BATCH, Strength
 
 Find = Callable[[Tensor, Tensor], Tensor]  # x [B, C, H, W], y [B] -> x_adv
 Judge = Callable[[Tensor, Tensor], Found]  # x_adv [B, C, H, W], its rows [B] -> what to keep of each
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How many attacks are tried, and how long each.
-
-    Args:
-        suite: "quick" or "full", see rter.suite.
-        steps: of PGD and APGD.
-        restarts: of PGD on the whole model; None for those of the suite.
-        queries: of AutoAttack's Square.
-    """
-
-    suite: str = "full"
-    steps: int = 50
-    restarts: int | None = None
-    queries: int = QUERIES
-
-    @property
-    def full(self) -> bool:
-        return self.suite == "full"
-
-    @property
-    def whole_restarts(self) -> int:
-        return self.restarts or RESTARTS[self.suite]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strength(Effort):
-    """How a model is attacked.
-
-    Args:
-        eps: radius of the perturbation of images in [0, 1].
-        norm: "Linf", "L2" or "L1".
-        alpha_ratio: step of PGD, in eps.
-        batch_size: images that are attacked at a time; what is found depends on it, as random starts do.
-        seed: of all draws.
-    """
-
-    eps: float
-    norm: str = "Linf"
-    alpha_ratio: float = 0.25
-    batch_size: int = BATCH
-    seed: int = 0
-
-    def seed_for(self, *purpose: str | int) -> int:
-        return seed_for(self.seed, *purpose)
 
 
 @dataclass(frozen=True)

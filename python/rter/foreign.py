@@ -13,63 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rter.api import NORMS, evaluate_model
+from rter.api import evaluate_model
 from rter.checkpoint import load_tensors, refusal
-from rter.data import DATASETS
+from rter.data.load import load_source
 from rter.distributed import choose_device
 from rter.errors import UserError, did_you_mean
-from rter.evaluation import BATCH, Effort
+from rter.strength import BATCH, Effort
 
-EVALUATE = """Attacks a model and writes report.json: that of a RUN, a folder made by `rter train`, or, with --model,
-whatever module a function returns. An evaluation that was killed goes on when its command is given again."""
 NESTED = ("state_dict", "model_state_dict", "model")  # keys under which training code keeps the weights
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `rter evaluate --model`."""
-    group = parser.add_argument_group("for a model that is not of a run")
-    group.add_argument("--model", metavar="FILE.py:FUNCTION", help="function without arguments that returns a module "
-                       "from images in [0, 1] to logits")  # fmt: skip
-    group.add_argument("--data", metavar="NAME", help=f"one of {', '.join(DATASETS)}; its test images, or all of them "
-                       "where it has no test split")  # fmt: skip
-    group.add_argument("--image-size", metavar="N", help="pixels to which images in files of their own are scaled")
-    group.add_argument("--eps", metavar="EPS", help="radius of the perturbation, such as 8/255")
-    group.add_argument("--norm", metavar="NORM", help=f"one of {', '.join(NORMS)} (default: Linf)")
-    group.add_argument("--batch-size", metavar="N", help="images that are attacked at a time (default: 512)")
-    group.add_argument(
-        "--seed", metavar="N", help="of all random starts, and of the images that are drawn (default: 0)"
-    )
-    group.add_argument("--out", type=Path, metavar="DIR", help="folder for the report, and until then for what is done")
-
-
-ARGUMENTS = ("data", "image_size", "eps", "norm", "batch_size", "seed", "out")
-
-
-def check_model_arguments(args: argparse.Namespace) -> None:
-    """That a run is given, or a model and what belongs to it."""
-    if (args.run_folder is None) == (args.model is None):
-        raise UserError(f"give either a RUN or --model FILE.py:FUNCTION, got {'both' if args.model else 'neither'}")
-    if args.model is None:
-        for name in ARGUMENTS:
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} goes with --model; a RUN has its own")
-        if args.weights not in (None, "last", "best"):
-            raise UserError(f"--weights must be last or best for a RUN, got {args.weights!r}")
-        return
-    for name in ("data", "eps", "out"):
-        if getattr(args, name) is None:
-            raise UserError(f"--{name} must be given with --model")
-    if args.data not in DATASETS:
-        raise UserError(
-            f"--data must be one of {', '.join(DATASETS)}, got {args.data!r}{did_you_mean(args.data, DATASETS)}"
-        )
 
 
 def evaluate_file(args: argparse.Namespace, effort: Effort) -> Path:
     """Evaluates the model of --model, and prints its report; returns the folder of the report."""
-    seed = _whole("seed", args.seed, 0)
+    seed = int(args.seed or 0)
     model = load_model(args.model, None if args.weights is None else Path(args.weights))
-    source = DATASETS[args.data](Path(args.data_dir or "data"), _whole("image-size", args.image_size, 0))
+    source = load_source(args.data, Path(args.data_dir or "data"), int(args.image_size or 0))
     images = source.train if source.test is None else source.test
     chosen = images if args.images is None else images.sample(args.images, seed)
     about: dict[str, Any] = {
@@ -92,7 +50,7 @@ def evaluate_file(args: argparse.Namespace, effort: Effort) -> Path:
         chosen.y,
         eps=args.eps,
         norm=args.norm or "Linf",
-        batch_size=_whole("batch-size", args.batch_size, BATCH),
+        batch_size=int(args.batch_size or BATCH),
         seed=seed,
         out=args.out,
         about=about,
@@ -101,14 +59,6 @@ def evaluate_file(args: argparse.Namespace, effort: Effort) -> Path:
     print(report)
     folder: Path = args.out
     return folder
-
-
-def _whole(name: str, text: str | None, default: int) -> int:
-    if text is None:
-        return default
-    if not text.isdigit():
-        raise UserError(f"--{name} must be a whole number, got {text!r}")
-    return int(text)
 
 
 def load_model(spec: str, weights: Path | None = None) -> nn.Module:

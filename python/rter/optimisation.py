@@ -1,8 +1,6 @@
-"""The optimiser, its learning rate as a function of the step alone, and the running mean of the weights."""
+"""The optimiser, the gradients that it gets, and the running mean of the weights."""
 
 import copy
-import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,53 +9,15 @@ from torch.distributed.tensor import DTensor
 from rter.config import Config
 from rter.distributed import Share, whole
 from rter.errors import NonFiniteError
-from rter.models import RobustClassifier
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Config], torch.optim.Optimizer]] = {
-    "adamw": lambda weights, config: torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay),
-    "adam": lambda weights, config: torch.optim.Adam(weights, lr=config.lr, weight_decay=config.weight_decay),
-    "sgd": lambda weights, config: torch.optim.SGD(
-        weights, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    ),
-}
-
-
-def one_cycle(config: Config, index: int, total: int) -> float:
-    """From lr / 25 to lr in 30 % of the steps, then to lr / 250,000 (Smith and Topin 2018, PyTorch's defaults)."""
-    first = config.lr / 25
-    return _one_cycle(index, total, first, config.lr, first / 1e4)
-
-
-def cyclic(config: Config, index: int, total: int) -> float:
-    """Straight up from lr_low * lr to lr in cycle_steps, down in as many, and so on (Smith 2017)."""
-    part = abs(index % (2 * config.cycle_steps) / config.cycle_steps - 1)
-    return config.lr * (1 - part * (1 - config.lr_low))
-
-
-def multi_step(config: Config, index: int, total: int) -> float:
-    epoch = index * config.epochs // total
-    return config.lr * 0.1 ** sum(int(drop) <= epoch for drop in config.drops.split(","))
-
-
-def cosine(config: Config, index: int, total: int) -> float:
-    return _half_cosine(config.lr, 0.0, index / total)
-
-
-def constant(config: Config, index: int, total: int) -> float:
-    return config.lr
-
-
-SCHEDULES = {
-    "one-cycle": one_cycle,
-    "cyclic": cyclic,
-    "multi-step": multi_step,
-    "cosine": cosine,
-    "constant": constant,
-}
+from rter.models.classifier import RobustClassifier
+from rter.schedules import OPTIMIZERS, SCHEDULES, one_cycle_between
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    return OPTIMIZERS[config.optimizer](list(model.parameters()), config)
+    kind, own = OPTIMIZERS[config.optimizer]
+    options = {name: getattr(config, name) for name in ("lr", "weight_decay", *own)}
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, kind)(list(model.parameters()), **options)
+    return optimizer
 
 
 def finish_gradients(weights: list[nn.Parameter], share: Share | None, clip_norm: float) -> None:
@@ -84,19 +44,8 @@ def set_rate(optimizer: torch.optim.Optimizer, config: Config, index: int, total
     for group in optimizer.param_groups:
         group["lr"] = SCHEDULES[config.schedule](config, index, total)
         if config.schedule == "one-cycle":
-            momentum = _one_cycle(index, total, 0.95, 0.85, 0.95)
+            momentum = one_cycle_between(index, total, 0.95, 0.85, 0.95)
             group |= {"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum}
-
-
-def _one_cycle(index: int, total: int, first: float, middle: float, last: float) -> float:
-    turn = 0.3 * total - 1
-    if index <= turn:
-        return _half_cosine(first, middle, index / turn)
-    return _half_cosine(middle, last, (index - turn) / (total - 1 - turn))
-
-
-def _half_cosine(start: float, end: float, part: float) -> float:
-    return end + (start - end) / 2 * (math.cos(math.pi * part) + 1)
 
 
 class RunningMean:

@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rter.checkpoint import save_tensors
-from rter.distributed import as_spread, is_first, num_processes, whole
+from rter.distributed import as_spread, whole
 from rter.errors import UserError
-from rter.models import RobustClassifier
+from rter.models.classifier import RobustClassifier
 from rter.optimisation import RunningMean
+from rter.ranks import is_first, num_processes
 
 SCALARS = ("step", "best", "seconds")
 

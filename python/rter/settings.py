@@ -16,13 +16,12 @@ else:
 
 from rter.config import Config
 from rter.data import DATASETS
-from rter.data.augment import make_augment
 from rter.errors import UserError, did_you_mean
 from rter.methods import FAITHFUL, METHODS
-from rter.models import parse_normalize
-from rter.models.networks import NETWORKS
-from rter.models.routers import ROUTERS
-from rter.optimisation import OPTIMIZERS, SCHEDULES
+from rter.models import NETWORKS, ROUTERS
+from rter.notation import parse_augment, parse_normalize
+from rter.schedules import OPTIMIZERS, SCHEDULES
+from rter.strength import NORMS
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "data": tuple(DATASETS),
@@ -30,7 +29,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "router": tuple(ROUTERS),
     "gate": ("hard", "sigmoid", "softmax", "soft", "straight_through"),
     "dual_mix": ("logits", "probabilities"),
-    "norm": ("Linf", "L2", "L1"),
+    "norm": NORMS,
     "method": tuple(METHODS),
     "second": ("random", "ranked"),
     "optimizer": tuple(OPTIMIZERS),
@@ -103,7 +102,7 @@ def _check(config: Config) -> None:
     if config.method == "nine-experts":
         demand("num_experts", config.num_experts == 9, "9 for nine-experts")
         demand("gate", config.gate == "soft", "soft for nine-experts")
-    make_augment(config)
+    parse_augment(config.augment, config.data)
     if config.normalize != "data":
         parse_normalize(config.normalize)
 

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,29 +16,11 @@ from rter.config import Config
 from rter.console import Progress
 from rter.errors import UserError
 from rter.evaluate import TrainedRun, evaluate
-from rter.evaluation import Effort
-from rter.methods import METHODS
+from rter.rows import ABLATION, Rows
 from rter.settings import make_config
+from rter.strength import Effort
 from rter.train import seconds_per_step, train
 from rter.wording import summary
-
-Rows = Mapping[str, dict[str, Any]]
-
-ROWS: Rows = {
-    "rt-er": {"method": "rt-er"},
-    **{name: {"method": name} for name in METHODS},
-    "nine-experts": {"method": "nine-experts", "num_experts": 9, "gate": "soft"},
-    "dense pgd-at": {"method": "pgd-at", "num_experts": 1},
-}
-ABLATION: Rows = {
-    "rt-er": {"method": "rt-er"},
-    "without clean CE": {"method": "rt-er", "clean_weight": 0.0},
-    "without KL": {"method": "rt-er", "beta": 0.0},
-    "without balance": {"method": "rt-er", "balance_weight": 0.0},
-    "without exploring": {"method": "rt-er", "explore": 0.0},
-    "ranked second expert": {"method": "rt-er", "second": "ranked"},
-    "softmax gate": {"method": "rt-er", "gate": "softmax"},
-}
 
 
 def sweep(

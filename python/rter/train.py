@@ -24,17 +24,20 @@ from rter.checkpoint import (
 )
 from rter.config import Config
 from rter.console import Progress, say, stop_signals
-from rter.data import Data, Split, load_data
 from rter.data.augment import make_augment
-from rter.distributed import Share, choose_device, is_first, processes, spread_experts, wait_for_all, whole
+from rter.data.load import load_data
+from rter.data.split import Data, Split
+from rter.distributed import Share, choose_device, processes, spread_experts, wait_for_all, whole
 from rter.errors import NonFiniteError, Stopped, UserError
 from rter.evaluate import quick_accuracies
 from rter.methods import METHODS
 from rter.methods.step import Step
 from rter.methods.update import update
-from rter.models import RobustClassifier, build_model
+from rter.models.build import build_model
+from rter.models.classifier import RobustClassifier
 from rter.models.initial import load_initial
 from rter.optimisation import RunningMean, make_optimizer, running_statistics, set_rate
+from rter.ranks import is_first
 from rter.resume import State, circumstances
 from rter.tensorboard import Board
 

@@ -6,21 +6,16 @@ cutoutN      a black square of N pixels
 """
 
 import functools
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rter.config import Config
-from rter.errors import UserError
+from rter.notation import parse_augment
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-
-# what `auto` stands for; flip, translate and cutout are those of the RT-ER paper on CIFAR-10
-AUTO = {"digits": "none", "svhn": "translate2,cutout8"}
-PAPER = "flip,translate2,cutout8"
 
 
 def flip(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -52,29 +47,13 @@ def _draw(high: int, x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(high, (len(x),), generator=generator, device=generator.device).to(x.device)
 
 
-def parse(text: str) -> Sequence[Augment]:
-    """The changes that a setting such as "flip,translate2,cutout8" names; "none" names none.
-
-    Raises:
-        UserError: for an unknown name or a size that is missing.
-    """
-    sized = {"translate": translate, "crop": translate, "cutout": cutout}
-    changes: list[Augment] = []
-    for name in text.split(",") if text != "none" else ():
-        match = re.fullmatch(r"(translate|crop|cutout)([1-9][0-9]*)", name)
-        if match:
-            changes.append(functools.partial(sized[match[1]], pixels=int(match[2])))
-        elif name == "flip":
-            changes.append(flip)
-        else:
-            known = "auto, none, or flip, translateN, cropN and cutoutN with commas between"
-            raise UserError(f"augment must be {known}, got {text!r}")
-    return changes
+CHANGES: dict[str, Callable[..., Tensor]] = {"flip": flip, "translate": translate, "crop": translate, "cutout": cutout}
 
 
 def make_augment(config: Config) -> Augment:
     """augment(x [n, C, H, W], generator): the changes of the setting `augment`, one after the other."""
-    changes = parse(AUTO.get(config.data, PAPER) if config.augment == "auto" else config.augment)
+    named = parse_augment(config.augment, config.data)
+    changes = [functools.partial(CHANGES[name], **size) for name, size in named]
 
     def augment(x: Tensor, generator: torch.Generator) -> Tensor:
         for change in changes:

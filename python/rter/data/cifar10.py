@@ -21,7 +21,7 @@ NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 BINARY, PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
 
 
-def load(folder: Path) -> Source:
+def load(folder: Path, image_size: int = 0) -> Source:
     """The five training batches and the test batch; the binary version where both are there."""
     for name, suffix, read in ((BINARY, ".bin", _read_binary), (PYTHON, "", _read_python)):
         place = find_folder(folder, name, f"data_batch_1{suffix}")

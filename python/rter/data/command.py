@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rter.data.cifar10 import make_digits
-from rter.data.fetch import ARCHIVES, fetch
+from rter.data.archives import ARCHIVES
 
 DESCRIPTION = """Brings the files that `rter train --data NAME --data-dir DIR` reads:
   digits          none, they come with scikit-learn
@@ -38,9 +37,13 @@ def _folder(text: str) -> Path:
 
 
 def _fetch(args: argparse.Namespace) -> None:
+    from rter.data.fetch import fetch
+
     for archive in ARCHIVES[args.name]:
         print(f"ready: {fetch(archive, args.data_dir)}")
 
 
 def _make_digits(args: argparse.Namespace) -> None:
+    from rter.data.cifar10 import make_digits
+
     print(f"written: {make_digits(args.data_dir)}; next: rter train --data cifar10 --data-dir {args.data_dir}")

@@ -1,14 +1,20 @@
 """1,797 real scans of handwritten digits, 8x8 in 17 grey levels, that come with scikit-learn."""
 
 import functools
+from pathlib import Path
 
 import torch
 
 from rter.data.split import Source, Split
 
 
+def load(folder: Path | None = None, image_size: int = 0) -> Source:
+    """The digits, which need no folder and have one size."""
+    return _load()
+
+
 @functools.cache
-def load() -> Source:
+def _load() -> Source:
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -13,7 +13,7 @@ from rter.data.files import check_labels, damaged, find_folder, missing, read_by
 from rter.data.split import Source, Split
 
 
-def load(folder: Path) -> Source:
+def load(folder: Path, image_size: int = 0) -> Source:
     place = find_folder(folder, "svhn", "train_32x32.mat")
     if place is None:
         raise missing("svhn", folder, "train_32x32.mat")

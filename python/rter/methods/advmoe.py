@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from moe_kernels import Routing
 from moe_kernels.ops import kl_divergence
-from rter.methods.method import Loss, Method, Pass
+from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
-from rter.models import RobustClassifier, View
+from rter.models.classifier import RobustClassifier, View
 
 
 def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
@@ -44,11 +44,7 @@ def _pairs(logits: Tensor, route: Routing) -> Tensor:
     return (logits[:, :, None] + route.logits[:, None, :]).flatten(1)
 
 
-METHOD = Method(
-    __doc__,
-    (
-        Pass(terms, part=attrgetter("moe.experts"), name="experts"),
-        Pass(terms, part=attrgetter("moe.router"), name="router"),
-    ),
-    defaults={"beta": 4.0},
+PASSES = (
+    Pass(terms, part=attrgetter("moe.experts"), name="experts"),
+    Pass(terms, part=attrgetter("moe.router"), name="router"),
 )

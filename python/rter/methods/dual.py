@@ -13,7 +13,7 @@ from operator import attrgetter
 from torch import Tensor
 
 from rter.methods import rt_er, standard
-from rter.methods.method import Loss, Method, Pass
+from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
 
 
@@ -25,12 +25,7 @@ def _robust(step: Step, x: Tensor, y: Tensor) -> Loss:
     return rt_er.terms(replace(step, model=step.dual.robust), x, y)
 
 
-METHOD = Method(
-    __doc__,
-    (
-        Pass(_standard, part=attrgetter("standard"), name="standard"),
-        Pass(_robust, part=attrgetter("robust"), name="robust"),
-    ),
-    second_expert=True,
-    defaults={"epochs": 40},
+PASSES = (
+    Pass(_standard, part=attrgetter("standard"), name="standard"),
+    Pass(_robust, part=attrgetter("robust"), name="robust"),
 )

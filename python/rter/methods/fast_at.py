@@ -10,7 +10,7 @@ Source: Wong, Rice and Kolter, Fast is better than free, ICLR 2020.
 from torch import Tensor
 from torch.nn import functional as F
 
-from rter.methods.method import Loss, Method, Pass
+from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
 
 
@@ -20,4 +20,4 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     return lambda: {"adversarial": F.cross_entropy(step.model(x1, routing=route), y), **step.balance(x)}
 
 
-METHOD = Method(__doc__, (Pass(terms),), defaults={"weight_decay": 1.0, "explore": 1.0})
+PASSES = (Pass(terms),)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from moe_kernels import Routing, attack_mode
 from moe_kernels.ops import kl_divergence
-from rter.methods.method import Loss, Method, Pass
+from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step, partly_forced
 
 
@@ -57,12 +57,7 @@ def _standard(step: Step, x: Tensor, y: Tensor) -> Loss:
     return lambda: {"clean": F.cross_entropy(dual.mix(dual.standard(x, routing=own), robust), y), **step.balance(x)}
 
 
-METHOD = Method(
-    __doc__,
-    (
-        Pass(_robust, part=attrgetter("robust"), name="robust"),
-        Pass(_standard, part=attrgetter("standard"), name="standard"),
-    ),
-    defaults={"dual_alpha": 0.9, "dual_mix": "probabilities", "beta": 1.0, "epochs": 30, "attack_steps": 5},
-    second_expert=True,
+PASSES = (
+    Pass(_robust, part=attrgetter("robust"), name="robust"),
+    Pass(_standard, part=attrgetter("standard"), name="standard"),
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels import Routing
-from rter.methods.method import Loss, Method, Pass
+from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
 
 FGSM_EXPERTS, PGD_EXPERTS = range(1, 5), range(5, 9)
@@ -65,8 +65,4 @@ def _together(step: Step, x: Tensor, y: Tensor) -> Loss:
     return loss
 
 
-METHOD = Method(
-    __doc__,
-    (Pass(terms),),
-    defaults={"num_experts": 9, "gate": "soft", "width": 8, "epochs": 36, "explore": 0.25, "attack_steps": 6},
-)
+PASSES = (Pass(terms),)

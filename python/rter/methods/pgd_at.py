@@ -6,7 +6,7 @@ Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Atta
 from torch import Tensor
 from torch.nn import functional as F
 
-from rter.methods.method import Loss, Method, Pass
+from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
 
 
@@ -16,4 +16,4 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     return lambda: {"adversarial": F.cross_entropy(step.model(x1, routing=route), y), **step.balance(x)}
 
 
-METHOD = Method(__doc__, (Pass(terms),))
+PASSES = (Pass(terms),)

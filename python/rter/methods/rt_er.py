@@ -22,17 +22,8 @@ from torch.nn import functional as F
 
 from moe_kernels import Routing
 from moe_kernels.ops import kl_divergence
-from rter.methods.method import Loss, Method, Pass
+from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step, partly_forced
-
-FAITHFUL = {
-    "gate": "hard",
-    "second": "ranked",
-    "beta": 6.0,
-    "clean_weight": 0.0,
-    "balance_weight": 0.0,
-    "explore": 0.0,
-}
 
 
 def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
@@ -55,4 +46,4 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     return loss
 
 
-METHOD = Method(__doc__, (Pass(terms),), second_expert=True)
+PASSES = (Pass(terms),)

@@ -11,7 +11,7 @@ from moe_kernels import Routing
 from rter.attack import make_attack
 from rter.config import Config
 from rter.distributed import Share
-from rter.models import DualClassifier, RobustClassifier, View
+from rter.models.classifier import DualClassifier, RobustClassifier, View
 
 
 @dataclass(frozen=True)

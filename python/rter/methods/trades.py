@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_kernels.ops import kl_divergence
-from rter.methods.method import Loss, Method, Pass
+from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
 
 
@@ -26,4 +26,4 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     return loss
 
 
-METHOD = Method(__doc__, (Pass(terms),), defaults={"beta": 3.0})
+PASSES = (Pass(terms),)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from rter.data import Split
+from rter.data.split import Split
 from rter.errors import NonFiniteError
 from rter.methods import METHODS
 from rter.methods.awp import kept_buffers, perturbed_weights
-from rter.methods.method import Loss, Pass
+from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
 from rter.optimisation import finish_gradients
 

@@ -1,86 +1,31 @@
-"""Models: a mixture of experts behind a router, for images in [0, 1]."""
+"""Models: a mixture of experts behind a router. These lists of their parts import none, and so not torch."""
 
-import math
-import os
-
-import torch
-from torch import Tensor
-
-from moe_kernels import RobustMoE
-from rter.config import Config
-from rter.data import Data
-from rter.errors import UserError
-from rter.models.classifier import DualClassifier, Normalize, RobustClassifier, View
-from rter.models.networks import make_experts
-from rter.models.routers import make_router
-
-__all__ = ["DualClassifier", "Normalize", "RobustClassifier", "View", "build_model"]
-
-STATISTICS = 10_000  # training images that the normaliser is made of
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
-def build_model(config: Config, data: Data) -> RobustClassifier:
-    """The model before training; the global random state is left as it was.
+@dataclass(frozen=True)
+class Network:
+    """A network that serves as an expert.
 
-    Raises:
-        UserError: if the settings do not fit the images, or a model so large does not fit the memory.
+    Args:
+        build: where `build(config, image [C, H, W], num_classes)` is.
+        defaults: settings for which the network has a default of its own.
     """
-    _demand_memory(config, data)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed_for("init"))
-        robust = _classifier(config, data)
-        if not config.dual:
-            return robust
-        return DualClassifier(_classifier(config, data), robust, config.dual_alpha, config.dual_mix)
+
+    build: str
+    defaults: Mapping[str, int] = field(default_factory=dict)
 
 
-def _demand_memory(config: Config, data: Data) -> None:
-    """Refuses a model that fails in any case: its weights, in fp32, fill the machine."""
-    image = data.train.pixels.shape[1:]
-    try:
-        with torch.device("meta"):
-            parts = make_experts(config, image, data.num_classes), make_router(config, image)
-        needed = (1 + config.dual) * 4 * sum(weight.numel() for part in parts for weight in part.parameters())
-    except RuntimeError:  # more elements than an int64 counts
-        needed = 2**63
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise UserError(
-            f"num_experts, width and depth must give a model that fits the memory of {there / 1e9:.0f} GB, got "
-            f"{config.num_experts} experts of width {config.width}, whose weights take {needed / 1e9:.3g} GB"
-        )
-
-
-def _classifier(config: Config, data: Data) -> RobustClassifier:
-    image = data.train.pixels.shape[1:]
-    experts = make_experts(config, image, data.num_classes)
-    router = make_router(config, image)
-    top_k = config.num_experts if config.gate == "soft" else 1
-    moe = RobustMoE.from_experts(experts, router, top_k, config.gate)
-    return RobustClassifier(_normalize(config, data.train[:STATISTICS].x), moe)
-
-
-def _normalize(config: Config, images: Tensor) -> Normalize:
-    """By the images' mean and deviation, or by those that the setting gives."""
-    normalize = Normalize(images)
-    if config.normalize != "data":
-        C = images.shape[1]
-        values = parse_normalize(config.normalize)
-        if any(len(part) not in (1, C) for part in values):
-            raise UserError(f"normalize must give one number or {C}, one per channel, got {config.normalize!r}")
-        for buffer, part in zip((normalize.mean, normalize.std), values, strict=True):
-            buffer.copy_(torch.tensor(part)[:, None, None])
-    return normalize
-
-
-def parse_normalize(text: str) -> list[list[float]]:
-    """Mean and deviation of each channel, as in 0.49,0.48,0.45/0.25,0.24,0.26."""
-    try:
-        mean, std = ([float(number) for number in part.split(",")] for part in text.split("/"))
-    except ValueError:
-        raise UserError(
-            f"normalize must be data, or means/deviations as 0.49,0.48,0.45/0.25,0.24,0.26, got {text!r}"
-        ) from None
-    if not all(map(math.isfinite, mean)) or not all(math.isfinite(value) and value > 0 for value in std):
-        raise UserError(f"normalize must have finite means and deviations above 0, got {text!r}")
-    return [mean, std]
+NETWORKS = {
+    "small-conv": Network("rter.models.networks:small_conv"),
+    "resnet18": Network("rter.models.networks:resnet18", {"width": 64}),
+    "preact-resnet18": Network("rter.models.networks:preact_resnet18", {"width": 64}),
+    "wrn": Network("rter.models.networks:wrn", {"width": 160, "depth": 28}),
+    "vit": Network("rter.models.networks:vit", {"width": 384, "depth": 12}),
+}
+ROUTERS = {  # build(image [C, H, W], num_experts) of each
+    "linear": "rter.models.routers:linear",
+    "conv": "rter.models.routers:conv",
+    "mlp": "rter.models.routers:mlp",
+}

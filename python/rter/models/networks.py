@@ -1,7 +1,6 @@
 """The networks that serve as experts, each as one grouped network."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import pkgutil
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from moe_kernels.nn import GroupedNetwork
 from moe_kernels.ops import mask_relu
 from rter.config import Config
 from rter.errors import UserError
+from rter.models import NETWORKS
 
 
 class ExpertConvNet(GroupedNetwork):
@@ -33,45 +33,28 @@ class ExpertConvNet(GroupedNetwork):
         return self.head(x, offsets)
 
 
-@dataclass(frozen=True)
-class Network:
-    """`build(config, image [C, H, W], num_classes)`, and the settings whose defaults are the network's own."""
-
-    build: Callable[[Config, torch.Size, int], GroupedNetwork]
-    defaults: Mapping[str, int] = field(default_factory=dict)
-
-
-def _small_conv(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+def small_conv(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
     return ExpertConvNet(config.num_experts, image, num_classes, config.width)
 
 
-def _resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+def resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
     return ExpertResNet18(config.num_experts, num_classes, image[0], config.width)
 
 
-def _preact_resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+def preact_resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
     return ExpertPreActResNet.resnet18(config.num_experts, num_classes, image[0], config.width)
 
 
-def _wrn(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+def wrn(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
     return ExpertPreActResNet.wide(config.num_experts, num_classes, image[0], config.depth, config.width)
 
 
-def _vit(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
+def vit(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
     C, H, W = image
     if H != W:
         raise ValueError(f"images must be square, got {H} x {W}")
     heads = max(config.width // 64, 1)
     return ExpertViT(config.num_experts, num_classes, C, H, config.patch, config.width, config.depth, heads)
-
-
-NETWORKS = {
-    "small-conv": Network(_small_conv),
-    "resnet18": Network(_resnet18, {"width": 64}),
-    "preact-resnet18": Network(_preact_resnet18, {"width": 64}),
-    "wrn": Network(_wrn, {"width": 160, "depth": 28}),
-    "vit": Network(_vit, {"width": 384, "depth": 12}),
-}
 
 
 def make_experts(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
@@ -81,6 +64,7 @@ def make_experts(config: Config, image: torch.Size, num_classes: int) -> Grouped
         UserError: if the settings do not fit the network or the images.
     """
     try:
-        return NETWORKS[config.model].build(config, image, num_classes)
+        experts: GroupedNetwork = pkgutil.resolve_name(NETWORKS[config.model].build)(config, image, num_classes)
+        return experts
     except ValueError as error:
         raise UserError(f"model {config.model}: {error}") from None

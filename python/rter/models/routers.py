@@ -1,18 +1,21 @@
 """The networks that choose an expert for each image; all begin without a preference of their own: a bias of zero."""
 
+import pkgutil
+
 import torch
 from torch import nn
 
 from rter.config import Config
+from rter.models import ROUTERS
 
 HIDDEN = 64
 
 
-def _linear(image: torch.Size, num_experts: int) -> nn.Sequential:
+def linear(image: torch.Size, num_experts: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(image.numel(), num_experts))
 
 
-def _conv(image: torch.Size, num_experts: int) -> nn.Sequential:
+def conv(image: torch.Size, num_experts: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(image[0], HIDDEN // 4, 3, 2, 1),
         nn.ReLU(),
@@ -24,16 +27,13 @@ def _conv(image: torch.Size, num_experts: int) -> nn.Sequential:
     )
 
 
-def _mlp(image: torch.Size, num_experts: int) -> nn.Sequential:
+def mlp(image: torch.Size, num_experts: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(image.numel(), HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, num_experts))
-
-
-ROUTERS = {"linear": _linear, "conv": _conv, "mlp": _mlp}
 
 
 def make_router(config: Config, image: torch.Size) -> nn.Sequential:
     """Logits [B, E] of images [B, C, H, W]."""
-    router = ROUTERS[config.router](image, config.num_experts)
+    router: nn.Sequential = pkgutil.resolve_name(ROUTERS[config.router])(image, config.num_experts)
     last = router[-1]
     assert isinstance(last, nn.Linear)
     nn.init.zeros_(last.bias)

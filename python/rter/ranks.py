@@ -1,0 +1,12 @@
+"""What torchrun says of the processes that it started."""
+
+import os
+
+
+def num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and reports."""
+    return int(os.environ.get("RANK", "0")) == 0
