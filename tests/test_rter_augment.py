@@ -62,7 +62,7 @@ def test_follows_from_the_generator_alone() -> None:
 
 def test_auto_is_the_papers_but_for_digits() -> None:
     paper = make_augment(make_config(data="cifar10", augment="flip,translate2,cutout8"))
-    assert torch.equal(make_augment(make_config(data="cifar10"))(X, by(0)), paper(X, by(0)))
+    assert torch.equal(make_augment(make_config(data="cifar10", augment="auto"))(X, by(0)), paper(X, by(0)))
     for config in (make_config(), make_config(data="cifar10", augment="none")):
         assert make_augment(config)(X, by(0)) is X
     unflipped = make_augment(make_config(augment="translate2,cutout8"))

@@ -154,7 +154,7 @@ def test_single_pass_methods(batch: Split, method: str, num_experts: int, plain_
     assert_terms(routed(Step(model, config, 0, epoch=0)), batch, {**formula, "balance": 0.3 * plain.balance(x)})
     options = {
         "standard": [],
-        "fast-at": [{"steps": 1, "alpha_ratio": 1.25}],
+        "fast-at": [{"steps": 1, "alpha_ratio": 1.25, "start_ratio": 1, "random_start": True, "prior": None}],
         "trades": [{"steps": 10, "loss": "kl", "random_start": False}],
     }.get(method, [{"steps": 10}])
     assert plain_attack == [{"eps": 0.2, "best_iterate": False, **chosen} for chosen in options]

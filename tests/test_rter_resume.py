@@ -205,6 +205,8 @@ def test_other_circumstances_are_said(
         {"optimizer": "sgd", "momentum": 0, "schedule": "multi-step", "drops": "1"},
         {"optimizer": "adam", "schedule": "cosine", "clip_norm": 0.5, "amp": "bf16"},
         {"schedule": "constant", "num_experts": 1, "method": "pgd-at", "ema": 0.5},
+        {"method": "rt-er", "train_attack": "fgsm-pgi", "label_smoothing": 0.1, "ema": 0.5},
+        {"method": "fast-at", "train_attack": "n-fgsm", "optimizer": "sgd", "ema": 0.9},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -287,7 +289,11 @@ def test_long_work_speaks_where_there_is_no_terminal(
     steps = [line for line in lines if re.fullmatch(r"rter: run: step \d of 6, loss [\d.]+, [\d.e+]+ images/s.*", line)]
     assert len(steps) == 6 and re.search(r", done at (\d+-\d+-\d+ )?\d\d:\d\d$", steps[0])
     estimates = [line for line in lines if "an epoch of 3 steps takes about " in line and "what is left about" in line]
-    assert len(estimates) == 1 and len(lines) == 7
+    epochs = [
+        line for line in lines if re.fullmatch(r"rter: run: epoch \d of 2 took \d+ s, [\d.e+]+ images/s: .*", line)
+    ]
+    assert len(estimates) == 1 and len(epochs) == 2 and "loss" in epochs[0] and "sa" in epochs[1]
+    assert len(lines) == 9
     words = ["evaluate", str(whole), "--suite", "quick", "--steps", "1", "--restarts", "1"]
     monkeypatch.setattr("rter.measured.Report.save", lambda *args: None)
     assert main(words) == 0

@@ -1,6 +1,5 @@
 """The PGD of training and evaluation, whose random start is drawn for its purpose alone."""
 
-import functools
 from typing import Any, Protocol
 
 import torch
@@ -29,24 +28,40 @@ def make_attack(
     steps: int,
     *purpose: str | int,
     alpha_ratio: float | None = None,
-    share: Share | None = None,
     **options: Any,
 ) -> PGD:
-    """PGD, on the cross-entropy unless `options` say otherwise; its random start is drawn for `purpose` alone, and for
-    the joint batch of a share."""
+    """PGD, on the cross-entropy unless `options` say otherwise; its random start is drawn for `purpose` alone."""
     alpha = (perturbation.alpha_ratio if alpha_ratio is None else alpha_ratio) * eps
-    pgd = PGD if share is None or share.alone else functools.partial(SharedPGD, share)
-    return pgd(model, eps, alpha, steps, norm=perturbation.norm, seed=perturbation.seed_for(*purpose), **options)
+    seed = perturbation.seed_for(*purpose)
+    return TrainingPGD(model, eps, alpha, steps, norm=perturbation.norm, seed=seed, **options)
 
 
-class SharedPGD(PGD):
-    """PGD on a share of a joint batch, from the starts that it has there."""
+class TrainingPGD(PGD):
+    """PGD from a start of training's.
 
-    def __init__(self, share: Share, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.share = share
+    Args:
+        share: the part of a joint batch that is attacked, from the starts that it has there; None for all of it.
+        start_ratio: radius in which the start is drawn, as a part of the ball's.
+        prior: perturbations to start at instead, where they have the shape of x.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        share: Share | None = None,
+        start_ratio: float = 1.0,
+        prior: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self.share, self.start_ratio, self.prior = share, start_ratio, prior
 
     def start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
+        if self.prior is not None and self.prior.shape == x.shape:
+            return self._projected(x + self.prior, x, eps)
+        eps = eps * self.start_ratio
+        if self.share is None or self.share.alone:
+            return super().start(x, eps, generator)
         rows, ours = self.share.joint_rows(len(x))
         joint_x, joint_eps = x.new_zeros(rows, *x.shape[1:]), eps.new_zeros(rows)
         joint_x[ours], joint_eps[ours] = x, eps

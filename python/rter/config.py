@@ -63,7 +63,12 @@ class Config:
     norm: str = _attack("Linf", "norm of the perturbation")
     eps: float = _attack(0.2, "radius of the perturbation, for images in [0, 1]; a number or a fraction such as 8/255")
     alpha_ratio: float = _attack(0.25, "step of the attack as a part of eps")
-    attack_steps: int = _attack(10, "steps of PGD in training")
+    attack_steps: int = _attack(10, "steps of PGD in training and in the measurements on held-out images")
+    train_attack: str = _attack("pgd", "attack in training: pgd, or one step of the gradient's sign: fgsm-rs (1.25 eps "
+                                "from a uniform start), n-fgsm (eps from noise of 2 eps, not clipped to the ball) or "
+                                "fgsm-pgi (eps from the last batch's perturbations)")  # fmt: skip
+    collapse: float = _attack(0.5, "a run that trains by single steps has collapsed, and stops, when the held-out "
+                              "accuracy under PGD is below this part of its best; 0: it goes on")  # fmt: skip
 
     method: str = _method("rt-er", "how to train: the formulas stand below")
     faithful: bool = _method(False, "take the settings of RT-ER's public code: hard gate, beta 6, no part of ours")
@@ -80,6 +85,7 @@ class Config:
     pgd_scale: float = _method(0.2, "the nine experts' PGD takes 10 to 50 steps times this")
 
     optimizer: str = _optimisation("adamw", "rule of the update")
+    label_smoothing: float = _optimisation(0.0, "part of each label that is spread over all classes, in the loss")
     batch_size: int = _optimisation(119, "training images per step, over all processes together")
     lr: float = _optimisation(1.5e-2, "peak of the learning rate")
     schedule: str = _optimisation("one-cycle", "course of the learning rate over the steps")

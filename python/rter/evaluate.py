@@ -90,6 +90,7 @@ def evaluate(run: TrainedRun, effort: Effort, progress: bool = False) -> dict[st
         "routes": "attacked" if model.num_experts > 1 else "none: the model has one expert",
         "epochs": config.epochs,
         "train_seconds": history[-1]["seconds"] if history else 0.0,
+        "collapsed": next((record["epoch"] for record in history if record.get("collapsed")), None),
         "weights": run.weights,
         "split": "held-out" if data.official_test is None else "test",
         "classes": list(data.names),

@@ -49,7 +49,11 @@ def set_rate(optimizer: torch.optim.Optimizer, config: Config, index: int, total
 
 
 class RunningMean:
-    """The exponential moving average of a model's weights; its first steps average over as many as there were."""
+    """The exponential moving average of a model's weights; its first steps average over as many as there were.
+
+    The statistics of batch norm are those of the model itself, which are running means already: so do Gowal et al.
+    (Uncovering the Limits of Adversarial Training, 2020) and PyTorch's AveragedModel.
+    """
 
     def __init__(self, model: RobustClassifier, decay: float) -> None:
         self.model, self.decay = copy.deepcopy(model), decay

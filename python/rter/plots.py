@@ -130,7 +130,7 @@ def learning(history: list[dict[str, Any]]) -> Figure:
     _percent(left)
     left.legend(loc="lower right")
     names = dict.fromkeys(name for record in history for name in record)  # a phase has terms of its own
-    terms = [name for name in names if name not in ("epoch", "loss", "seconds", "sa", "ra")]
+    terms = [name for name in names if name not in ("epoch", "loss", "seconds", "sa", "ra", "collapsed")]
     right.plot(epochs, [record["loss"] for record in history], color=INK, label="loss")
     for name, colour in zip(terms, (ORANGE, PURPLE, SKY, GREEN, BLUE, RED), strict=False):
         points = [(record["epoch"], record[name]) for record in history if name in record]

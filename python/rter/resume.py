@@ -38,6 +38,7 @@ class State:
         step: number of finished steps.
         best: greatest held-out accuracy so far.
         seconds: time spent in training steps.
+        priors: the perturbations that the next step's attacks start from, see `Step`.
         records: the loss terms of the steps of the epoch that is not finished.
         began: the circumstances in which the run began, or, where others went on with it, in which those did.
     """
@@ -48,6 +49,7 @@ class State:
     step: int = 0
     best: float = -1.0
     seconds: float = 0.0
+    priors: dict[str, Tensor] = field(default_factory=dict)
     records: list[dict[str, Tensor]] = field(default_factory=list)
     began: dict[str, int | str] = field(default_factory=circumstances)
 
@@ -57,6 +59,7 @@ class State:
         optimizer = self.optimizer.state_dict()
         for i, moments in optimizer["state"].items():
             tensors |= {f"optimizer/{i}/{name}": value for name, value in moments.items() if value is not None}
+        tensors |= {f"priors/{name}": prior for name, prior in self.priors.items()}
         if self.records:
             tensors |= {f"records/{name}": torch.stack([r[name] for r in self.records]) for name in self.records[0]}
         scalars = {name: getattr(self, name) for name in SCALARS}
@@ -70,7 +73,9 @@ class State:
         try:
             with safe_open(path, framework="pt") as file:
                 scalars = json.loads(file.metadata()["state"])
-                parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "records": {}}
+                parts: dict[str, dict[str, Tensor]] = {
+                    name: {} for name in ("model", "ema", "optimizer", "priors", "records")
+                }
                 for key in file.keys():  # noqa: SIM118, the file is no mapping
                     part, name = key.split("/", 1)
                     parts[part][name] = file.get_tensor(key)
@@ -90,6 +95,7 @@ class State:
             setattr(self, name, scalars[name])
         self.began |= scalars.get("began", {})
         where = next(self.model.parameters()).device
+        self.priors = {name: prior.to(where) for name, prior in parts["priors"].items()}
         columns = [[(name, value) for value in values.to(where).unbind()] for name, values in parts["records"].items()]
         self.records = [dict(record) for record in zip(*columns, strict=True)]
 

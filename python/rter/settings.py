@@ -15,13 +15,14 @@ else:
     import tomli as tomllib
 
 from rter.config import Config
-from rter.data import DATASETS
+from rter.data import DATASETS, DEFAULTS
 from rter.errors import UserError, did_you_mean
 from rter.methods import FAITHFUL, METHODS
 from rter.models import NETWORKS, ROUTERS
 from rter.notation import parse_augment, parse_normalize
 from rter.schedules import OPTIMIZERS, SCHEDULES
 from rter.strength import NORMS
+from rter.train_attacks import TRAIN_ATTACKS
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "data": tuple(DATASETS),
@@ -30,14 +31,16 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "gate": ("hard", "sigmoid", "softmax", "soft", "straight_through"),
     "dual_mix": ("logits", "probabilities"),
     "norm": NORMS,
+    "train_attack": TRAIN_ATTACKS,
     "method": tuple(METHODS),
     "second": ("random", "ranked"),
     "optimizer": tuple(OPTIMIZERS),
     "schedule": tuple(SCHEDULES),
     "amp": ("none", "bf16"),
 }
-OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # of each method and each network
-    name: owner.defaults for owners in (METHODS, NETWORKS) for name, owner in owners.items()
+OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # of each method, network and data set
+    **{name: owner.defaults for owners in (METHODS, NETWORKS) for name, owner in owners.items()},
+    **DEFAULTS,
 }
 ABSOLUTE = "data_dir_absolute"  # in a run's config.json beside data_dir, which stands there as it was given
 
@@ -57,12 +60,15 @@ def make_config(**given: Any) -> Config:
 
 
 def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Of every setting: the network's own, or RT-ER's public code's, or the method's, or that of all."""
+    """Of every setting: the network's own, or RT-ER's public code's, or the data set's, or the method's, or that of
+    all."""
     defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(Config)}
-    method, model = (str(chosen.get(name, defaults[name])) for name in ("method", "model"))
-    for own in (OWN_DEFAULTS.get(method, {}), FAITHFUL if chosen.get("faithful") else {}, OWN_DEFAULTS.get(model, {})):
-        defaults |= own
-    return defaults
+
+    def own(name: str) -> Mapping[str, Any]:
+        return OWN_DEFAULTS.get(str(chosen.get(name, defaults[name])), {})
+
+    faithful = FAITHFUL if chosen.get("faithful") else {}
+    return {**defaults, **own("method"), **own("data"), **faithful, **own("model")}
 
 
 def _check(config: Config) -> None:
@@ -83,9 +89,9 @@ def _check(config: Config) -> None:
             demand(field.name, getattr(config, field.name) < 2**limit, f"below 2^{limit}")
     demand("alpha_ratio", config.alpha_ratio <= 2, "at most 2: it is a part of eps, and 2 eps crosses the ball")
     demand("eps", config.eps <= 1 or config.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
-    for name in ("explore", "dual_alpha", "lr_low"):
+    for name in ("explore", "dual_alpha", "lr_low", "collapse"):
         demand(name, 0 <= getattr(config, name) <= 1, "between 0 and 1")
-    for name in ("momentum", "ema"):
+    for name in ("momentum", "ema", "label_smoothing"):
         demand(name, 0 <= getattr(config, name) < 1, "at least 0 and below 1")
     if config.schedule == "multi-step" and config.epochs:
         epochs = config.drops.split(",")
@@ -93,7 +99,14 @@ def _check(config: Config) -> None:
         demand("drops", valid, f"numbers below epochs, {config.epochs}, with commas between")
     for name in ("fgsm_reach", "pgd_scale"):
         demand(name, getattr(config, name) > 0, "above 0")
-    if METHODS[config.method].second_expert:
+    attack, method = config.train_attack, METHODS[config.method]
+    demand("train_attack", attack in method.attacks, f"{' or '.join(method.attacks)} for {config.method}")
+    if attack in ("n-fgsm", "fgsm-pgi"):
+        demand("norm", config.norm == "Linf", f"Linf with train_attack {attack}")
+    demand(
+        "eps", attack != "n-fgsm" or 3 * config.eps <= 1, "at most 1/3 with train_attack n-fgsm, which moves by 3 eps"
+    )
+    if method.second_expert:
         dense = ": one dense network is --method pgd-at --num-experts 1"
         demand("num_experts", config.num_experts > 1, f"at least 2 for {config.method}", dense)
         demand("gate", config.gate != "soft", f"one that chooses an expert for {config.method}")

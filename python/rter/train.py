@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rter import console
 from rter.checkpoint import (
     append_line,
     keep_lines,
@@ -37,7 +38,7 @@ from rter.models.build import build_model
 from rter.models.classifier import RobustClassifier
 from rter.models.initial import load_initial
 from rter.optimisation import RunningMean, make_optimizer, running_statistics, set_rate
-from rter.ranks import is_first
+from rter.ranks import is_first, num_processes
 from rter.resume import State, circumstances
 from rter.tensorboard import Board
 
@@ -97,7 +98,12 @@ class _Training:
     def __init__(self, config: Config, out: Path, data: Data, board: Board | None, expert_parallel: int = 1) -> None:
         self.config, self.out, self.data, self.board = config, out, data, board
         self.augment = make_augment(config)
-        self.share = Share.of(min(config.batch_size, len(data.train)))
+        if config.batch_size > len(data.train):
+            images = f"the number of training images, {len(data.train)}"
+            raise UserError(f"batch_size must be at most {images}, got {config.batch_size}")
+        if config.train_attack == "fgsm-pgi" and num_processes() > 1:
+            raise UserError("train_attack must not be fgsm-pgi with several processes, which each keep perturbations")
+        self.share = Share.of(config.batch_size)
         self.steps = len(data.train) // self.share.total  # per epoch
         model = build_model(config, data)
         if config.init:
@@ -110,6 +116,8 @@ class _Training:
         optimizer = make_optimizer(config, model)
         self.state = State(model, optimizer, RunningMean(model, config.ema) if config.ema else None)
         self.saved = time.monotonic()
+        self.collapsed = ""
+        self.told = 0.0  # the run's seconds at the end of the last epoch
 
     def run(self, save_every: float) -> bool:
         state, out, total = self.state, self.out, self.config.epochs * self.steps
@@ -120,6 +128,7 @@ class _Training:
         if is_first():
             keep_lines(out / "metrics.jsonl", state.step // self.steps)
             _note_differences(state.began, circumstances(), out)
+            self._take_up(read_lines(out / "metrics.jsonl") if state.step >= self.steps else [])
         state.began = circumstances()
         if total == 0:
             self._keep_initial()
@@ -140,17 +149,36 @@ class _Training:
                     loss = self._step(order[i * self.share.total : (i + 1) * self.share.total], epoch, total)
                     if i + 1 == self.steps:
                         progress.note(self._finish(epoch))
-                    stopped = self.share.any(bool(stop.asked), loss.device) and state.step < total
+                    asked = bool(stop.asked or self.collapsed)
+                    stopped = self.share.any(asked, loss.device) and state.step < total
                     overdue = time.monotonic() - self.saved >= save_every
                     if self._jointly(state.step == total or stopped or overdue):
                         state.save(out / "resume.safetensors")
                         self.saved = time.monotonic()
                     progress.update(fact=lambda loss=loss: f"loss {loss.item():.4g}")  # type: ignore[misc]
+                    if stopped and self.collapsed:
+                        raise UserError(self.collapsed)
                     if stopped:
                         raise Stopped(
                             f"stopped after step {state.step} of {total}, saved", stop.asked or signal.SIGTERM
                         )
+        if self.collapsed:
+            say(self.collapsed)
         return True
+
+    def _take_up(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Goes on after the epochs that are finished; a run that collapsed in the last of them does not."""
+        if lines:
+            self.told = lines[-1]["seconds"]
+            if lines[-1].get("collapsed") and self.config.collapse:
+                raise UserError(self._collapse(lines[-1]))
+
+    def _collapse(self, metrics: dict[str, Any]) -> str:
+        return (
+            f"the run in {self.out} collapsed in epoch {metrics['epoch']} (catastrophic overfitting): accuracy under "
+            f"PGD on held-out images {metrics['ra']:.3f} after {self.state.best:.3f}; best.safetensors is from before, "
+            "and --train-attack n-fgsm or pgd, or a smaller --lr, may help"
+        )
 
     def _keep_initial(self) -> None:
         """Writes the files of a run without an epoch."""
@@ -184,7 +212,7 @@ class _Training:
         state, config, share = self.state, self.config, self.share
         state.model.train()
         set_rate(state.optimizer, config, state.step, total)
-        step = Step(state.model, config, state.step, epoch=epoch, share=share)
+        step = Step(state.model, config, state.step, epoch=epoch, share=share, priors=state.priors)
         chance = torch.Generator().manual_seed(config.seed_for("augment", step.index))
         joint, ours = self.data.train[rows], slice(share.start, share.stop)
         batch = Split(self.augment(joint.x, chance)[ours], joint.y[ours])
@@ -229,12 +257,26 @@ class _Training:
             if metrics[best_by] > state.best:
                 state.best = metrics[best_by]
                 save_weights(out / "best.safetensors", model)
+            if config.train_attack != "pgd" and metrics["ra"] < config.collapse * state.best:
+                metrics["collapsed"] = True
+                self.collapsed = self._collapse(metrics)
         append_line(out / "metrics.jsonl", metrics)
         if evaluated:
             write_csv(out / "metrics.csv", read_lines(out / "metrics.jsonl"))
         if self.board:
             self.board.add(metrics)
-        return {name: f"{metrics[name]:.3f}" for name in ("loss", "sa", "ra") if name in metrics}
+        facts: dict[str, str] = {name: f"{metrics[name]:.3f}" for name in ("loss", "sa", "ra") if name in metrics}
+        self._say_epoch(metrics, facts)
+        return facts
+
+    def _say_epoch(self, metrics: dict[str, Any], facts: dict[str, str]) -> None:
+        """One line for an epoch that took longer than the time between two lines of progress."""
+        seconds, self.told = metrics["seconds"] - self.told, metrics["seconds"]
+        if seconds >= console.EVERY:
+            rate = self.steps * self.share.total / seconds
+            found = ", ".join(f"{name} {value}" for name, value in facts.items())
+            epoch = f"epoch {metrics['epoch']} of {self.config.epochs}"
+            say(f"{self.out.name}: {epoch} took {seconds:.0f} s, {rate:.3g} images/s: {found}")
 
 
 def _note_differences(before: dict[str, int | str], now: dict[str, int | str], out: Path) -> None:

@@ -34,6 +34,7 @@ def verdict(report: dict[str, Any]) -> str:
     """The line that an evaluation comes to."""
     low, high = report["intervals"]["verdict"]
     worst = report["worst_attack"]
+    collapsed = report.get("collapsed")  # reports from before it was watched, and those of other models, have none
     failed = [name for name, check in report["checks"].items() if not check["passed"]]
     return (
         f"Verdict: {report['verdict']:.1%} of the images withstand every attack of the {report['suite']} suite "
@@ -41,6 +42,7 @@ def verdict(report: dict[str, Any]) -> str:
         + (f", AutoAttack alone {report['aa']:.1%}" if report["aa"] is not None else "")
         + (f". Of what PGD leaves, {worst} breaks the most. " if worst != "pgd" else ". ")
         + (f"Checks that failed: {'; '.join(failed)}." if failed else "All checks passed.")
+        + (f" Training collapsed in epoch {collapsed}: catastrophic overfitting." if collapsed else "")
     )
 
 

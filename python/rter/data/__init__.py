@@ -1,9 +1,30 @@
 """Image data sets in [0, 1]. This list of them imports none, and so not torch."""
 
+from collections.abc import Mapping
+from typing import Any
+
 DATASETS = {  # load(folder, image_size) of each; 0 takes images in files of their own as they are
     "digits": "rter.data.digits:load",
     "cifar10": "rter.data.cifar10:load",
     "svhn": "rter.data.svhn:load",
     "tiny-imagenet": "rter.data.folders:load_tiny_imagenet",
     "image-folder": "rter.data.folders:load_image_folder",
+}
+# Settings for which a data set has a default of its own, which goes before a method's; all others are the digits'.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "cifar10": {
+        "model": "resnet18",
+        "eps": 8 / 255,
+        "augment": "flip,translate4",
+        "held_out": 500,
+        "eval_every": 1,
+        "epochs": 30,
+        "explore": 0.5,
+        "optimizer": "sgd",
+        "batch_size": 128,
+        "lr": 0.2,
+        "schedule": "one-cycle",
+        "weight_decay": 5e-4,
+        "ema": 0.999,
+    },
 }

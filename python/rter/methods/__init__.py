@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rter.train_attacks import SINGLE_STEPS, TRAIN_ATTACKS
+
 
 @dataclass(frozen=True)
 class Method:
@@ -13,12 +15,14 @@ class Method:
 
     Args:
         file: in this folder, without .py; the first line of its docstring is the formula, and its PASSES train.
+        attacks: which of `--train-attack` it can be given; PGD alone where it has an attack of its own, or none.
         best_by: the accuracy that names the best weights, "sa" or "ra".
         defaults: settings for which the method has a default of its own.
         second_expert: whether it needs a second-ranked expert, so two experts or more and a top-1 gate.
     """
 
     file: str
+    attacks: tuple[str, ...] = TRAIN_ATTACKS
     best_by: str = "ra"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     second_expert: bool = False
@@ -35,12 +39,16 @@ class Method:
 
 
 METHODS = {
-    "standard": Method("standard", best_by="sa"),
+    "standard": Method("standard", attacks=("pgd",), best_by="sa"),
     "pgd-at": Method("pgd_at"),
     "trades": Method("trades", defaults={"beta": 3.0}),
     "mart": Method("mart", defaults={"beta": 5.0}),
-    "fast-at": Method("fast_at", defaults={"weight_decay": 1.0, "explore": 1.0}),
-    "advmoe": Method("advmoe", defaults={"beta": 4.0}),
+    "fast-at": Method(
+        "fast_at",
+        attacks=tuple(SINGLE_STEPS),
+        defaults={"train_attack": "fgsm-rs", "weight_decay": 1.0, "explore": 1.0},
+    ),
+    "advmoe": Method("advmoe", attacks=("pgd",), defaults={"beta": 4.0}),
     "rt-er": Method("rt_er", second_expert=True),
     "dual": Method("dual", second_expert=True, defaults={"epochs": 40}),
     "jtdmoe": Method(
@@ -50,6 +58,7 @@ METHODS = {
     ),
     "nine-experts": Method(
         "nine_experts",
+        attacks=("pgd",),
         defaults={"num_experts": 9, "gate": "soft", "width": 8, "epochs": 36, "explore": 0.25, "attack_steps": 6},
     ),
 }

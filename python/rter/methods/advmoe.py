@@ -12,7 +12,6 @@ Their beta is 6 on CIFAR-10; the default is the digits'.
 from operator import attrgetter
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_kernels import Routing
 from moe_kernels.ops import kl_divergence
@@ -34,7 +33,7 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
         route = step.model.route(x)
         clean = step.model(x, routing=own or route)
         kl = kl_divergence(_pairs(clean, route), joint(step.model, x1)).mean()
-        return {"clean": F.cross_entropy(clean, y), "kl": step.config.beta * kl, **step.balance(x)}
+        return {"clean": step.cross_entropy(clean, y), "kl": step.config.beta * kl, **step.balance(x)}
 
     return loss
 

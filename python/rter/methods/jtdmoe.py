@@ -20,7 +20,6 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_kernels import Routing, attack_mode
 from moe_kernels.ops import kl_divergence
@@ -40,7 +39,7 @@ def _robust(step: Step, x: Tensor, y: Tensor) -> Loss:
         logits = all_forwards(torch.cat([attacked, x.repeat(E, 1, 1, 1)]))
         moe_adv, expert_adv, expert_clean = logits.split([len(x), E * len(x), E * len(x)])
         return {
-            "adversarial": F.cross_entropy(moe_adv, y),
+            "adversarial": step.cross_entropy(moe_adv, y),
             "kl": config.beta / len(x) * kl_divergence(expert_clean, expert_adv).sum(),
             **step.balance(x),
         }
@@ -54,7 +53,7 @@ def _standard(step: Step, x: Tensor, y: Tensor) -> Loss:
     own = step.own_route(x)
     with attack_mode(dual.robust), torch.no_grad():
         robust = dual.robust(x)
-    return lambda: {"clean": F.cross_entropy(dual.mix(dual.standard(x, routing=own), robust), y), **step.balance(x)}
+    return lambda: {"clean": step.cross_entropy(dual.mix(dual.standard(x, routing=own), robust), y), **step.balance(x)}
 
 
 PASSES = (

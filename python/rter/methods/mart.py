@@ -7,7 +7,6 @@ Source: Wang et al., Improving Adversarial Robustness Requires Revisiting Miscla
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_kernels.ops import kl_divergence
 from rter.methods.passes import Loss, Pass
@@ -23,7 +22,7 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
         strongest_other = adversarial.softmax(-1).scatter(1, y[:, None], 0).amax(1)
         p_y = clean.softmax(-1).gather(1, y[:, None])[:, 0]
         return {
-            "adversarial": F.cross_entropy(adversarial, y),
+            "adversarial": step.cross_entropy(adversarial, y),
             "margin": -(1.0001 - strongest_other).log().mean(),
             "kl": step.config.beta * (kl_divergence(clean, adversarial) * (1 - p_y)).mean(),
             **step.balance(x),

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_kernels import Routing
 from rter.methods.passes import Loss, Pass
@@ -50,7 +49,7 @@ def _apart(step: Step, x: Tensor, y: Tensor) -> Loss:
 
     def loss() -> dict[str, Tensor]:
         logits = model(own, routing=alone(range(9)))
-        each = F.cross_entropy(logits, y.repeat(9), reduction="none").view(9, B).mean(1)
+        each = torch.stack([step.cross_entropy(part, y) for part in logits.chunk(9)])
         return {"benign": each[0], "fgsm": each[1:5].sum(), "pgd": each[5:].sum()}
 
     return loss
@@ -60,7 +59,7 @@ def _together(step: Step, x: Tensor, y: Tensor) -> Loss:
     x1 = step.attack(step.model)(x, y)
 
     def loss() -> dict[str, Tensor]:
-        return {"clean": F.cross_entropy(step.model(x), y), "adversarial": F.cross_entropy(step.model(x1), y)}
+        return {"clean": step.cross_entropy(step.model(x), y), "adversarial": step.cross_entropy(step.model(x1), y)}
 
     return loss
 

@@ -4,7 +4,6 @@ Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Atta
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
@@ -13,7 +12,7 @@ from rter.methods.step import Step
 def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     route = step.own_route(x)
     x1 = step.attack(step.model)(x, y, routing=route)
-    return lambda: {"adversarial": F.cross_entropy(step.model(x1, routing=route), y), **step.balance(x)}
+    return lambda: {"adversarial": step.cross_entropy(step.model(x1, routing=route), y), **step.balance(x)}
 
 
 PASSES = (Pass(terms),)

@@ -18,7 +18,6 @@ Source: Zhang et al., Optimizing Robustness and Accuracy in Mixture of Experts: 
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_kernels import Routing
 from moe_kernels.ops import kl_divergence
@@ -37,9 +36,9 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     def loss() -> dict[str, Tensor]:
         moe_adv, second_adv, second_clean = three(torch.cat([x1, x2, x])).chunk(3)
         return {
-            "adversarial": F.cross_entropy(moe_adv, y),
+            "adversarial": step.cross_entropy(moe_adv, y),
             "kl": config.beta * kl_divergence(second_clean, second_adv).mean(),
-            "clean_second": config.clean_weight * F.cross_entropy(second_clean, y),
+            "clean_second": config.clean_weight * step.cross_entropy(second_clean, y),
             **step.balance(x),
         }
 

@@ -1,7 +1,6 @@
 """Standard training: L = CE(F(x), y) + lambda balance(x)."""
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
@@ -9,7 +8,7 @@ from rter.methods.step import Step
 
 def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     route = step.own_route(x)
-    return lambda: {"clean": F.cross_entropy(step.model(x, routing=route), y), **step.balance(x)}
+    return lambda: {"clean": step.cross_entropy(step.model(x, routing=route), y), **step.balance(x)}
 
 
 PASSES = (Pass(terms),)

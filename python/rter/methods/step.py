@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moe_kernels import Routing
 from rter.attack import make_attack
 from rter.config import Config
 from rter.distributed import Share
 from rter.models.classifier import DualClassifier, RobustClassifier, View
+from rter.train_attacks import SINGLE_STEPS
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Step:
     Args:
         share: the part of the joint batch that this process computes; None for all of it.
         found: what the attacks of this step have returned.
+        priors: where an attack keeps the perturbations that the next step starts from, by its number in a step.
         terms: the terms of the loss, as far as they have been computed, detached.
     """
 
@@ -30,6 +33,7 @@ class Step:
     epoch: int = field(kw_only=True)
     share: Share | None = None
     found: list[Tensor] = field(default_factory=list)
+    priors: dict[str, Tensor] = field(default_factory=dict)
     terms: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -53,17 +57,32 @@ class Step:
     def attack(
         self, model: nn.Module, *, eps: float | Tensor | None = None, steps: int | None = None, **options: Any
     ) -> Callable[..., Tensor]:
-        """The training attack: its last iterate, as in the papers, which also spares a forward."""
+        """The run's training attack, or PGD of so many steps where a method has an attack of its own.
+
+        It returns its last iterate, as in the papers, which also spares a forward.
+        """
         eps = self.config.eps if eps is None else eps
-        steps = self.config.attack_steps if steps is None else steps
+        single = SINGLE_STEPS.get(self.config.train_attack) if steps is None else None
+        number = str(len(self.found))
         options |= {"best_iterate": False, **({"share": self.share} if self.share else {})}
+        if single:
+            steps, eps = 1, single.radius * eps
+            options |= {"alpha_ratio": single.step / single.radius, "start_ratio": single.start / single.radius}
+            options |= {"random_start": True, "prior": self.priors.get(number)}
+        steps = self.config.attack_steps if steps is None else steps
         attack = make_attack(model, self.config, eps, steps, "attack", self.index, **options)
 
         def remembered(x: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
             self.found.append(attack(x, y, **kwargs))
+            if single and single.keeps:
+                self.priors[number] = self.found[-1] - x
             return self.found[-1]
 
         return remembered
+
+    def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The mean of a batch, with the run's label smoothing."""
+        return F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
     def own_route(self, x: Tensor) -> Routing | None:
         """While exploring, each image's first or second expert at random; afterwards None: the model routes."""

@@ -7,7 +7,6 @@ TRADES-MoE. Their beta is 6 on CIFAR-10; the default is the digits'.
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_kernels.ops import kl_divergence
 from rter.methods.passes import Loss, Pass
@@ -21,7 +20,7 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     def loss() -> dict[str, Tensor]:
         clean, adversarial = step.model(x, routing=route), step.model(x1, routing=route)
         kl = kl_divergence(clean, adversarial).mean()
-        return {"clean": F.cross_entropy(clean, y), "kl": step.config.beta * kl, **step.balance(x)}
+        return {"clean": step.cross_entropy(clean, y), "kl": step.config.beta * kl, **step.balance(x)}
 
     return loss
 
