@@ -95,6 +95,8 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
     copies: dict[int, Tensor | None] = {id(None): None}
     detached: dict[int, Any] = {}  # of what torch.func.functional_call has put there
     for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            _let_alone(module, stack)
         buffers = [(name, b) for name, b in module._buffers.items() if b is None or not is_lazy(b)]
         moving = [(name, p) for name, p in module._parameters.items() if p is not None and not p.is_leaf]
         modules.append((module, module.training, buffers, moving))
@@ -118,8 +120,6 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
                 if id(parameter) not in sharded:
                     gradients.append((parameter, parameter.grad))
                     parameter.grad = None
-    for ddp in (m for m in model.modules() if isinstance(m, DistributedDataParallel)):
-        _let_alone(ddp, stack)
 
 
 def _let_alone(ddp: Any, stack: ExitStack) -> None:

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_kernels import _checks as check
 from moe_kernels._recipes import Latest, Recipes
-from moe_kernels.attacks import rules
-from moe_kernels.attacks.rules import RULES, convolution
+from moe_kernels.attacks.rules import RULES, is_small
 
 # Norms keep their input, so that their result need not be kept, nor what is computed from it by the functions below it.
 NORMS = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.rms_norm, torch.rms_norm}
@@ -143,11 +142,11 @@ class RecomputingMode(LeanMode):
 def _by_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the rule of func gives, or NotImplemented."""
     rule, x = RULES[func], args[0] if args else kwargs.get("input")
-    if not isinstance(x, Tensor) or (x.numel() < rules.FEW and rule is not convolution) or not _applies():
-        return NotImplemented
-    if not _only_first_needs_grad(_tensors(args, kwargs)):
+    if not isinstance(x, Tensor):
         return NotImplemented
     try:
+        if is_small(rule, x, args) or not _applies() or not _only_first_needs_grad(_tensors(args, kwargs)):
+            return NotImplemented
         return rule(func, *args, **kwargs)
     except TypeError:  # arguments that func, too, may refuse, in its own words
         return NotImplemented

@@ -5,6 +5,7 @@ the piece (a bit, an index) but not the input, so that second derivatives are th
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,15 @@ from moe_kernels.ops.winograd_conv2d import is_emulated, saves_work
 aten = torch.ops.aten
 
 # An input of fewer elements is kept, and a convolution of fewer products left to torch: calls in Python take longer.
-FEW, LITTLE = 2**18, 2**25
+FEW, LITTLE = 2**18, 2**24
+
+
+def is_small(rule: Rule, x: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether a rule would not pay for itself, as far as sizes tell without a look at the other arguments."""
+    if rule is not convolution or len(args) < 2 or x.ndim < 3 or x.numel() >= FEW:
+        return x.numel() < FEW and rule is not convolution
+    of_channel, outputs = x.numel() // max(1, x.shape[1]), len(args[1])
+    return of_channel * outputs < FEW and 9 * x.numel() * outputs < LITTLE
 
 
 def convolution(
@@ -44,8 +53,8 @@ def convolution(
         much = len(input) * height * width * weight.numel() >= LITTLE
         if much and saves_work(input, weight, stride, pixels) and _fits_winograd(input, weight, bias):
             return _by_winograd(input, weight, bias, each(pixels, 2))
-    channels = max(1, input.shape[1])
-    if input.numel() // channels * max(channels, weight.shape[0]) < FEW:  # going in, or, but for strides, coming out
+    coming_out = input.numel() // max(1, input.shape[1]) * len(weight) // math.prod(each(stride, input.ndim - 2))
+    if max(input.numel(), coming_out) < FEW:
         return NotImplemented
     settings = (stride, pixels, dilation, False, 0, groups)
     return _lean_convolution(
