@@ -1,4 +1,4 @@
-// The gates of a routing, the same for every device: from logits to weights. No torch header.
+// The gates of a router, from logits to weights, the same for every device. No torch header: device code includes this.
 #pragma once
 
 #include <cmath>
@@ -9,24 +9,30 @@
 namespace moe {
 
 struct Gate {
-  bool sigmoid, ones, renormalize;  // ones: the forward weights are all equal
+  bool sigmoid;      // else softmax
+  bool ones;         // all weights of a row are equal in the forward (hard, straight_through)
+  bool renormalize;  // the weights of a row sum to 1
 };
 
+// The gate that `name` names: softmax, soft, sigmoid, hard or straight_through.
 inline Gate read_gate(const std::string& name, bool renormalize) {
   return {name == "sigmoid", name == "hard" || name == "straight_through", renormalize};
 }
 
+// 1 / (1 + exp(-x))
 template <class A>
 MOE_INLINE A sigmoid(A x) {
   return 1 / (1 + std::exp(-x));
 }
 
+// log(sigmoid(x)), without overflow and without cancellation
 template <class A>
 MOE_INLINE A log_sigmoid(A x) {
   return (x < 0 ? x : A(0)) - std::log1p(std::exp(-std::fabs(x)));
 }
 
-// One row's weights: sigmoid, or exp(score - shift) / total with the total over the chosen experts or over all.
+// The weight of one logit of a row: its sigmoid, or exp(score - shift) / total, where the total is over the chosen
+// experts if renormalised and over all experts otherwise, and the shift is the largest score.
 template <class A>
 struct GateWeight {
   Gate gate;

@@ -1,4 +1,4 @@
-// Arithmetic that host and device share: how its functions are marked.
+// How functions are marked that are compiled for the host and for a GPU.
 #pragma once
 
 #ifdef __CUDACC__

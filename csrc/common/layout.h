@@ -1,4 +1,4 @@
-// The two memory layouts of images: contiguous, and channels-last where the input is so and not contiguous as well.
+// The two memory layouts of images, contiguous and channels-last. A tensor that is both counts as contiguous.
 #pragma once
 
 #include "common/tensor.h"
@@ -7,6 +7,7 @@ namespace moe {
 
 using torch::headeronly::MemoryFormat;
 
+// t: any shape; true for [N, C, H, W] whose channels are innermost in memory
 inline bool is_channels_last(const Tensor& t) {
   if (t.dim() != 4 || t.is_contiguous()) return false;
   int64_t expected = 1;
@@ -21,16 +22,19 @@ inline MemoryFormat memory_format(bool channels_last) {
   return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
+// t: any shape -> t, or a copy in the given layout, which is [N, C, H, W] if channels_last
 inline Tensor as_layout(const Tensor& t, bool channels_last) {
   return torch::stable::contiguous(t, memory_format(channels_last));
 }
 
+// An uninitialised tensor [sizes] of the dtype and device of `like`, in the given layout.
 inline Tensor new_tensor(const Tensor& like, const Shape& sizes, bool channels_last) {
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               memory_format(channels_last));
 }
 
 // Checks a mask of one bit for each of `count` elements.
+//   bits: uint8 [ceil(count / 8)]
 inline void check_bits(const Tensor& bits, int64_t count) {
   const int64_t bytes = (count + 7) / 8;
   MOE_CHECK(bits.scalar_type() == ScalarType::Byte && bits.numel() == bytes, "bits must be uint8 of shape [", bytes,

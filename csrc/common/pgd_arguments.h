@@ -1,4 +1,4 @@
-// The arguments of pgd_step_, checked and brought into one layout, for every device.
+// The arguments of pgd_step_ on every device: checked, and brought into one layout.
 #pragma once
 
 #include <string>
@@ -9,7 +9,8 @@
 
 namespace moe {
 
-// t with the strides of `layout`, which has its shape: t itself where they agree, else a copy.
+// t, or a copy with the strides of `layout`.
+//   t, layout: one shape
 inline Tensor laid_out_like(const Tensor& t, const Tensor& layout) {
   const Shape steps = strides(layout);
   if (strides(t) == steps) return t;
@@ -19,15 +20,16 @@ inline Tensor laid_out_like(const Tensor& t, const Tensor& layout) {
   return torch::stable::copy_(out, t);
 }
 
-// One dense block of `batch` samples of `size` elements. eps and alpha are [1] or [batch], in the dtype of x. Given
-// mean and std [channels], also the model input, in the dtype of grad and the layout of x_adv.
+// `batch` samples of `size` elements each, dense in memory. Given mean and std, a tensor for the model's input as well.
+//   x_adv, grad, x: [B, ...] in one layout; eps, alpha: [1] or [B] in the dtype of x
+//   mean, std: [C] in the dtype of x, or none; model_input: like x_adv in the dtype of grad, or none
 struct PgdArguments {
   Norm norm;
   int64_t batch, size;
   Tensor x_adv, grad, x, eps, alpha;
   double low, high;
   OptionalTensor mean, std, model_input;
-  int64_t inner = 1;  // elements of a channel that lie side by side
+  int64_t inner = 1;  // neighbouring elements of one channel: 1 if channels-last, else the pixels of an image
 
   PgdArguments(const Tensor& x_adv_, const Tensor& grad_, const Tensor& x_, const Tensor& eps_, const Tensor& alpha_,
                const std::string& norm_, const std::vector<double>& bounds, const OptionalTensor& mean_ = std::nullopt,
@@ -75,13 +77,14 @@ struct PgdArguments {
     x = laid_out_like(x, x_adv);
   }
 
+  // Where the model input goes and how it is normalised; nowhere without mean and std.
   template <class T, class G>
   ModelInput<T, G> normalized() const {
     if (!model_input) return {};
     return {mutable_data<G>(*model_input), data<T>(*mean), data<T>(*std), mean->numel(), inner};
   }
 
-  // Hands the result back where x_adv had to be copied.
+  // Copies the result to target [B, ...], the user's x_adv, unless the step was made there.
   void write_back(Tensor& target) const {
     if (x_adv.data_ptr() != target.data_ptr()) torch::stable::copy_(target, x_adv);
   }

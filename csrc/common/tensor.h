@@ -1,4 +1,5 @@
-// What every operator needs of a tensor, once: aliases, checks, allocation, the dtype switch, calls into ATen.
+// What every operator needs of torch: aliases, checks, allocation, the switch over dtypes, calls into ATen. Through
+// torch's stable ABI alone.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -25,8 +26,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
-// Throws an error that reads as one line and, in Python, is a ValueError. Not inside parallel_for: there the message is
-// lost, so what a user can get wrong is checked before.
+// Throws an error of one line, a ValueError in Python. Not to be called inside parallel_for, which loses the message:
+// what a user can get wrong is checked before.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
@@ -42,11 +43,13 @@ template <class... Parts>
 inline Shape shape(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 inline Shape strides(const Tensor& t) { return {t.strides().begin(), t.strides().end()}; }
 
+// An uninitialised tensor [sizes] on the device of `like`, of its dtype unless another is given.
 inline Tensor new_tensor(const Tensor& like, const Shape& sizes, std::optional<ScalarType> dtype = std::nullopt) {
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-// Calls the ATen operator `name.overload`, e.g. the vendor GEMM behind aten::linear.out.
+// Calls the operator `name.overload`, such as aten::linear.out, behind which is the vendor's GEMM, and returns its
+// first n_out results: one as a Tensor, several as an array.
 template <size_t n_out = 1, class... Args>
 auto call_aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
@@ -61,7 +64,7 @@ auto call_aten(const char* name, const char* overload, const Args&... args) {
   }
 }
 
-// Switches autograd off for the current thread: worker threads start with it on.
+// Switches autograd off for the current thread while it lives: worker threads start with it on.
 class NoGrad {
  public:
   NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
@@ -73,6 +76,7 @@ class NoGrad {
   bool before_;
 };
 
+// t: any shape -> t, or a contiguous copy
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // The arithmetic type of a storage type: 16-bit floats are computed in float.
@@ -88,7 +92,8 @@ template <class T>
 using acc_t = typename Accumulate<T>::type;
 inline ScalarType accumulate_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
 
-// to = value, rounded, in a loop to vectorise: the assignment of a 16-bit float, which is a struct, is not.
+// to = value, rounded. For loops that are to be vectorised: the assignment of a 16-bit float, which is a struct, is
+// not.
 template <class T>
 inline void store(T& to, acc_t<T> value) {
   if constexpr (sizeof(T) == 2) {
@@ -98,10 +103,12 @@ inline void store(T& to, acc_t<T> value) {
   }
 }
 
-// The fewest items of `work` element operations each that are worth a thread.
+// The fewest items of a parallel_for's task, where an item takes `work` operations on elements: 32768 operations are
+// worth a thread.
 inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); }
 
-// The string argument of an operator. torch's own conversion to std::string (2.11 to 2.13) leaks a copy in every call.
+// The string argument of an operator, freed: torch's own conversion to std::string (2.11 to 2.13) leaks it in every
+// call.
 inline std::string take_string(StringHandle handle) {
   const char* chars;
   size_t length;
@@ -112,7 +119,7 @@ inline std::string take_string(StringHandle handle) {
   return out;
 }
 
-// Calls f with a value of the C++ type that `dtype` names.
+// Calls f with a zero of the C++ type that `dtype` names. `argument` is the name in the error message.
 template <class F>
 void dispatch_float(ScalarType dtype, const char* argument, F&& f) {
   switch (dtype) {
@@ -129,6 +136,7 @@ void dispatch_float(ScalarType dtype, const char* argument, F&& f) {
   }
 }
 
+// The elements of a tensor of any shape, in memory order.
 template <class T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

@@ -1,4 +1,4 @@
-// Work cut into blocks that depend on the data alone, so that any number of threads gives bitwise the same result.
+// Work cut into blocks that depend on the data alone, so that the result is bitwise the same for any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -8,23 +8,28 @@
 
 namespace moe {
 
-// Rows of a GEMM's block: a GEMM packs its weight anew for every call, so few blocks; threads share them, so several.
+// Rows of a GEMM's block. Every block packs the weight anew, so there should be few; threads share them, so there
+// should be several. With 256 rows instead of 128 `expert_linear` was a tenth faster (MKL's GEMM, AVX2, docs/facts.md).
 constexpr int64_t kGemmRows = 256;
-constexpr int64_t kGemmBand = 512;  // rows of a weight gradient's block, whose sum is over the batch
 
-// Views made without the dispatcher, whose calls take as long as a small GEMM. They do not keep t alive.
+// Rows of a block of a weight gradient [out, in], each of them a sum over the batch. 512 instead of 256 was predicted
+// from a profile to save 2 % of an MLP layer's step (AVX2, docs/facts.md).
+constexpr int64_t kWeightGradRows = 512;
+
+// A view [sizes] of t's memory with the given strides, from element `offset` of t on. It does not keep t alive. Made
+// without the dispatcher, one call of which takes as long as a small GEMM.
 inline Tensor view_at(const Tensor& t, int64_t offset, const Shape& sizes, const Shape& strides) {
   void* data = const_cast<void*>(t.const_data_ptr());
   return torch::stable::from_blob(data, sizes, strides, t.device(), t.scalar_type(), offset);
 }
 
-// t[begin : begin + count]
+// t: [N, ...] -> t[begin : begin + count]: [count, ...], a view that does not keep t alive
 inline Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) {
   Shape sizes = shape(t);
   sizes[0] = count;
   return view_at(t, begin * t.stride(0), sizes, strides(t));
 }
-// t[i]
+// t: [N, ...] -> t[i]: [...], a view that does not keep t alive
 inline Tensor item_of(const Tensor& t, int64_t i) {
   const Shape sizes = shape(t), steps = strides(t);
   return view_at(t, i * steps[0], {sizes.begin() + 1, sizes.end()}, {steps.begin() + 1, steps.end()});
@@ -32,15 +37,18 @@ inline Tensor item_of(const Tensor& t, int64_t i) {
 inline OptionalTensor item_of(const OptionalTensor& t, int64_t i) {
   return t ? OptionalTensor(item_of(*t, i)) : std::nullopt;
 }
+// matrix: [m, n] -> [n, m], a view that does not keep the matrix alive
 inline Tensor transposed(const Tensor& matrix) {
   return view_at(matrix, 0, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
 }
 
+// Rows [begin, begin + count) of a sorted batch, all of one expert.
 struct Block {
   int64_t expert, begin, count;
 };
 
-// The rows of every expert in blocks of at most `size`.
+// The rows of every expert in blocks of `size`, of which an expert's last may be smaller.
+//   offsets: [E + 1], rows [offsets[e], offsets[e + 1]) belong to expert e
 inline std::vector<Block> row_blocks(const std::vector<int64_t>& offsets, int64_t size) {
   std::vector<Block> blocks;
   for_each_expert(offsets, [&](int64_t e, int64_t begin, int64_t count) {
@@ -49,7 +57,9 @@ inline std::vector<Block> row_blocks(const std::vector<int64_t>& offsets, int64_
   return blocks;
 }
 
-// The same in even blocks of about kGemmRows.
+// The rows of every expert in equal blocks of about kGemmRows: 269 rows as blocks of 256 and 13 packed the weight twice
+// and left a thread waiting; with equal blocks an MLP layer's step went from 120 to 105 ms (docs/facts.md).
+//   offsets: [E + 1], rows [offsets[e], offsets[e + 1]) belong to expert e
 inline std::vector<Block> gemm_blocks(const std::vector<int64_t>& offsets) {
   std::vector<Block> blocks;
   for_each_expert(offsets, [&](int64_t e, int64_t begin, int64_t count) {
@@ -60,20 +70,21 @@ inline std::vector<Block> gemm_blocks(const std::vector<int64_t>& offsets) {
   return blocks;
 }
 
-// Calls work(i) for every i < count, in parallel: a thread that is done takes the next. Each makes its work by start().
-template <class Start>
-void share(int64_t count, const Start& start) {
+// Calls work(i) for every i in [0, count), in parallel, scheduled dynamically: a thread that has finished one takes the
+// next. Each thread has a `work` of its own, with its own scratch memory, from make_work().
+template <class MakeWork>
+void dynamic_parallel_for(int64_t count, const MakeWork& make_work) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
-    auto work = start();
+    auto work = make_work();
     for (int64_t i = next++; i < count; i = next++) work(i);
   });
 }
 
-// Runs f on every block, in parallel; ATen calls in it use one thread and record no gradient.
+// Calls f(block) for every block, in parallel; calls of ATen in it use one thread and record no gradient.
 template <class F>
 void for_each_block(const std::vector<Block>& blocks, F&& f) {
-  share(static_cast<int64_t>(blocks.size()), [&] {
+  dynamic_parallel_for(static_cast<int64_t>(blocks.size()), [&] {
     return [&](int64_t i) {
       NoGrad guard;
       f(blocks[i]);

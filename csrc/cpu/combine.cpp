@@ -1,13 +1,15 @@
-// Weighted sums of each row's k slots, and the two adjoints: every sum in fixed order, so the same for any threads.
+// Weighted sums of each row's k slots, and the two adjoints. Every sum has a fixed order, whatever the number of
+// threads.
 #include "common/combine_arguments.h"
 
 namespace moe {
 namespace {
 
-constexpr int64_t kColumns = 256;  // columns summed at a time: their accumulators stay in L1
-constexpr int64_t kTerms = 64;     // products summed before they join the total: rounding errors grow with n / 64
+constexpr int64_t kColumns = 256;  // columns that are summed at a time, in accumulators that stay in L1
+constexpr int64_t kSummands = 64;  // products summed before they join the total: rounding errors grow with n / 64
 
-// position [T, k] as a contiguous tensor, checked to hold each of the slots once.
+// The position as a contiguous tensor, after a check that it holds each of the slots once.
+//   position: int32 [T, k] with T * k = slots; returns the same numbers
 Tensor read_position(const Tensor& position, int64_t slots) {
   const Tensor dense = dense_position(position, slots);
   const int32_t* place = data<int32_t>(dense);
@@ -19,7 +21,8 @@ Tensor read_position(const Tensor& position, int64_t slots) {
   return dense;
 }
 
-// y [T * k, ...], weights [T, k], position [T, k] -> [T, ...]
+// out[t] = sum over i of weights[t, i] y[position[t, i]].
+//   y: [T * k, ...], weights: [T, k], position: int32 [T, k]; returns [T, ...]
 Tensor combine(const Tensor& y, const Tensor& weights, const Tensor& position) {
   const int64_t rows = position.size(0), k = position.size(1), width = row_width(y);
   const Tensor place = read_position(position, y.size(0)), dense = as_contiguous(y), scale = dense_weights(weights, y);
@@ -47,7 +50,8 @@ Tensor combine(const Tensor& y, const Tensor& weights, const Tensor& position) {
   return out;
 }
 
-// grad [T, ...], weights [T, k], position [T, k] -> [T * k, ...]
+// The gradient of y: dy[position[t, i]] = weights[t, i] grad[t].
+//   grad: [T, ...], weights: [T, k], position: int32 [T, k]; returns [T * k, ...]
 Tensor combine_input_grad(const Tensor& grad, const Tensor& weights, const Tensor& position) {
   const int64_t rows = position.size(0), k = position.size(1), width = row_width(grad);
   const Tensor place = read_position(position, rows * k), dense = as_contiguous(grad),
@@ -70,7 +74,8 @@ Tensor combine_input_grad(const Tensor& grad, const Tensor& weights, const Tenso
   return out;
 }
 
-// grad [T, ...], y [T * k, ...], position [T, k] -> [T, k]: the inner products of grad[t] and y[position[t, i]]
+// The gradient of the weights: dweights[t, i] = <grad[t], y[position[t, i]]>.
+//   grad: [T, ...], y: [T * k, ...], position: int32 [T, k]; returns [T, k]
 Tensor combine_weight_grad(const Tensor& grad, const Tensor& y, const Tensor& position) {
   const int64_t rows = position.size(0), k = position.size(1), width = row_width(y);
   check_weight_grad(grad, y);
@@ -85,10 +90,10 @@ Tensor combine_weight_grad(const Tensor& grad, const Tensor& y, const Tensor& po
       for (int64_t slot = first; slot < last; ++slot) {
         const T *a = g + slot / k * width, *b = src + p[slot] * width;
         acc_t<T> sum = 0;
-        for (int64_t c0 = 0; c0 < width; c0 += kTerms) {
+        for (int64_t c0 = 0; c0 < width; c0 += kSummands) {
           acc_t<T> part = 0;
 #pragma omp simd reduction(+ : part)
-          for (int64_t c = c0; c < std::min(c0 + kTerms, width); ++c) {
+          for (int64_t c = c0; c < std::min(c0 + kSummands, width); ++c) {
             part += static_cast<acc_t<T>>(a[c]) * static_cast<acc_t<T>>(b[c]);
           }
           sum += part;

@@ -1,5 +1,5 @@
-// Batch normalisation with statistics per expert; sums run in double over fixed blocks, so that they are accurate and
-// bitwise the same for any thread count.
+// Batch normalisation with statistics per expert. Sums are in double over fixed blocks, so that they are accurate and
+// bitwise the same for any number of threads.
 #include <algorithm>
 #include <cmath>
 
@@ -10,11 +10,12 @@ namespace moe {
 namespace {
 
 constexpr int64_t kRows = 16;      // rows summed before they join the total: rounding errors grow with n / 16
-constexpr int64_t kChannels = 64;  // channels a task sums at a time: its accumulators stay in L1
-constexpr int64_t kGrain = 16384;  // elements that a task handles at least
+constexpr int64_t kChannels = 64;  // channels that a task sums, in accumulators that stay in L1
+constexpr int64_t kGrain = 16384;  // fewest elements of a task that normalises
 
-// A batch as `lines` of `width` elements. Channels-last, a line is one pixel and its elements are the channels;
-// contiguous, a line is one (image, channel) plane and all its elements belong to that channel.
+// How a batch x [N, C, *] lies in memory: by pixel (channels-last, or one pixel per image), C channels of one pixel are
+// neighbours; otherwise by plane, all pixels of one channel of an image.
+//   offsets: int32 [E + 1] over the N images
 struct Batch {
   Batch(const Tensor& x, const Tensor& offsets, int64_t num_experts)
       : ranges(read_offsets(offsets, num_experts, x.size(0))), experts(num_experts), channels(x.size(1)) {
@@ -24,9 +25,10 @@ struct Batch {
     pixels = spatial;
   }
 
+  // Values of each channel that expert e normalises.
   int64_t values(int64_t e) const { return (ranges[e + 1] - ranges[e]) * pixels; }
 
-  std::vector<int64_t> ranges;
+  std::vector<int64_t> ranges;  // [E + 1]
   int64_t experts, channels, pixels;
   bool channels_last, by_pixel;
 };
@@ -35,7 +37,7 @@ ScalarType statistics_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// An optional [E, C] table in double.
+// t: [E, C] or none -> the same in double, or `otherwise` everywhere
 std::vector<double> table(const OptionalTensor& t, const Batch& batch, double otherwise) {
   const int64_t size = batch.experts * batch.channels;
   if (!t) return std::vector<double>(size, otherwise);
@@ -44,6 +46,7 @@ std::vector<double> table(const OptionalTensor& t, const Batch& batch, double ot
   return {p, p + size};
 }
 
+// values: [E * C] -> [E, C] in the dtype of the statistics of `like`
 Tensor to_tensor(const std::vector<double>& values, const Tensor& like, const Batch& batch) {
   Tensor out = new_tensor(like, {batch.experts, batch.channels}, statistics_type(like));
   dispatch_float(out.scalar_type(), "statistics", [&](auto zero) {
@@ -53,8 +56,9 @@ Tensor to_tensor(const std::vector<double>& values, const Tensor& like, const Ba
   return out;
 }
 
-// Sums of `first` and `second` of every element, a pair per (expert, channel). first(t, j) and second(t, j) take
-// t = expert * C + channel and the element's storage index j. Blocks have fixed borders and are added in order.
+// Sums first(t, j) and second(t, j) over the elements of every expert and channel, where t = expert * C + channel and j
+// is the element's index in memory. Blocks have fixed borders and are added in order.
+//   out_first, out_second: [E * C]
 template <class First, class Second>
 void sum_pairs(const Batch& batch, const First& first, const Second& second, std::vector<double>& out_first,
                std::vector<double>& out_second) {
@@ -62,11 +66,11 @@ void sum_pairs(const Batch& batch, const First& first, const Second& second, std
   out_first.assign(E * C, 0.0);
   out_second.assign(E * C, 0.0);
   if (batch.by_pixel) {
-    // A task is one expert and kChannels channels of it, its rows taken kRows at a time.
-    const int64_t bands = (C + kChannels - 1) / kChannels;
-    torch::stable::parallel_for(0, E * bands, 1, [&](int64_t begin, int64_t end) {
+    // A task is kChannels channels of one expert, whose pixels are summed kRows at a time.
+    const int64_t groups = (C + kChannels - 1) / kChannels;
+    torch::stable::parallel_for(0, E * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t e = task / bands, c0 = task % bands * kChannels, n = std::min(kChannels, C - c0);
+        const int64_t e = task / groups, c0 = task % groups * kChannels, n = std::min(kChannels, C - c0);
         const int64_t last = batch.ranges[e + 1] * S;
         double* a = out_first.data() + e * C + c0;
         double* b = out_second.data() + e * C + c0;
@@ -83,23 +87,23 @@ void sum_pairs(const Batch& batch, const First& first, const Second& second, std
       }
     });
   } else {
-    // A task is one channel of one expert; a plane's elements are added in kLanes interleaved sums.
-    constexpr int64_t kLanes = 16;
+    // A task is one channel of one expert. A plane is summed in kSums interleaved sums, which are then added as a tree.
+    constexpr int64_t kSums = 16;
     torch::stable::parallel_for(0, E * C, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t e = t / C, c = t % C;
         for (int64_t image = batch.ranges[e]; image < batch.ranges[e + 1]; ++image) {
-          double pa[kLanes] = {}, pb[kLanes] = {};
+          double pa[kSums] = {}, pb[kSums] = {};
           const int64_t base = (image * C + c) * S;
           int64_t s = 0;
-          for (; s + kLanes <= S; s += kLanes) {
-            for (int64_t l = 0; l < kLanes; ++l) {
+          for (; s + kSums <= S; s += kSums) {
+            for (int64_t l = 0; l < kSums; ++l) {
               pa[l] += first(t, base + s + l);
               pb[l] += second(t, base + s + l);
             }
           }
-          for (; s < S; ++s) pa[s % kLanes] += first(t, base + s), pb[s % kLanes] += second(t, base + s);
-          for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+          for (; s < S; ++s) pa[s % kSums] += first(t, base + s), pb[s % kSums] += second(t, base + s);
+          for (int64_t width = kSums / 2; width > 0; width /= 2) {
             for (int64_t l = 0; l < width; ++l) pa[l] += pa[l + width], pb[l] += pb[l + width];
           }
           out_first[t] += pa[0];
@@ -110,7 +114,7 @@ void sum_pairs(const Batch& batch, const First& first, const Second& second, std
   }
 }
 
-// Calls f(t, j) for every element: t = expert * C + channel, j its storage index.
+// Calls f(t, j) for every element, in parallel: t = expert * C + channel, j its index in memory.
 template <class F>
 void for_each_element(const Batch& batch, const F& f) {
   const int64_t C = batch.channels, S = batch.pixels;
@@ -131,8 +135,11 @@ void for_each_element(const Batch& batch, const F& f) {
   });
 }
 
-// x [N, C, *], weight and bias [E, C], running statistics [E, C] -> y in the layout of x, mean [E, C], var [E, C]:
-// the statistics that were used, in training the batch's (0 for an expert without rows), else the running ones.
+// y = (x - mean) / sqrt(var + eps) * weight + bias for each expert, with the statistics of the batch in training (0 for
+// an expert without images), else with the running ones.
+//   x: [N, C, *], weight, bias: [E, C] or none, running_mean, running_var: [E, C], unread in training
+//   offsets: int32 [E + 1]
+//   returns y of the shape and layout of x, and the statistics that were used, mean and var [E, C]
 std::tuple<Tensor, Tensor, Tensor> expert_batch_norm_forward(const Tensor& x, const OptionalTensor& weight,
                                                              const OptionalTensor& bias,
                                                              const OptionalTensor& running_mean,
@@ -151,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_batch_norm_forward(const Tensor& x, co
     T* dst = mutable_data<T>(y);
     const auto value = [&](int64_t j) { return static_cast<double>(static_cast<A>(src[j])); };
     if (training) {
-      // Two passes: the mean, then the squares about it with the correction for the mean's own rounding.
+      // Two passes: the mean, then the squared distances from it, corrected for the rounding of the mean itself.
       std::vector<double> sum, squares;
       const auto none = [](int64_t, int64_t) { return 0.0; };
       sum_pairs(batch, [&](int64_t, int64_t j) { return value(j); }, none, sum, squares);
@@ -174,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_batch_norm_forward(const Tensor& x, co
   return {y, to_tensor(mean, x, batch), to_tensor(var, x, batch)};
 }
 
-// grad, x [N, C, *], mean and var [E, C] -> sums of grad and of grad * (x - mean) / sqrt(var + eps), [E, C] each
+// The gradients of bias and weight, sums of grad and of grad * (x - mean) / sqrt(var + eps).
+//   grad, x: [N, C, *], mean, var: [E, C], offsets: int32 [E + 1]; returns dbias [E, C], dweight [E, C]
 std::tuple<Tensor, Tensor> expert_batch_norm_param_grad(const Tensor& grad, const Tensor& x, const Tensor& mean,
                                                         const Tensor& var, const Tensor& offsets, double eps) {
   const Batch batch(grad, offsets, mean.size(0));
@@ -195,9 +203,11 @@ std::tuple<Tensor, Tensor> expert_batch_norm_param_grad(const Tensor& grad, cons
   return {to_tensor(dbias, x, batch), to_tensor(dweight, x, batch)};
 }
 
-// grad [N, C, *] -> dx in the layout of grad. With constant statistics dx = grad * weight / sqrt(var + eps); where they
-// are the batch's own, x, mean and the two sums of expert_batch_norm_param_grad are given and
+// The gradient of x. Where the statistics are constants it is dx = grad * weight / sqrt(var + eps); where they are the
+// batch's own, x, mean and the results of expert_batch_norm_param_grad are given, and, with n values of the channel,
 // dx = weight / sqrt(var + eps) * (grad - dbias / n - (x - mean) / sqrt(var + eps) * dweight / n).
+//   grad: [N, C, *], x: [N, C, *] or none, weight, mean, dbias, dweight: [E, C] or none, var: [E, C]
+//   offsets: int32 [E + 1]; returns dx of the shape and layout of grad
 Tensor expert_batch_norm_input_grad(const Tensor& grad, const OptionalTensor& x, const OptionalTensor& weight,
                                     const OptionalTensor& mean, const Tensor& var, const OptionalTensor& dbias,
                                     const OptionalTensor& dweight, const Tensor& offsets, double eps) {

@@ -1,4 +1,5 @@
-// Sums of the rows of each expert, and of rows that share an index: fixed order, so bitwise the same for any threads.
+// Sums of the rows of each expert, and of rows that share an index. Every sum has a fixed order, so that the result is
+// bitwise the same for any number of threads.
 #include <algorithm>
 
 #include "common/tensor.h"
@@ -7,10 +8,10 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kColumns = 256;  // columns a task sums at a time: its accumulators stay in L1
+constexpr int64_t kColumns = 256;  // columns that a task sums, in accumulators that stay in L1
 constexpr int64_t kRows = 16;      // rows summed before they join the total: rounding errors grow with n / 16
 
-// x [N, D], offsets [E + 1] -> [E, D]
+// x: [N, D], offsets: int32 [E + 1]; returns [E, D]
 Tensor expert_sum(const Tensor& x, const Tensor& offsets) {
   const int64_t num_experts = offsets.size(0) - 1, width = x.size(1);
   const auto ranges = read_offsets(offsets, num_experts, x.size(0));
@@ -40,7 +41,8 @@ Tensor expert_sum(const Tensor& x, const Tensor& offsets) {
   return out;
 }
 
-// x [N, D], index [N] in [0, num_rows) -> [num_rows, D]: row r is the sum of x[j] over index[j] == r, by rising j.
+// Row r of the result is the sum of x[j] over the j with index[j] == r, in rising order of j.
+//   x: [N, D], index: int32 [N] in [0, num_rows); returns [num_rows, D]
 Tensor index_sum(const Tensor& x, const Tensor& index, int64_t num_rows) {
   const int64_t count = x.size(0), width = x.size(1);
   check_rows(index, count, num_rows);

@@ -1,59 +1,69 @@
-// Products of matrices on one core, in float whatever they are stored as: both are packed into the order in which the
-// innermost block reads them.
+// GEMM on one core, computed in float whatever the storage type: a and b are converted while they are packed into the
+// order in which the micro-kernel reads them. Blocking and names are BLIS's; the caller's blocks of rows stand for MC.
 #pragma once
-
-#include <memory>
 
 #include "cpu/blocks.h"
 #include "cpu/micro_kernel.h"
 #include "cpu/narrow.h"
+#include "cpu/scratch.h"
 
 namespace moe {
 
-// Terms of a sum at a time: 32 kB of one matrix stay in L1 or near it while the other's rows pass by.
-constexpr int64_t kDepth = 512;
-constexpr int64_t kBand = 4 * kPanel;  // columns that are packed at a time: the more, the fewer pages in turn
-constexpr int64_t kFewRows = 4;  // of a block; with fewer, the vendor's product, which packs nothing, is the faster
+// Depth that is packed at a time: a panel of b [kKc, kNr] is 32 kB with AVX2 and 64 kB with AVX-512, so it stays in L1
+// or L2 while the rows of a pass by.
+constexpr int64_t kKc = 512;
+// Columns of b that are packed at a time. Where b is transposed, few columns touch many pages: 64 instead of 16 took
+// the input gradient of 4 rows per expert from 4.6 to 2.4 ms (AVX2, docs/facts.md).
+constexpr int64_t kNc = 4 * kNr;
 
-// Element (i, j) is from[index(i) * row + j * column], where row or column is 1.
+// A strided matrix [rows, columns], contiguous along at least one of its axes: element (i, j) is
+// data[row(i) * row_stride + j * column_stride].
 template <class T>
 struct Matrix {
-  const T* from;
-  int64_t row, column;
-  const int32_t* rows = nullptr;  // index(i) is rows[i], or i
+  const T* data;
+  int64_t row_stride, column_stride;       // one of them is 1
+  const int32_t* gathered_rows = nullptr;  // [rows]: row(i) is gathered_rows[i]; null: row(i) is i
 
-  const T* at(int64_t i, int64_t j) const { return from + (rows ? rows[i] : i) * row + j * column; }
-  // Element (j, i) is this one's (i, first + j); not of gathered rows.
-  Matrix transposed(int64_t first) const { return {from + first * column, column, row}; }
+  const T* at(int64_t i, int64_t j) const {
+    return data + (gathered_rows ? gathered_rows[i] : i) * row_stride + j * column_stride;
+  }
+  // The transpose of columns [first, columns), [columns - first, rows]; the rows must not be gathered.
+  Matrix transposed(int64_t first) const { return {data + first * column_stride, column_stride, row_stride}; }
 };
 
+// to: [count] = from: [count], as float
 template <class T>
 MOE_INLINE void to_float(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
 }
 
-// The left matrix's [rows, depth] from column k0: row by row, or, where its columns are contiguous, tile by tile and in
-// a tile column by column.
+// Columns [k0, k0 + depth) of a, packed row by row, or, where a column is what is contiguous, tile by tile and within a
+// tile column by column.
+//   a: [rows, k]
+//   packed: [rows, depth], or [ceil(rows / kMr), depth, kMr], with the strides that multiply_panel takes
 template <class T>
-struct LeftPanel {
+struct PackedA {
   float* packed;
-  int64_t tile, row, column;
+  int64_t tile_stride, row_stride, column_stride;
 
-  LeftPanel(const Matrix<T>& a, int64_t rows, int64_t k0, int64_t depth, float* to)
-      : packed(to), tile(kGemmTile * depth), row(a.column == 1 ? depth : 1), column(a.column == 1 ? 1 : kGemmTile) {
-    if (a.column == 1) {
+  PackedA(const Matrix<T>& a, int64_t rows, int64_t k0, int64_t depth, float* to)
+      : packed(to),
+        tile_stride(kMr * depth),
+        row_stride(a.column_stride == 1 ? depth : 1),
+        column_stride(a.column_stride == 1 ? 1 : kMr) {
+    if (a.column_stride == 1) {
       for (int64_t i = 0; i < rows; ++i) to_float(a.at(i, k0), depth, to + i * depth);
       return;
     }
-    constexpr int64_t kAtOnce = 8;  // columns, which fill three lines of a tile
-    for (int64_t k = 0; k < depth; k += kAtOnce) {
-      const int64_t last = std::min(k + kAtOnce, depth);
-      for (int64_t i = 0; i < rows; i += kGemmTile) {
-        const int64_t count = std::min(kGemmTile, rows - i);
+    constexpr int64_t kColumns = 8;  // packed at a time: with AVX2 they fill three cache lines of a tile. Not measured
+    for (int64_t k = 0; k < depth; k += kColumns) {
+      const int64_t last = std::min(k + kColumns, depth);
+      for (int64_t i = 0; i < rows; i += kMr) {
+        const int64_t count = std::min(kMr, rows - i);
         for (int64_t c = k; c < last; ++c) {
-          float* const tile_column = to + i * depth + c * kGemmTile;
-          if (count == kGemmTile) {
-            to_float(a.at(i, k0 + c), kGemmTile, tile_column);
+          float* const tile_column = to + i * depth + c * kMr;
+          if (count == kMr) {
+            to_float(a.at(i, k0 + c), kMr, tile_column);
           } else {
             to_float(a.at(i, k0 + c), count, tile_column);
           }
@@ -63,109 +73,115 @@ struct LeftPanel {
   }
 };
 
-// The right matrix's [depth, width] from (k0, j0) as panels [depth, kPanel]. Nobody reads what becomes of columns
-// beyond the width: they are zero, lest they slow the product down.
+// Packs columns [j0, j0 + columns) of rows [k0, k0 + depth) of b into panels of kNr columns. Where the last panel has
+// fewer, the rest is zero: nobody reads its products, but denormal numbers left in memory would slow them down.
+//   b: [k, n] -> to: [ceil(columns / kNr), depth, kNr]
 template <class T>
-void pack_right(const Matrix<T>& b, int64_t k0, int64_t depth, int64_t j0, int64_t width, float* to) {
-  const int64_t whole = width / kPanel * kPanel, rest = width - whole;
+void pack_b(const Matrix<T>& b, int64_t k0, int64_t depth, int64_t j0, int64_t columns, float* to) {
+  const int64_t whole = columns / kNr * kNr, rest = columns - whole;
   float* const last = to + whole * depth;
-  if (rest > 0) std::fill(last, last + kPanel * depth, 0.f);
-  if (b.column != 1) {
-    for (int64_t j = 0; j < width; j += kPanel) {
-      copy_transposed(std::min(kPanel, width - j), depth, b.at(k0, j0 + j), b.column, to + j * depth, kPanel);
+  if (rest > 0) std::fill(last, last + kNr * depth, 0.f);
+  if (b.column_stride != 1) {
+    for (int64_t j = 0; j < columns; j += kNr) {
+      copy_transposed(std::min(kNr, columns - j), depth, b.at(k0, j0 + j), b.column_stride, to + j * depth, kNr);
     }
     return;
   }
-  constexpr int64_t kAhead = 8;  // rows lie too far apart for the machine to see which comes next
+  constexpr int64_t kAhead = 8;  // rows to prefetch: they lie too far apart for the hardware prefetcher to foresee
   for (int64_t k = 0; k < depth; ++k) {
     const T *const from = b.at(k0 + k, j0), *const ahead = b.at(k0 + std::min(k + kAhead, depth - 1), j0);
-    for (int64_t j = 0; j < whole; j += kPanel) {
+    for (int64_t j = 0; j < whole; j += kNr) {
       __builtin_prefetch(ahead + j);
-      to_float(from + j, kPanel, to + j * depth + k * kPanel);
+      to_float(from + j, kNr, to + j * depth + k * kNr);
     }
-    if (rest > 0) to_float(from + whole, rest, last + k * kPanel);
+    if (rest > 0) to_float(from + whole, rest, last + k * kNr);
   }
 }
 
-// What becomes of a panel's products: they join the sums of the depth before, and in the end are rounded once.
+// The epilogue of gemm for one panel of c: adds the sums of the depth so far and either keeps them in float or, at the
+// end of the depth, adds the bias and rounds once.
 template <class T>
-struct PanelSums {
-  const float* before;  // [rows, kPanel], or null
-  float* after;         // the same, or null at the end of the depth
-  T* out;
-  int64_t stride, width;
-  Lanes bias[2];
+struct PanelEpilogue {
+  const float* partial_in;      // [rows, kNr], or null at the beginning of the depth
+  float* partial_out;           // [rows, kNr], or null at the end of the depth
+  T* c;                         // [rows, columns], its rows `row_stride` elements apart
+  int64_t row_stride, columns;  // columns <= kNr
+  Lanes bias[2];                // [kNr], zero where there is none
 
-  void operator()(int64_t i, Lanes left, Lanes right) const {
-    if (before) {
-      left += load(before + i * kPanel);
-      right += load(before + i * kPanel + kLanes);
+  void operator()(int64_t i, Lanes low, Lanes high) const {
+    if (partial_in) {
+      low += load(partial_in + i * kNr);
+      high += load(partial_in + i * kNr + kLanes);
     }
-    if (after) {
-      store(after + i * kPanel, left);
-      store(after + i * kPanel + kLanes, right);
+    if (partial_out) {
+      store(partial_out + i * kNr, low);
+      store(partial_out + i * kNr + kLanes, high);
       return;
     }
-    left += bias[0];
-    right += bias[1];
-    T* const to = out + i * stride;
-    if (width == kPanel) {
-      write_lanes(to, left);
-      write_lanes(to + kLanes, right);
+    low += bias[0];
+    high += bias[1];
+    T* const to = c + i * row_stride;
+    if (columns == kNr) {
+      write_lanes(to, low);
+      write_lanes(to + kLanes, high);
       return;
     }
-    float row[kPanel];
-    store(row, left);
-    store(row + kLanes, right);
-    for (int64_t j = 0; j < width; ++j) store(to[j], row[j]);
+    float row[kNr];
+    store(row, low);
+    store(row + kLanes, high);
+    for (int64_t j = 0; j < columns; ++j) store(to[j], row[j]);
   }
 };
 
-// out [rows, width], whose rows are `stride` apart, = a [rows, depth] b [depth, width] + bias [width] if there is one.
+// c = a b + bias, on the calling thread.
+//   a: [m, k], b: [k, n], bias: [n] or null
+//   c: [m, n], its rows `c_stride` elements apart
 template <class T>
-void multiply(int64_t rows, int64_t width, int64_t depth, const Matrix<T>& a, const Matrix<T>& b, const T* bias, T* out,
-              int64_t stride) {
-  const int64_t passes = std::max<int64_t>(1, (depth + kDepth - 1) / kDepth);
-  const int64_t step = std::max<int64_t>(1, (depth + passes - 1) / passes);
-  const Floats left((rows + kGemmTile) * step), right(kBand * step), sums(passes > 1 ? rows * (width + kPanel) : 0);
-  for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += step) {
-    const int64_t terms = std::min(step, depth - k0);
-    const LeftPanel<T> factors(a, rows, k0, terms, left);
-    const bool last = k0 + step >= depth;
-    for (int64_t band = 0; band < width; band += kBand) {
-      const int64_t end = std::min(band + kBand, width);
-      pack_right(b, k0, terms, band, end - band, right);
-      for (int64_t j = band; j < end; j += kPanel) {
-        const int64_t count = std::min(kPanel, width - j);
-        float shift[kPanel] = {};
-        if (bias) to_float(bias + j, count, shift);
-        const PanelSums<T> sum{
-            k0 > 0 ? sums + j * rows : nullptr, last ? nullptr : sums + j * rows, out + j, stride, count,
+void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, const T* bias, T* c,
+          int64_t c_stride) {
+  const int64_t passes = std::max<int64_t>(1, (k + kKc - 1) / kKc);
+  const int64_t kc = std::max<int64_t>(1, (k + passes - 1) / passes);
+  const ScratchFloats packed_a((m + kMr) * kc), packed_b(kNc * kc), partial(passes > 1 ? m * (n + kNr) : 0);
+  for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kc) {
+    const int64_t depth = std::min(kc, k - k0);
+    const PackedA<T> rows_of_a(a, m, k0, depth, packed_a);
+    const bool last = k0 + kc >= k;
+    for (int64_t j0 = 0; j0 < n; j0 += kNc) {
+      const int64_t end = std::min(j0 + kNc, n);
+      pack_b(b, k0, depth, j0, end - j0, packed_b);
+      for (int64_t j = j0; j < end; j += kNr) {
+        const int64_t columns = std::min(kNr, n - j);
+        float shift[kNr] = {};
+        if (bias) to_float(bias + j, columns, shift);
+        const PanelEpilogue<T> epilogue{
+            k0 > 0 ? partial + j * m : nullptr, last ? nullptr : partial + j * m, c + j, c_stride, columns,
             {load(shift), load(shift + kLanes)}};
-        multiply_tiles(rows, terms, factors.packed, factors.tile, factors.row, factors.column,
-                       right + (j - band) * terms, sum);
+        multiply_panel(m, depth, rows_of_a.packed, rows_of_a.tile_stride, rows_of_a.row_stride, rows_of_a.column_stride,
+                       packed_b + (j - j0) * depth, epilogue);
       }
     }
   }
 }
 
-// Calls f with a value of the C++ type and returns true where `multiply` is the fastest product: in 16 bits where the
-// CPU has no such arithmetic, in float where the blocks are not too small and MKL is no better: it has kernels for
-// AVX-512 that it takes on Intel's CPUs alone (on an AMD EPYC of Zen 5 it reaches half of ours). In double and
-// elsewhere the vendor's is.
-template <class F>
-bool dispatch_multiply(ScalarType dtype, const std::vector<Block>& blocks, F&& f) {
+// Mean rows of a block below which the vendor's float GEMM, which packs nothing, is the faster.
+constexpr int64_t kFewRows = 4;
+
+// Whether a GEMM of ATen's is faster than `gemm` for these blocks of rows.
+//   In double it always is: ours computes in float.
+//   In 16 bits it is where the CPU multiplies them itself; elsewhere ATen emulates them, and ours converts as it packs.
+//   In float it is for blocks of few rows, and where MKL uses AVX-512, which it does on Intel's CPUs alone: on an AMD
+//   EPYC (Zen 5), 2048 x 512 x 1024 with 8 experts, it has 74 GFLOP/s and ours 146 (docs/facts.md); on an Intel CPU
+//   with AVX-512 not measured.
+inline bool vendor_gemm_is_faster(ScalarType dtype, const std::vector<Block>& blocks) {
+  if (dtype != ScalarType::Float) return multiplies_natively(dtype);
 #ifdef __x86_64__
-  static const bool vendors = __builtin_cpu_supports("avx512f") && __builtin_cpu_is("intel");
+  static const bool vendor_uses_full_vectors = __builtin_cpu_supports("avx512f") && __builtin_cpu_is("intel");
 #else
-  constexpr bool vendors = true;
+  constexpr bool vendor_uses_full_vectors = true;  // not measured
 #endif
   int64_t rows = 0;
   for (const Block& b : blocks) rows += b.count;
-  const bool few = rows < kFewRows * static_cast<int64_t>(blocks.size());
-  if (dtype == ScalarType::Float ? vendors || few : multiplies_natively(dtype)) return false;
-  dispatch_narrow(dtype, "x", f);
-  return true;
+  return vendor_uses_full_vectors || rows < kFewRows * static_cast<int64_t>(blocks.size());
 }
 
 }  // namespace moe

@@ -1,4 +1,4 @@
-// Stable counting sort of the slots by expert; the stable order is unique, so any number of threads finds the same one.
+// Stable counting sort of the slots by expert. The stable order is unique, so any number of threads finds the same one.
 #include <limits>
 #include <tuple>
 
@@ -7,9 +7,10 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kSlots = 4096;  // fewest slots that a block counts on its own
+constexpr int64_t kSlots = 4096;  // fewest slots of a block, which has a histogram of its own
 
-// Every id lies in [0, num_experts).
+// Checks that every id lies in [0, num_experts).
+//   ids: [slots]
 template <class Id>
 void check_ids(const Id* ids, int64_t slots, int64_t num_experts) {
   if (slots == 0) return;
@@ -21,7 +22,8 @@ void check_ids(const Id* ids, int64_t slots, int64_t num_experts) {
   MOE_CHECK(low >= 0 && high < num_experts, "experts must lie in [0, ", num_experts, "), got ", low < 0 ? low : high);
 }
 
-// ids [N] -> order [N], position [N], offsets [E + 1]
+// order: the slots, sorted by expert; position: the inverse permutation; offsets: where each expert's slots begin.
+//   ids: [slots] in [0, num_experts) -> order: [slots], position: [slots], offsets: [num_experts + 1]
 template <class Id>
 void counting_sort(const Id* ids, int64_t slots, int64_t num_experts, int32_t* order, int32_t* position,
                    int32_t* offsets) {
@@ -48,7 +50,7 @@ void counting_sort(const Id* ids, int64_t slots, int64_t num_experts, int32_t* o
   });
 }
 
-// experts [T, k] or [T] -> order [T * k], position like experts, offsets [E + 1]
+// experts: int32 or int64 [T, k] or [T]; returns int32 order [T * k], position like experts, offsets [num_experts + 1]
 std::tuple<Tensor, Tensor, Tensor> group_by_expert(const Tensor& experts, int64_t num_experts) {
   const int64_t slots = experts.numel();
   MOE_CHECK(slots <= std::numeric_limits<int32_t>::max(), "experts must have fewer than 2^31 elements, got ", slots);

@@ -1,4 +1,4 @@
-// The operands of a grouped linear layer, as the GEMM reads them: the rows of a batch sorted by expert, and each
+// The operands of a grouped linear layer as the GEMM reads them: the rows of a batch sorted by expert, and each
 // expert's weight and bias.
 #pragma once
 
@@ -6,7 +6,8 @@
 
 namespace moe {
 
-// The rows of x [T, columns] that sorted slots read: x[j], or x[rows[j]].
+// The rows of the sorted batch: slot j holds row rows[j] of x, or row j where there are no rows.
+//   x: [T, columns], rows: [N] or none
 template <class T>
 class SortedRows {
  public:
@@ -14,6 +15,7 @@ class SortedRows {
       : x_(x.stride(1) == 1 ? x : as_contiguous(x)),
         rows_(rows ? OptionalTensor(as_contiguous(*rows)) : std::nullopt) {}
 
+  // The slots from `slot` on: [N - slot, columns].
   Matrix<T> from(int64_t slot) const {
     if (rows_) return {data<T>(x_), x_.stride(0), 1, data<int32_t>(*rows_) + slot};
     return {data<T>(x_) + slot * x_.stride(0), x_.stride(0), 1};
@@ -24,7 +26,9 @@ class SortedRows {
   OptionalTensor rows_;
 };
 
-// A linear map for each expert: weight [E, out, in] and bias [E, out] or none, of which `multiply` can read any.
+// A linear map for each expert. A weight whose rows or columns are contiguous is read where it lies, any other is
+// copied.
+//   weight: [E, out, in], bias: [E, out] or none
 template <class T>
 class LinearMaps {
  public:
@@ -34,13 +38,14 @@ class LinearMaps {
         out_(weight.size(1)),
         in_(weight.size(2)) {}
 
-  // The rows of out [N, out] in a block, from as many rows of x.
-  void apply(const Block& b, const Matrix<T>& x, const Tensor& out) const {
-    const bool turned = weight_.stride(2) != 1 && weight_.stride(1) == 1;
-    const Matrix<T> matrix{data<T>(weight_) + b.expert * weight_.stride(0), turned ? weight_.stride(2) : 1,
-                           turned ? 1 : weight_.stride(1)};
-    multiply(b.count, out_, in_, x, matrix, bias_ ? data<T>(*bias_) + b.expert * out_ : nullptr,
-             mutable_data<T>(out) + b.begin * out_, out_);
+  // Rows [b.begin, b.begin + b.count) of y: x weight[b.expert]^T + bias[b.expert].
+  //   x: [b.count, in], y: [N, out], contiguous
+  void apply(const Block& b, const Matrix<T>& x, const Tensor& y) const {
+    const bool column_major = weight_.stride(2) != 1 && weight_.stride(1) == 1;
+    const Matrix<T> transposed_weight{data<T>(weight_) + b.expert * weight_.stride(0),
+                                      column_major ? weight_.stride(2) : 1, column_major ? 1 : weight_.stride(1)};
+    gemm(b.count, out_, in_, x, transposed_weight, bias_ ? data<T>(*bias_) + b.expert * out_ : nullptr,
+         mutable_data<T>(y) + b.begin * out_, out_);
   }
 
  private:

@@ -1,4 +1,4 @@
-// KL(softmax(clean) || softmax(adv)) per row, from logits, in log space.
+// KL(softmax(clean) || softmax(adv)) of each row of logits, computed from logarithms of the probabilities.
 #include <cmath>
 
 #include "common/kl_arguments.h"
@@ -6,9 +6,10 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kGrain = 1 << 12;  // logits that are worth a thread
+constexpr int64_t kGrain = 1 << 12;  // fewest logits of a task
 
-// log(softmax) of one row, in double: rows are short and differences of logarithms cancel.
+// log(softmax) of one row. In double, since differences of logarithms cancel, and since short rows make that cheap.
+//   row: [classes]
 template <class T>
 struct LogSoftmax {
   const T* logits;
@@ -25,7 +26,7 @@ struct LogSoftmax {
   double operator[](int64_t c) const { return load(logits[c]) - top - log_sum; }
 };
 
-// The clean distribution p and the adversarial distribution q of one sample.
+// The clean distribution p and the adversarial distribution q of one sample, over `classes` classes.
 template <class T>
 struct Row {
   int64_t classes;
@@ -41,7 +42,8 @@ struct Row {
   }
 };
 
-// Calls f(b, Row) for every row of the batch.
+// Calls f(b, Row) for every row b of the batch.
+//   clean, adv: [B, C], contiguous
 template <class T, class F>
 void for_each_row(const Tensor& clean, const Tensor& adv, F&& f) {
   const int64_t classes = clean.size(1);
@@ -54,7 +56,7 @@ void for_each_row(const Tensor& clean, const Tensor& adv, F&& f) {
                               });
 }
 
-// clean, adv [B, C] -> [B]
+// clean_logits, adv_logits: [B, C]; returns [B]
 Tensor kl_divergence(const Tensor& clean_logits, const Tensor& adv_logits) {
   check_logits(clean_logits, adv_logits);
   const Tensor clean = as_contiguous(clean_logits), adv = as_contiguous(adv_logits);
@@ -68,7 +70,7 @@ Tensor kl_divergence(const Tensor& clean_logits, const Tensor& adv_logits) {
   return out;
 }
 
-// grad [B], clean, adv [B, C] -> dclean, dadv [B, C], each empty where it is not needed
+// grad: [B], clean_logits, adv_logits: [B, C]; returns their gradients [B, C], each [0] where it is not needed
 std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad, const Tensor& clean_logits,
                                                   const Tensor& adv_logits, bool clean_needs, bool adv_needs) {
   check_logits(clean_logits, adv_logits);

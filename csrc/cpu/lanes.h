@@ -1,111 +1,60 @@
-// As many floats at a time as a register holds at the level that is compiled for.
+// Vectors of floats for the level that is compiled for (GCC's vector extensions), and their conversion from and to the
+// storage types: load and store keep float as it is, read converts to float, write rounds to the storage type.
 #pragma once
-
-#include <memory>
-#include <vector>
 
 #include "common/inline.h"
 #include "common/tensor.h"
 
 namespace moe {
 
-// No template argument: as such, these types lose their attributes, and with them the right to lie anywhere.
-typedef float Eight __attribute__((vector_size(8 * sizeof(float)), aligned(sizeof(float)), may_alias));
+// Eight floats at any address. Not to be used as a template argument: GCC then drops the attributes, and with them the
+// permission to be unaligned and to alias.
+typedef float Lanes8 __attribute__((vector_size(8 * sizeof(float)), aligned(sizeof(float)), may_alias));
 
-inline Eight load_eight(const float* from) { return *reinterpret_cast<const Eight*>(from); }
-inline void store(float* to, Eight value) { *reinterpret_cast<Eight*>(to) = value; }
+// from: [8] -> the vector
+inline Lanes8 load8(const float* from) { return *reinterpret_cast<const Lanes8*>(from); }
+// to: [8] = the vector
+inline void store(float* to, Lanes8 value) { *reinterpret_cast<Lanes8*>(to) = value; }
 
+// The widest vector: kLanes floats, 16 with AVX-512 and 8 below. broadcast(v) is v in every lane; a list in braces,
+// since Lanes{} + v is an addition (-0 + 0 is not -0), which took half of the micro-kernel's speed (docs/facts.md).
 #ifdef __AVX512F__
 typedef float Lanes __attribute__((vector_size(16 * sizeof(float)), aligned(sizeof(float)), may_alias));
 
+// from: [kLanes] -> the vector
 inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
+// to: [kLanes] = the vector
 inline void store(float* to, Lanes value) { *reinterpret_cast<Lanes*>(to) = value; }
 inline Lanes broadcast(float v) { return Lanes{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
 #else
-typedef Eight Lanes;
+typedef Lanes8 Lanes;
 
-inline Lanes load(const float* from) { return load_eight(from); }
+// from: [kLanes] -> the vector
+inline Lanes load(const float* from) { return load8(from); }
 inline Lanes broadcast(float v) { return Lanes{v, v, v, v, v, v, v, v}; }
 #endif
 constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
 
-// Floats from the beginning of a cache line on, for work within one call. A thread keeps the memory of its last calls:
-// a page that the system hands out anew costs a write 0.5 to 2 us, which made a convolution of four small images four
-// times slower (docs/facts.md).
-class Floats {
- public:
-  explicit Floats(int64_t count) : lines_(spare().take(count / kLine + 1)) {}
-  Floats(Floats&&) = default;
-  Floats& operator=(Floats&&) = delete;
-  ~Floats() {
-    if (lines_.data) spare().keep(std::move(lines_));
-  }
-  static Floats zeros(int64_t count) {
-    Floats floats(count);
-    std::fill(floats + 0, floats + count, 0.f);
-    return floats;
-  }
-  operator float*() const { return lines_.data[0].values; }
-
- private:
-  static constexpr int64_t kLine = 16;
-  struct alignas(64) Line {
-    float values[kLine];
-  };
-  struct Lines {
-    std::unique_ptr<Line[]> data;
-    int64_t count;
-  };
-  // At most 16 MB, the last that were given back.
-  class Spare {
-   public:
-    Lines take(int64_t count) {
-      auto best = lines_.end();
-      for (auto it = lines_.begin(); it != lines_.end(); ++it) {
-        if (it->count >= count && (best == lines_.end() || it->count < best->count)) best = it;
-      }
-      if (best == lines_.end() || best->count > 4 * count) return {std::unique_ptr<Line[]>(new Line[count]), count};
-      Lines found = std::move(*best);
-      lines_.erase(best);
-      total_ -= found.count;
-      return found;
-    }
-    void keep(Lines lines) {
-      total_ += lines.count;
-      lines_.push_back(std::move(lines));
-      for (; total_ > kMost; lines_.erase(lines_.begin())) total_ -= lines_.front().count;
-    }
-
-   private:
-    static constexpr int64_t kMost = (16 << 20) / sizeof(Line);
-    std::vector<Lines> lines_;
-    int64_t total_ = 0;
-  };
-  static Spare& spare() {
-    static thread_local Spare spare;
-    return spare;
-  }
-
-  Lines lines_;
-};
-
+// from: [8] of a storage type -> the values as float
 template <class T>
-MOE_INLINE Eight read_eight(const T* from) {
+MOE_INLINE Lanes8 read8(const T* from) {
   float values[8];
   for (int i = 0; i < 8; ++i) values[i] = static_cast<float>(from[i]);
-  return load_eight(values);
+  return load8(values);
 }
-MOE_INLINE Eight read_eight(const float* from) { return load_eight(from); }
+MOE_INLINE Lanes8 read8(const float* from) { return load8(from); }
 
+// to: [8] of a storage type = the values, rounded
 template <class T>
-MOE_INLINE void write_eight(T* to, Eight lanes) {
+MOE_INLINE void write8(T* to, Lanes8 lanes) {
   float values[8];
   store(values, lanes);
 #pragma omp simd
   for (int i = 0; i < 8; ++i) store(to[i], values[i]);
 }
-MOE_INLINE void write_eight(float* to, Eight lanes) { store(to, lanes); }
+MOE_INLINE void write8(float* to, Lanes8 lanes) { store(to, lanes); }
 
+// to: [kLanes] of a storage type = the values, rounded
 template <class T>
 MOE_INLINE void write_lanes(T* to, Lanes lanes) {
   float values[kLanes];
@@ -115,18 +64,21 @@ MOE_INLINE void write_lanes(T* to, Lanes lanes) {
 }
 MOE_INLINE void write_lanes(float* to, Lanes lanes) { store(to, lanes); }
 
+// Lane i of the result is element kFrom[i] of the sixteen of a and b.
 template <int... kFrom>
-MOE_INLINE Eight shuffle(Eight a, Eight b) {
+MOE_INLINE Lanes8 shuffle(Lanes8 a, Lanes8 b) {
 #ifdef __clang__
   return __builtin_shufflevector(a, b, kFrom...);
 #else
-  typedef int32_t Mask __attribute__((vector_size(sizeof(Eight))));
+  typedef int32_t Mask __attribute__((vector_size(sizeof(Lanes8))));
   return __builtin_shuffle(a, b, Mask{kFrom...});
 #endif
 }
 
-MOE_INLINE void transpose(Eight r[8]) {
-  Eight pairs[8], fours[8];
+// r: [8, 8] = its transpose, row i in r[i]: first pairs of rows are interleaved, then pairs of those, then halves
+// joined.
+MOE_INLINE void transpose(Lanes8 r[8]) {
+  Lanes8 pairs[8], fours[8];
   for (int i = 0; i < 8; i += 2) {
     pairs[i] = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(r[i], r[i + 1]);
     pairs[i + 1] = shuffle<2, 10, 3, 11, 6, 14, 7, 15>(r[i], r[i + 1]);
@@ -143,20 +95,22 @@ MOE_INLINE void transpose(Eight r[8]) {
   }
 }
 
-// to [columns, rows] = from [rows, columns] transposed; rows of either are as far apart as the steps say.
+// to = the transpose of from, in blocks of 8 x 8.
+//   from: [rows, columns], its rows `from_stride` elements apart
+//   to: [columns, rows], its rows `to_stride` elements apart
 template <class To, class From>
-void copy_transposed(int64_t rows, int64_t columns, const From* from, int64_t from_step, To* to, int64_t to_step) {
+void copy_transposed(int64_t rows, int64_t columns, const From* from, int64_t from_stride, To* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; i += 8) {
     for (int64_t j = 0; j < columns; j += 8) {
       if (i + 8 <= rows && j + 8 <= columns) {
-        Eight block[8];
-        for (int k = 0; k < 8; ++k) block[k] = read_eight(from + (i + k) * from_step + j);
+        Lanes8 block[8];
+        for (int k = 0; k < 8; ++k) block[k] = read8(from + (i + k) * from_stride + j);
         transpose(block);
-        for (int k = 0; k < 8; ++k) write_eight(to + (j + k) * to_step + i, block[k]);
+        for (int k = 0; k < 8; ++k) write8(to + (j + k) * to_stride + i, block[k]);
       } else {
         for (int64_t r = i; r < std::min<int64_t>(i + 8, rows); ++r) {
           for (int64_t c = j; c < std::min<int64_t>(j + 8, columns); ++c) {
-            store(to[c * to_step + r], static_cast<float>(from[r * from_step + c]));
+            store(to[c * to_stride + r], static_cast<float>(from[r * from_stride + c]));
           }
         }
       }

@@ -1,4 +1,4 @@
-// ReLU whose backward needs one bit per element: bit i % 8 of byte i / 8, i counted in storage order.
+// ReLU whose backward needs one bit per element. Element i, counted in storage order, has bit i % 8 of byte i / 8.
 #include <algorithm>
 #include <cstring>
 
@@ -7,8 +7,8 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kBlock = 512;  // elements whose flags, a byte each, are packed at once: loops that vectorise
-constexpr int64_t kGrain = 64;   // blocks that a task handles at least
+constexpr int64_t kBlock = 512;  // elements whose flags are a byte each before they are packed, so that loops vectorise
+constexpr int64_t kGrain = 64;   // fewest blocks of a task
 
 // Calls f(first_element, elements, first_byte, bytes) for every block, in parallel.
 template <class F>
@@ -21,7 +21,8 @@ void for_each_block(int64_t count, const F& f) {
   });
 }
 
-// x any shape -> y in the layout of x, bits [ceil(numel / 8)]; a NaN stays NaN and passes its gradient.
+// A NaN stays NaN and passes its gradient.
+//   x: any shape; returns y of the shape and layout of x, and bits: uint8 [ceil(numel / 8)]
 std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x) {
   const bool channels_last = is_channels_last(x);
   const Tensor dense = as_layout(x, channels_last);
@@ -51,7 +52,9 @@ std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x) {
   return {y, bits};
 }
 
-// grad any shape, bits [ceil(numel / 8)] in the storage order of the given layout -> grad where the bit is set, else 0
+// The gradient of x: grad where the bit is set, else 0.
+//   grad: the shape of x, bits: uint8 [ceil(numel / 8)] in the storage order of the given layout
+//   returns the shape of grad, in the given layout
 Tensor mask_relu_backward(const Tensor& grad, const Tensor& bits, bool channels_last) {
   const Tensor dense = as_layout(grad, channels_last), dense_bits = as_contiguous(bits);
   const int64_t count = grad.numel();

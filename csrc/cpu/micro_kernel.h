@@ -1,66 +1,77 @@
-// A matrix product's innermost block on a CPU.
+// The micro-kernel of a matrix product on a CPU: one tile of the result, kMr rows by kNr columns, whose sums stay in
+// registers while the depth of the product passes by. The names are BLIS's (Van Zee and van de Geijn, "BLIS: A
+// Framework for Rapidly Instantiating BLAS Functionality", ACM TOMS 2015).
 #pragma once
 
 #include "cpu/lanes.h"
 
 namespace moe {
 
-constexpr int64_t kPanel = 2 * kLanes;  // columns of a block
-// Rows of a block: 12 sums, 2 loads and a factor fill 15 of 16 registers, or 24, 2 and one 27 of 32.
-constexpr int64_t kGemmTile = kLanes == 16 ? 12 : 6;
+// Counted, not tuned: with AVX2 a tile of 6 rows takes 12 registers for its sums, 2 for a row of b and 1 for a value of
+// a, 15 of 16; with AVX-512 a tile of 12 rows takes 24, 2 and 1, 27 of 32.
+constexpr int64_t kNr = 2 * kLanes;
+constexpr int64_t kMr = kLanes == 16 ? 12 : 6;
 
-// a [kRows, depth] b [depth, kPanel], whose row i goes to to(i, left, right). Element (i, k) of a is a[i * row + k *
-// column]; b is contiguous.
-template <int kRows, class To>
-MOE_INLINE void multiply_tile(int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
-                              const To& to) {
+// c = a b for a tile of at most kMr rows.
+//   a: [kRows, depth]; element (i, k) is a[i * row_stride + k * column_stride]
+//   b: [depth, kNr], contiguous
+//   epilogue(i, low, high): receives row i of c [kRows, kNr], columns [0, kLanes) in low, [kLanes, kNr) in high
+template <int kRows, class Epilogue>
+MOE_INLINE void micro_kernel(int64_t depth, const float* a, int64_t row_stride, int64_t column_stride, const float* b,
+                             const Epilogue& epilogue) {
   Lanes sum[kRows][2] = {};
-  for (int64_t k = 0; k < depth; ++k, a += column, b += kPanel) {
-    const Lanes left = load(b), right = load(b + kLanes);
+  for (int64_t k = 0; k < depth; ++k, a += column_stride, b += kNr) {
+    const Lanes low = load(b), high = load(b + kLanes);
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
-      const Lanes factor = broadcast(a[i * row]);
-      sum[i][0] += factor * left;
-      sum[i][1] += factor * right;
+      const Lanes factor = broadcast(a[i * row_stride]);
+      sum[i][0] += factor * low;
+      sum[i][1] += factor * high;
     }
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) to(i, sum[i][0], sum[i][1]);
+  for (int i = 0; i < kRows; ++i) epilogue(i, sum[i][0], sum[i][1]);
 }
 
-// The same of at most kMost rows.
-template <int kMost, class To>
-MOE_INLINE void multiply_rest(int64_t rows, int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
-                              const To& to) {
+// The micro-kernel for a number of rows that is known at run time only, 0 <= rows <= kMost.
+//   a: [rows, depth], b: [depth, kNr], epilogue: of the rows of c [rows, kNr], all as above
+template <int kMost, class Epilogue>
+MOE_INLINE void micro_kernel_of_rows(int64_t rows, int64_t depth, const float* a, int64_t row_stride,
+                                     int64_t column_stride, const float* b, const Epilogue& epilogue) {
   if constexpr (kMost > 0) {
-    if (rows == kMost) return multiply_tile<kMost>(depth, a, row, column, b, to);
-    multiply_rest<kMost - 1>(rows, depth, a, row, column, b, to);
+    if (rows == kMost) return micro_kernel<kMost>(depth, a, row_stride, column_stride, b, epilogue);
+    micro_kernel_of_rows<kMost - 1>(rows, depth, a, row_stride, column_stride, b, epilogue);
   }
 }
 
-// The same of any number of rows: tile t of a begins at a + t * tile. A function of its own, whose few values all fit
-// into registers; `to` is a copy, so that what it stores cannot change it.
-template <class To>
-__attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t depth, const float* a, int64_t tile, int64_t row,
-                                              int64_t column, const float* b, const To to) {
+// c = a b for any number of rows, one tile after the other. Not inlined, so that its few values all fit into registers;
+// the epilogue is a copy, so that no store through its pointers can change it.
+//   a: [rows, depth]; tile t, the rows from t * kMr on, begins at a + t * tile_stride and has the strides given
+//   b: [depth, kNr], contiguous
+//   epilogue(i, low, high): receives row i of c [rows, kNr]
+template <class Epilogue>
+__attribute__((noinline)) void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t tile_stride,
+                                              int64_t row_stride, int64_t column_stride, const float* b,
+                                              const Epilogue epilogue) {
   int64_t first = 0;
-  const auto shifted = [&](int i, Lanes left, Lanes right) { to(first + i, left, right); };
-  for (; first + kGemmTile <= rows; first += kGemmTile, a += tile) {
-    multiply_tile<kGemmTile>(depth, a, row, column, b, shifted);
+  const auto shifted = [&](int i, Lanes low, Lanes high) { epilogue(first + i, low, high); };
+  for (; first + kMr <= rows; first += kMr, a += tile_stride) {
+    micro_kernel<kMr>(depth, a, row_stride, column_stride, b, shifted);
   }
-  multiply_rest<kGemmTile - 1>(rows - first, depth, a, row, column, b, shifted);
+  micro_kernel_of_rows<kMr - 1>(rows - first, depth, a, row_stride, column_stride, b, shifted);
 }
 
-// Where a product of float goes, rows `step` apart: in place of what was there, or on top of it.
-struct TileSums {
-  float* values;
-  int64_t step;
-  bool add;
+// The epilogue that stores float sums.
+//   c: [rows, kNr], its rows `row_stride` elements apart; overwritten, or added to where `accumulate`
+struct FloatEpilogue {
+  float* c;
+  int64_t row_stride;
+  bool accumulate;
 
-  void operator()(int64_t i, Lanes left, Lanes right) const {
-    float* const to = values + i * step;
-    store(to, add ? load(to) + left : left);
-    store(to + kLanes, add ? load(to + kLanes) + right : right);
+  void operator()(int64_t i, Lanes low, Lanes high) const {
+    float* const to = c + i * row_stride;
+    store(to, accumulate ? load(to) + low : low);
+    store(to + kLanes, accumulate ? load(to + kLanes) + high : high);
   }
 };
 

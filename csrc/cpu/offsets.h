@@ -1,11 +1,12 @@
-// Reading and checking the indices of a batch sorted by expert: rows [offsets[e], offsets[e + 1]) belong to expert e.
+// Reads and checks the indices of a batch sorted by expert: rows [offsets[e], offsets[e + 1]) belong to expert e.
 #pragma once
 
 #include "common/tensor.h"
 
 namespace moe {
 
-// The offsets as int64, checked against the batch: E + 1 of them, from 0 to `rows`, never decreasing.
+// The offsets as int64, after a check that they run from 0 to `rows` without decreasing.
+//   offsets: int32 [num_experts + 1]; returns the same numbers
 inline std::vector<int64_t> read_offsets(const Tensor& offsets, int64_t num_experts, int64_t rows) {
   MOE_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == num_experts + 1,
             "offsets must be int32 of shape [", num_experts + 1, "], got ",
@@ -21,7 +22,8 @@ inline std::vector<int64_t> read_offsets(const Tensor& offsets, int64_t num_expe
   return out;
 }
 
-// Checks int32 indices into `limit` rows.
+// Checks that every index lies in [0, limit).
+//   rows: int32 [count]
 inline void check_rows(const Tensor& rows, int64_t count, int64_t limit) {
   MOE_CHECK(rows.scalar_type() == ScalarType::Int && rows.numel() == count, "rows must be int32 of shape [", count,
             "], got ", torch::headeronly::toString(rows.scalar_type()), " with ", rows.numel(), " elements");
@@ -33,6 +35,7 @@ inline void check_rows(const Tensor& rows, int64_t count, int64_t limit) {
 }
 
 // Calls f(expert, first_row, count) for every expert that has rows.
+//   offsets: [E + 1]
 template <class F>
 void for_each_expert(const std::vector<int64_t>& offsets, F&& f) {
   for (size_t e = 0; e + 1 < offsets.size(); ++e) {

@@ -1,13 +1,14 @@
-// One step of projected gradient descent, in place: step, projection onto the eps-ball around x, bounds.
+// One step of projected gradient descent, in place: the step, the projection onto the eps-ball around x, the bounds.
 #include "common/pgd_arguments.h"
 #include "common/pgd_math.h"
 
 namespace moe {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 15;  // fewest elements of a task
 
-// The elements of one sample, or of a piece of one.
+// The elements of one sample, or some neighbouring ones of them; the Loop of sample_step.
+//   x_adv, grad, x: [size]
 template <class T, class G>
 struct Loop {
   T* x_adv;
@@ -36,7 +37,8 @@ struct Loop {
   }
 };
 
-// Writes the model input of the elements [first, last), one run of a channel after the other.
+// Writes the model input of elements [first, last) of the batch, one channel's neighbouring elements after the other's.
+//   x_adv: [batch * size]
 template <class T, class G>
 void normalize(const ModelInput<T, G>& m, const T* x_adv, int64_t first, int64_t last) {
   int64_t c = first / m.inner % m.channels, end = (first / m.inner + 1) * m.inner;
@@ -50,6 +52,7 @@ void normalize(const ModelInput<T, G>& m, const T* x_adv, int64_t first, int64_t
   }
 }
 
+// One step of all samples: Linf element by element, shared among threads; L2 and L1 a sample at a time.
 template <class T, class G>
 void run(const PgdArguments& a) {
   T* x_adv = mutable_data<T>(a.x_adv);
@@ -89,6 +92,7 @@ void run(const PgdArguments& a) {
   }
 }
 
+// t: any number of elements, contiguous
 template <class T>
 void check_not_negative(const char* name, const Tensor& t) {
   for (int64_t i = 0; i < t.numel(); ++i) {
@@ -96,6 +100,7 @@ void check_not_negative(const char* name, const Tensor& t) {
   }
 }
 
+// x_adv: [B, ...], the user's tensor, which receives the result
 void step(const PgdArguments& a, Tensor& x_adv) {
   auto with = [&](auto zero) {
     using T = decltype(zero);
@@ -111,13 +116,14 @@ void step(const PgdArguments& a, Tensor& x_adv) {
   a.write_back(x_adv);
 }
 
-// x_adv, grad, x [B, ...], eps, alpha [1] or [B]
+// x_adv, grad, x: [B, ...], eps, alpha: [1] or [B], bounds: (low, high)
 void pgd_step_(Tensor x_adv, const Tensor& grad, const Tensor& x, const Tensor& eps, const Tensor& alpha,
                const std::string& norm, const std::vector<double>& bounds) {
   step(PgdArguments(x_adv, grad, x, eps, alpha, norm, bounds), x_adv);
 }
 
-// x_adv, grad, x [B, C, ...], eps, alpha [1] or [B], mean, std [C] -> model input, like x_adv in the dtype of grad
+// The same step; also returns the model's next input (x_adv - mean) / std, of the shape of x_adv in the dtype of grad.
+//   x_adv, grad, x: [B, C, ...], eps, alpha: [1] or [B], bounds: (low, high), mean, std: [C]
 Tensor pgd_step_normalized_(Tensor x_adv, const Tensor& grad, const Tensor& x, const Tensor& eps, const Tensor& alpha,
                             const std::string& norm, const std::vector<double>& bounds, const Tensor& mean,
                             const Tensor& std) {

@@ -1,4 +1,4 @@
-// Top-k routing: the k largest logits of each row and their gate weights, each row on its own.
+// Top-k routing: the k largest logits of each row, and their gate weights. Rows do not depend on one another.
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -11,9 +11,10 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kBlock = 16;  // terms summed before they join the total: rounding errors grow with n / 16
+constexpr int64_t kSummands = 16;  // summed before they join the total: rounding errors grow with n / 16
 
-// The weights of one row.
+// The weights of one row: row[e] is expert e's; renormalised, those of the chosen experts sum to 1.
+//   logits: [num_experts], experts: [k], the chosen ones, that of the largest logit first
 template <class A>
 struct Row : GateWeight<A> {
   const A* logits;
@@ -23,9 +24,9 @@ struct Row : GateWeight<A> {
     if (!this->has_total()) return;
     this->shift = this->score(logits[experts[0]]);
     const int64_t count = gate.renormalize ? k : num_experts;
-    for (int64_t i = 0; i < count; i += kBlock) {
+    for (int64_t i = 0; i < count; i += kSummands) {
       A part = 0;
-      for (int64_t j = i; j < std::min(i + kBlock, count); ++j) {
+      for (int64_t j = i; j < std::min(i + kSummands, count); ++j) {
         part += this->term(logits[gate.renormalize ? experts[j] : j]);
       }
       this->total += part;
@@ -36,6 +37,7 @@ struct Row : GateWeight<A> {
 };
 
 // The largest element, or NaN if there is one.
+//   x: [n]
 template <class A>
 A largest(const A* x, int64_t n) {
   A out = -std::numeric_limits<A>::infinity();
@@ -43,7 +45,7 @@ A largest(const A* x, int64_t n) {
   return out;
 }
 
-// logits [T, E] -> weights [T, k], experts [T, k]
+// logits: [T, E]; returns weights [T, k] and experts, int32 [T, k], by falling logit; ties go to the lower index
 std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, int64_t k, StringHandle gate_name, bool renormalize) {
   const Gate gate = read_gate(take_string(gate_name), renormalize);
   const int64_t rows = logits.size(0), num_experts = logits.size(1);
@@ -85,7 +87,8 @@ std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, int64_t k, StringHan
   return {weights, experts};
 }
 
-// grad [T, k], logits [T, E], experts [T, k] -> [T, E]
+// The gradient of the logits.
+//   grad: [T, k], that of the weights; logits: [T, E], experts: int32 [T, k]; returns [T, E]
 Tensor topk_route_backward(const Tensor& grad, const Tensor& logits, const Tensor& experts, StringHandle gate_name,
                            bool renormalize) {
   const Gate gate = read_gate(take_string(gate_name), renormalize);

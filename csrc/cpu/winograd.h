@@ -1,34 +1,37 @@
-// Winograd's F(4 x 4, 3 x 3): a 3 x 3 convolution of step 1 from 36 products for every 4 x 4 results, where 144 are
-// usual.
+// Winograd's F(4 x 4, 3 x 3): a tile of 4 x 4 results of a 3 x 3 convolution of stride 1 from 36 products, where the
+// direct sum takes 144.
 //
-//   Y = A^T [ sum over channels (G w G^T) * (B^T X B) ] A        (Lavin and Gray, CVPR 2016)
+//   Y = A^T [ sum over channels (G w G^T) * (B^T X B) ] A        (Lavin and Gray, CVPR 2016; * is elementwise)
 //   dw = G^T [ sum over tiles (A dY A^T) * (B^T X B) ] G
 //
-// Rows are points at which polynomials are evaluated: here 0, +-2/3, +-3/2 and infinity. Their powers stay near 1, so
-// that the rounding error (root mean square, 128 channels) is 1.3 times that of a direct convolution summed in order,
-// and 2 (AVX2) or 3.6 times (AVX-512) that of oneDNN's; with the usual 0, +-1, +-2 it would be three times larger.
+// Rows of A, B and G evaluate polynomials at points, here 0, +-2/3, +-3/2 and infinity, whose powers stay near 1: the
+// rounding error (root mean square, 128 channels) is 1.3 times that of a direct convolution summed in order, and 2
+// (AVX2) or 3.6 times (AVX-512) that of oneDNN's. With the usual points 0, +-1, +-2 it would be three times larger
+// (docs/facts.md).
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "cpu/micro_kernel.h"
 #include "cpu/narrow.h"
+#include "cpu/scratch.h"
 
 namespace moe {
 
-constexpr int64_t kOutputs = 4, kInputs = 6, kPoints = kInputs * kInputs;  // per side; points of a tile
-constexpr int64_t kTiles = 192;    // tiles in work at once, at least a row of an image
-constexpr int64_t kSummands = 64;  // summed up before they are added to others, against rounding
+constexpr int64_t kOutputs = 4, kInputs = 6;    // results and pixels on each side of a tile
+constexpr int64_t kPoints = kInputs * kInputs;  // points of a tile, and products for each pair of channels
+constexpr int64_t kTiles = 192;                 // tiles that are transformed at a time, but at least one row of them
+constexpr int64_t kSummands = 64;               // products summed before they join a total, against rounding
 constexpr float kNear = 2 / 3.f, kFar = 3 / 2.f, kNear2 = 4 / 9.f, kFar2 = 9 / 4.f;
 constexpr float kNearScale = 1 / (2 * kNear2 * (kNear2 - kFar2)), kFarScale = 1 / (2 * kFar2 * (kFar2 - kNear2));
 
-// The step between the points of an array: a line more than its size, since 36 stores to one set of a cache evict one
-// another.
-constexpr int64_t point_step(int64_t size) { return size + 16; }
+// Elements from one point's array [size] to the next one's: a cache line more than its size, since 36 streams a power
+// of two apart fall into one set of the L1 cache and evict one another (docs/facts.md).
+constexpr int64_t point_stride(int64_t size) { return size + 16; }
 inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-// The values at the finite points but 0, from the even and odd parts of polynomials at 2/3 and 3/2.
+// The values at 2/3, -2/3, 3/2 and -3/2, from the even and odd parts of a polynomial at 2/3 (near) and 3/2 (far).
+//   parts: one vector of channels each -> to: [4] of them
 MOE_INLINE void at_points(Lanes near_even, Lanes near_odd, Lanes far_even, Lanes far_odd, Lanes to[4]) {
   to[0] = near_even + near_odd;
   to[1] = near_even - near_odd;
@@ -36,14 +39,14 @@ MOE_INLINE void at_points(Lanes near_even, Lanes near_odd, Lanes far_even, Lanes
   to[3] = far_even - far_odd;
 }
 
-// B^T x
+// B^T x, x: [6] -> to: [6], kLanes channels at a time
 MOE_INLINE void input_to_points(const Lanes x[6], Lanes to[6]) {
   to[0] = x[0] + x[4] - (kNear2 + kFar2) * x[2];
   at_points(x[4] - kFar2 * x[2], kNear * x[3] - kFar * x[1], x[4] - kNear2 * x[2], kFar * x[3] - kNear * x[1], to + 1);
   to[5] = x[1] + x[5] - (kNear2 + kFar2) * x[3];
 }
 
-// G w
+// G w, w: [3] -> to: [6]
 MOE_INLINE void weight_to_points(const Lanes w[3], Lanes to[6]) {
   to[0] = w[0];
   at_points(kNearScale * (w[0] + kNear2 * w[2]), (kNearScale * kNear) * w[1], kFarScale * (w[0] + kFar2 * w[2]),
@@ -51,7 +54,7 @@ MOE_INLINE void weight_to_points(const Lanes w[3], Lanes to[6]) {
   to[5] = w[2];
 }
 
-// A^T m
+// A^T m, m: [6] -> y: [4]
 MOE_INLINE void points_to_output(const Lanes m[6], Lanes y[4]) {
   const Lanes near_sum = m[1] + m[2], near_difference = m[1] - m[2];
   const Lanes far_sum = m[3] + m[4], far_difference = m[3] - m[4];
@@ -61,7 +64,7 @@ MOE_INLINE void points_to_output(const Lanes m[6], Lanes y[4]) {
   y[3] = (kNear * kNear2) * near_difference + (kFar * kFar2) * far_difference + m[5];
 }
 
-// A y
+// A y, y: [4] -> to: [6]
 MOE_INLINE void output_to_points(const Lanes y[4], Lanes to[6]) {
   to[0] = y[0];
   at_points(y[0] + kNear2 * y[2], kNear * y[1] + (kNear * kNear2) * y[3], y[0] + kFar2 * y[2],
@@ -69,7 +72,7 @@ MOE_INLINE void output_to_points(const Lanes y[4], Lanes to[6]) {
   to[5] = y[3];
 }
 
-// G^T m
+// G^T m, m: [6] -> w: [3]
 MOE_INLINE void points_to_weight(const Lanes m[6], Lanes w[3]) {
   const Lanes near_sum = kNearScale * (m[1] + m[2]), far_sum = kFarScale * (m[3] + m[4]);
   w[0] = m[0] + near_sum + far_sum;
@@ -77,10 +80,11 @@ MOE_INLINE void points_to_weight(const Lanes m[6], Lanes w[3]) {
   w[2] = kNear2 * near_sum + kFar2 * far_sum + m[5];
 }
 
-// M X M^T [kTo, kTo] of X [kFrom, kFrom], where kMap applies M to a column: X comes from read(i, j), and the result
-// goes to write(i, j, value).
+// The two-dimensional transform M X M^T, where kMap applies M to a column.
+//   read(i, j): element (i, j) of X [kFrom, kFrom], kLanes channels of it
+//   write(i, j, value): takes element (i, j) of the result [kTo, kTo]
 template <int kFrom, int kTo, void (*kMap)(const Lanes*, Lanes*), class Read, class Write>
-MOE_INLINE void on_both_sides(const Read& read, const Write& write) {
+MOE_INLINE void transform_2d(const Read& read, const Write& write) {
   Lanes half[kTo][kFrom], to[kTo];
   for (int j = 0; j < kFrom; ++j) {
     Lanes column[kFrom];
@@ -94,19 +98,21 @@ MOE_INLINE void on_both_sides(const Read& read, const Write& write) {
   }
 }
 
-// Images [N, C, H, W], contiguous or channels-last, as rows of pixels.
+// Images, contiguous or channels-last, as rows of pixels.
+//   data: [N, channels, height, width], or [N, height, width, channels] in memory if channels_last
 template <class T>
 struct Images {
   T* data;
   int64_t channels, height, width;
   bool channels_last;
 
+  // The first pixel of row y of an image, at a channel.
   T* row(int64_t image, int64_t y, int64_t channel = 0) const {
     const int64_t pixel = channels_last ? (image * height + y) * width * channels + channel
                                         : ((image * channels + channel) * height + y) * width;
     return data + pixel;
   }
-  // to [width, step]
+  // to: [width, channels], its pixels `step` elements apart = row y of an image
   void read_row(int64_t image, int64_t y, float* to, int64_t step) const {
     const T* from = row(image, y);
     if (!channels_last) return copy_transposed(channels, width, from, height * width, to, step);
@@ -114,7 +120,7 @@ struct Images {
       for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<float>(from[c]);
     }
   }
-  // `count` channels from `first` on, from [width, step]
+  // Channels [first, first + count) of row y of an image = from: [width, count], its pixels `step` elements apart.
   void write_row(int64_t image, int64_t y, int64_t first, int64_t count, const float* from, int64_t step) const {
     T* to = row(image, y, first);
     if (!channels_last) return copy_transposed(width, count, from, step, to, height * width);
@@ -124,16 +130,17 @@ struct Images {
   }
 };
 
-// Rows of pixels of an image, [height, width, depth], zero beyond its edges.
+// Some rows of pixels of an image, padded with zeros beyond its edges.
+//   pixels: [height, width, channels rounded up to kLanes]
 class Strip {
  public:
   Strip(int64_t height, int64_t width, int64_t channels)
       : height_(height),
         width_(width),
         depth_(round_up(channels, kLanes)),
-        pixels_(Floats::zeros(height * width * depth_)) {}
+        pixels_(ScratchFloats::zeros(height * width * depth_)) {}
 
-  // From row `top` of the image on, its first pixel at `left`.
+  // Reads rows [top, top + height) of an image, the first pixel of each to column `left`; top may be negative.
   template <class T>
   void read(const Images<T>& from, int64_t image, int64_t top, int64_t left) {
     const int64_t size = width_ * depth_;
@@ -147,14 +154,14 @@ class Strip {
     }
   }
 
-  // The values of its tiles, kSide x kSide pixels from every fourth on, kLanes channels at a time, go to
-  // to(point, tile, channel, values).
-  template <int kSide, void (*kToPoints)(const Lanes*, Lanes*), class To>
-  void evaluate(int64_t tiles, const To& write) const {
+  // Transforms the first `tiles` tiles: tile t is the kSide x kSide pixels from column 4 t on.
+  //   write(point, tile, channel, values): takes the values of kLanes channels at a point
+  template <int kSide, void (*kToPoints)(const Lanes*, Lanes*), class Write>
+  void transform_tiles(int64_t tiles, const Write& write) const {
     for (int64_t t = 0; t < tiles; ++t) {
       for (int64_t c = 0; c < depth_; c += kLanes) {
         const float* const tile = pixels_ + t * kOutputs * depth_ + c;
-        on_both_sides<kSide, kInputs, kToPoints>(
+        transform_2d<kSide, kInputs, kToPoints>(
             [&](int i, int j) { return load(tile + (i * width_ + j) * depth_); },
             [&](int i, int j, Lanes value) { write(i * kInputs + j, t, c, value); });
       }
@@ -163,7 +170,7 @@ class Strip {
 
  private:
   int64_t height_, width_, depth_;
-  Floats pixels_;
+  ScratchFloats pixels_;
 };
 
 }  // namespace moe

@@ -6,35 +6,44 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kFilters = 32;  // output channels that are in work at once
-constexpr int64_t kWeightStep = point_step(kFilters * kSummands);
+// Output channels that are computed at a time. With kSummands input channels at a time their transformed weights, 288
+// kB, stay in L2 (docs/facts.md).
+constexpr int64_t kFilters = 32;
+constexpr int64_t kWeightStride = point_stride(kFilters * kSummands);
 
-// Kernels of one expert, w(output channel, input channel, 3, 3): as they lie, or with channels exchanged and turned
-// round.
+// The 3 x 3 kernels of one expert, element (i, j) of that from input channel c to output channel o being
+// data[o * output_stride + c * input_stride + 3 * i + j], or, of a transposed convolution, its 180 degree rotation
+// (2 - i, 2 - j).
 template <class T>
 struct Kernels {
   const T* data;
-  int64_t output_step, input_step;
-  bool turned;
+  int64_t output_stride, input_stride;
+  bool rotated;
 
-  // The nine numbers of kLanes output channels' kernels, of which `count` exist.
+  // taps: [9] of kLanes output channels = the kernels from one input channel to `count` output channels from `output`
+  // on; the other lanes are zero
   void read(int64_t output, int64_t input, int64_t count, Lanes taps[9]) const {
-    const T* from = data + output * output_step + input * input_step;
+    const T* from = data + output * output_stride + input * input_stride;
     float values[9][kLanes] = {};
     for (int64_t first = 0; first < count; first += 8) {
-      Eight rows[8] = {};
-      for (int64_t i = 0; i < std::min<int64_t>(8, count - first); ++i, from += output_step) {
-        __builtin_prefetch(from + 8 * input_step);  // more streams than the machine follows by itself
-        rows[i] = read_eight(from);
+      Lanes8 rows[8] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(8, count - first); ++i, from += output_stride) {
+        // More streams than the hardware prefetches by itself: four experts of 512 channels went from 39 to 30 ms
+        // (AVX2, docs/facts.md).
+        __builtin_prefetch(from + 8 * input_stride);
+        rows[i] = read8(from);
         values[8][first + i] = static_cast<float>(from[8]);
       }
       transpose(rows);
       for (int i = 0; i < 8; ++i) store(values[i] + first, rows[i]);
     }
-    for (int i = 0; i < 9; ++i) taps[turned ? 8 - i : i] = load(values[i]);
+    for (int i = 0; i < 9; ++i) taps[rotated ? 8 - i : i] = load(values[i]);
   }
 };
 
+// A grouped convolution. Tiles of 4 x 4 results are counted in rows, `columns_` tiles from left to right, over all
+// images of the batch.
+//   x: [N, C, H, W], y: [N, O, H', W'], padded by pad_y and pad_x zeros on each side
 template <class T>
 class Winograd {
  public:
@@ -47,49 +56,54 @@ class Winograd {
         columns_((y.width + kOutputs - 1) / kOutputs),
         rows_((y.height + kOutputs - 1) / kOutputs) {}
 
-  // The rows of tiles that make an image.
+  // Rows of tiles in an image.
   int64_t rows_per_image() const { return rows_; }
-  // The rows of tiles that make a block.
+  // Rows of tiles in a block.
   int64_t rows_per_block() const { return std::max<int64_t>(1, kTiles / columns_); }
 
-  // What `rows` rows of tiles need.
+  // Scratch memory of one thread for blocks of at most `rows` rows of tiles.
   struct Scratch {
     Scratch(const Winograd& w, int64_t rows)
         : strip(kInputs, w.columns_ * kOutputs + 2, w.x_.channels),
-          points(kPoints * point_step(rows * w.columns_ * w.depth_)),
-          weights(kPoints * kWeightStep),
-          products(kPoints * point_step(rows * w.columns_ * kFilters)),
+          points(kPoints * point_stride(rows * w.columns_ * w.depth_)),
+          weights(kPoints * kWeightStride),
+          products(kPoints * point_stride(rows * w.columns_ * kFilters)),
           results(kOutputs * kOutputs * w.columns_ * kFilters) {}
 
-    Strip strip;
-    Floats points, weights, products, results;
+    Strip strip;             // the pixels under a row of tiles
+    ScratchFloats points;    // [36, tiles, C rounded up], B^T X B
+    ScratchFloats weights;   // [36, panels of kNr filters, kSummands, kNr], G w G^T
+    ScratchFloats products;  // [36, tiles, kFilters], their products summed over channels
+    ScratchFloats results;   // [4, 4 columns, kFilters], a row of tiles of y
   };
 
-  // Rows [first, first + count) of tiles, output channels [begin, end).
+  // Computes output channels [begin, end) of rows [first, first + count) of tiles, which are all of one expert.
+  //   kernels: [O, C, 3, 3] and bias: [O] or null, of that expert
   void run(int64_t first, int64_t count, const Kernels<T>& kernels, const T* bias, int64_t begin, int64_t end,
            Scratch& scratch) const {
     const int64_t tiles = count * columns_;
-    const int64_t step = point_step(tiles * depth_);
+    const int64_t step = point_stride(tiles * depth_);
     Strip& strip = scratch.strip;
     for (int64_t i = 0; i < count; ++i) {
-      float* const to = scratch.points + i * columns_ * depth_;  // of [36, tiles, depth]
+      float* const to = scratch.points + i * columns_ * depth_;
       strip.read(x_, (first + i) / rows_, (first + i) % rows_ * kOutputs - pad_y_, pad_x_);
-      strip.evaluate<kInputs, input_to_points>(columns_, [&](int64_t point, int64_t t, int64_t c, Lanes v) {
+      strip.transform_tiles<kInputs, input_to_points>(columns_, [&](int64_t point, int64_t t, int64_t c, Lanes v) {
         store(to + point * step + t * depth_ + c, v);
       });
     }
     for (int64_t o = begin; o < end; o += kFilters) {
       const int64_t filters = std::min(kFilters, end - o);
       for (int64_t c = 0; c < x_.channels; c += kSummands) {
-        const int64_t terms = std::min(kSummands, x_.channels - c);
-        for (int64_t p = 0; p < filters; p += kPanel) {
-          kernels_to_points(kernels, o + p, filters - p, c, terms, scratch.weights + p * kSummands);
+        const int64_t summands = std::min(kSummands, x_.channels - c);
+        for (int64_t p = 0; p < filters; p += kNr) {
+          kernels_to_points(kernels, o + p, filters - p, c, summands, scratch.weights + p * kSummands);
         }
         for (int64_t point = 0; point < kPoints; ++point) {
-          for (int64_t p = 0; p < filters; p += kPanel) {
-            multiply_tiles(tiles, terms, scratch.points + point * step + c, kGemmTile * depth_, depth_, 1,
-                           scratch.weights + point * kWeightStep + p * kSummands,
-                           TileSums{scratch.products + point * point_step(tiles * kFilters) + p, kFilters, c > 0});
+          for (int64_t p = 0; p < filters; p += kNr) {
+            multiply_panel(
+                tiles, summands, scratch.points + point * step + c, kMr * depth_, depth_, 1,
+                scratch.weights + point * kWeightStride + p * kSummands,
+                FloatEpilogue{scratch.products + point * point_stride(tiles * kFilters) + p, kFilters, c > 0});
           }
         }
       }
@@ -98,22 +112,27 @@ class Winograd {
   }
 
  private:
-  // Input channels [c0, c0 + terms) of kPanel output channels, of which `count` exist -> weights [36, terms, kPanel].
-  static void kernels_to_points(const Kernels<T>& kernels, int64_t output, int64_t count, int64_t c0, int64_t terms,
+  // Transforms the kernels from input channels [c0, c0 + summands) to kNr output channels from `output` on, of which
+  // `count` exist.
+  //   kernels: [O, C, 3, 3] -> weights: [36, summands, kNr], its points kWeightStride elements apart
+  static void kernels_to_points(const Kernels<T>& kernels, int64_t output, int64_t count, int64_t c0, int64_t summands,
                                 float* weights) {
-    for (int64_t c = 0; c < terms; ++c) {
-      for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+    for (int64_t c = 0; c < summands; ++c) {
+      for (int64_t lane = 0; lane < kNr; lane += kLanes) {
         Lanes taps[9];
-        float* const to = weights + c * kPanel + lane;
+        float* const to = weights + c * kNr + lane;
         kernels.read(output + lane, c0 + c, std::clamp<int64_t>(count - lane, 0, kLanes), taps);
-        on_both_sides<3, kInputs, weight_to_points>(
+        transform_2d<3, kInputs, weight_to_points>(
             [&](int i, int j) { return taps[3 * i + j]; },
-            [&](int i, int j, Lanes value) { store(to + (i * kInputs + j) * kWeightStep, value); });
+            [&](int i, int j, Lanes value) { store(to + (i * kInputs + j) * kWeightStride, value); });
       }
     }
   }
 
-  // products [36, tiles, 32] -> the images' rows, by way of results [4, 4 columns, 32]
+  // Transforms the sums of a row of tiles back and writes them to y, with the bias.
+  //   scratch.products: [36, tiles, kFilters], of which the row's tiles begin at `tile`
+  //   bias: [O] or null
+  //   y_: channels [output, output + filters) of the rows of pixels under row `row` of tiles
   void write_results(int64_t row, int64_t tile, int64_t tiles, int64_t output, int64_t filters, const T* bias,
                      Scratch& scratch) const {
     float shift[kFilters] = {};
@@ -123,8 +142,8 @@ class Winograd {
       for (int64_t o = 0; o < filters; o += kLanes) {
         const float* const from = scratch.products + (tile + t) * kFilters + o;
         float* const to = scratch.results + t * kOutputs * kFilters + o;
-        on_both_sides<kInputs, kOutputs, points_to_output>(
-            [&](int i, int j) { return load(from + (i * kInputs + j) * point_step(tiles * kFilters)); },
+        transform_2d<kInputs, kOutputs, points_to_output>(
+            [&](int i, int j) { return load(from + (i * kInputs + j) * point_stride(tiles * kFilters)); },
             [&](int i, int j, Lanes value) { store(to + (i * width + j) * kFilters, value + load(shift + o)); });
       }
     }
@@ -139,17 +158,21 @@ class Winograd {
   int64_t pad_y_, pad_x_, depth_, columns_, rows_;
 };
 
-// Output channels of a part of the work: fewer where few blocks would leave threads idle, though each part evaluates
-// its block's tiles anew. No result depends on it.
+// Output channels of a task: all of them, or fewer where there are too few blocks for the threads, although each task
+// then transforms its block's tiles anew. The results do not depend on it. With two threads a ResNet's attack step on
+// 32 images, whose third stage is a single block, went from 1.45 to 1.6 times eager torch's speed (AVX2,
+// docs/facts.md).
 int64_t filter_band(int64_t width, int64_t blocks) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t bands = threads == 1 ? 1 : (2 * threads + blocks - 1) / std::max<int64_t>(1, blocks);
   return round_up((width + bands - 1) / bands, kFilters);
 }
 
+// x: [N, C, H, W], weight: [E, O, C, 3, 3], or [E, C, O, 3, 3] if transposed, bias: [E, O] or none, offsets: [E + 1]
+// -> out: [N, O, H', W']
 template <class T>
 void convolve(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& offsets,
-              const Shape& padding, bool turned, Tensor& out) {
+              const Shape& padding, bool transposed, Tensor& out) {
   const auto *kernels = weight.const_data_ptr<T>(), *shifts = bias ? bias->const_data_ptr<T>() : nullptr;
   const int64_t depth = x.size(1), width = out.size(1);
   const Winograd<T> convolution({x.const_data_ptr<T>(), depth, x.size(2), x.size(3), is_channels_last(x)},
@@ -162,11 +185,11 @@ void convolve(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   for (const Block& block : blocks) most = std::max(most, block.count);
   const int64_t count = static_cast<int64_t>(blocks.size()), band = filter_band(width, count);
   const int64_t bands = (width + band - 1) / band;
-  share(count * bands, [&] {
+  dynamic_parallel_for(count * bands, [&] {
     return [&, scratch = typename Winograd<T>::Scratch(convolution, most)](int64_t i) mutable {
       const Block& block = blocks[i / bands];
-      const Kernels<T> own{kernels + block.expert * 9 * depth * width, 9 * (turned ? 1 : depth),
-                           9 * (turned ? width : 1), turned};
+      const Kernels<T> own{kernels + block.expert * 9 * depth * width, 9 * (transposed ? 1 : depth),
+                           9 * (transposed ? width : 1), transposed};
       const int64_t begin = i % bands * band;
       convolution.run(block.begin, block.count, own, bias ? shifts + block.expert * width : nullptr, begin,
                       std::min(begin + band, width), scratch);
@@ -174,17 +197,20 @@ void convolve(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   });
 }
 
-// x [N, C, H, W], weight [E, O, C, 3, 3], bias [E, O], offsets [E + 1] -> [N, O, H', W'] in the layout of x;
-// turned: O and C exchanged, and the kernels turned round.
+// The grouped convolution, or, for its input gradient, the transposed one, whose weight is [E, C, O, 3, 3] and whose
+// kernels are rotated by 180 degrees.
+//   x: [N, C, H, W], weight: [E, O, C, 3, 3], bias: [E, O] or none, offsets: [E + 1], padding: (vertical, horizontal)
+//   returns [N, O, H + 2 padding - 2, W + 2 padding - 2] in the layout of x
 Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& offsets,
-                       const Shape& padding, bool turned) {
+                       const Shape& padding, bool transposed) {
   const Tensor source = as_layout(x, is_channels_last(x)), kernels = as_contiguous(weight);
   const OptionalTensor shifts = bias ? OptionalTensor(as_contiguous(*bias)) : std::nullopt;
   Tensor out = new_tensor(
-      x, {x.size(0), weight.size(turned ? 2 : 1), x.size(2) + 2 * padding[0] - 2, x.size(3) + 2 * padding[1] - 2},
+      x, {x.size(0), weight.size(transposed ? 2 : 1), x.size(2) + 2 * padding[0] - 2, x.size(3) + 2 * padding[1] - 2},
       is_channels_last(x));
-  dispatch_narrow(x.scalar_type(), "x",
-                  [&](auto zero) { convolve<decltype(zero)>(source, kernels, shifts, offsets, padding, turned, out); });
+  dispatch_narrow(x.scalar_type(), "x", [&](auto zero) {
+    convolve<decltype(zero)>(source, kernels, shifts, offsets, padding, transposed, out);
+  });
   return out;
 }
 

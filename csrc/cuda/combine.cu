@@ -1,5 +1,5 @@
-// Weighted sums of each row's k slots, and the two adjoints: checks and launches. That position is a permutation is
-// the caller's to see to: looking would halt the stream.
+// Weighted sums of each row's k slots, and the two adjoints: checks and launches. It is not checked that position is a
+// permutation, since the host would have to wait for the device: that is up to the caller.
 #include "common/combine_arguments.h"
 #include "cuda/combine.cuh"
 #include "cuda/tensor.h"
@@ -7,11 +7,13 @@
 namespace moe {
 namespace {
 
+// position: [T, k], row: [N, ...], any tensor with rows of the right width
 Slots slots(const Tensor& position, const Tensor& row) {
   return {data<int32_t>(position), position.size(0), position.size(1), row_width(row)};
 }
 
-// y [T * k, ...], weights [T, k], position [T, k] -> [T, ...]
+// out[t] = sum over i of weights[t, i] y[position[t, i]].
+//   y: [T * k, ...], weights: [T, k], position: int32 [T, k]; returns [T, ...]
 Tensor combine(const Tensor& y, const Tensor& weights, const Tensor& position) {
   check_device(y, {weights, position});
   const CudaStream stream(y);
@@ -24,7 +26,8 @@ Tensor combine(const Tensor& y, const Tensor& weights, const Tensor& position) {
   return out;
 }
 
-// grad [T, ...], weights [T, k], position [T, k] -> [T * k, ...]
+// The gradient of y: dy[position[t, i]] = weights[t, i] grad[t].
+//   grad: [T, ...], weights: [T, k], position: int32 [T, k]; returns [T * k, ...]
 Tensor combine_input_grad(const Tensor& grad, const Tensor& weights, const Tensor& position) {
   check_device(grad, {weights, position});
   const CudaStream stream(grad);
@@ -38,7 +41,8 @@ Tensor combine_input_grad(const Tensor& grad, const Tensor& weights, const Tenso
   return out;
 }
 
-// grad [T, ...], y [T * k, ...], position [T, k] -> [T, k]: the inner products of grad[t] and y[position[t, i]]
+// The gradient of the weights: dweights[t, i] = <grad[t], y[position[t, i]]>.
+//   grad: [T, ...], y: [T * k, ...], position: int32 [T, k]; returns [T, k]
 Tensor combine_weight_grad(const Tensor& grad, const Tensor& y, const Tensor& position) {
   check_device(grad, {y, position});
   check_weight_grad(grad, y);

@@ -1,17 +1,19 @@
-// combine and its adjoints on the GPU: each thread sums a pack of columns over a row's slots, in their order.
+// combine and its adjoints on a GPU. A thread sums a pack of columns over a row's slots, in the order of the slots.
 #pragma once
 
 #include "cuda/rows.cuh"
 
 namespace moe {
 
-// position [rows, k] and weights [rows, k]; the arrays' other sizes follow from `width`, the elements of a row.
+// Where the k slots of each row are: slot i of row t is row position[t, i] of y.
+//   position: [rows, k]; rows of y, grad and out have `width` elements
 struct Slots {
   const int32_t* position;
   int64_t rows, k, width;
 };
 
-// y [rows * k, width] -> out [rows, width]
+// out[t] = sum over i of weights[t, i] y[position[t, i]]. Unrolled by 4 so that four loads are under way; not measured.
+//   y: [rows * k, width], weights: [rows, k] -> out: [rows, width]
 template <class T, int V>
 __global__ void __launch_bounds__(kRowThreads)
     combine_kernel(Slots s, const T* y, const wide_t<T>* weights, T* out, RowTiles tiles) {
@@ -28,7 +30,8 @@ __global__ void __launch_bounds__(kRowThreads)
   store(out + t * s.width + column, result);
 }
 
-// grad [rows, width] -> out [rows * k, width]
+// out[position[t, i]] = weights[t, i] grad[t]. Unrolled by 4: not measured.
+//   grad: [rows, width], weights: [rows, k] -> out: [rows * k, width]
 template <class T, int V>
 __global__ void __launch_bounds__(kRowThreads)
     combine_input_grad_kernel(Slots s, const T* grad, const wide_t<T>* weights, T* out, RowTiles tiles) {
@@ -43,7 +46,9 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// grad [rows, width], y [rows * k, width] -> out [rows, k]: one warp per slot, the slots of a row side by side.
+// out[t, i] = <grad[t], y[position[t, i]]>, by one warp per slot; neighbouring warps have the slots of a row. Unrolled
+// by 2: not measured.
+//   grad: [rows, width], y: [rows * k, width] -> out: [rows, k]
 template <class T, int V>
 __global__ void __launch_bounds__(kRowThreads)
     combine_weight_grad_kernel(Slots s, const T* grad, const T* y, wide_t<T>* out) {
@@ -63,11 +68,13 @@ __global__ void __launch_bounds__(kRowThreads)
   if (lane == 0) out[slot] = sum;
 }
 
+// Whether rows of `width` elements that begin at a and at b can be moved in packs.
 template <class T>
 bool rows_are_packs(int64_t width, const T* a, const T* b) {
   return width % kPack<T> == 0 && is_aligned<T, kPack<T>>(a) && is_aligned<T, kPack<T>>(b);
 }
 
+// y: [rows * k, width], weights: [rows, k] -> out: [rows, width]
 template <class T>
 void launch_combine(Slots s, const T* y, const wide_t<T>* weights, T* out, cudaStream_t stream) {
   const bool packed = rows_are_packs(s.width, y, out);
@@ -76,6 +83,7 @@ void launch_combine(Slots s, const T* y, const wide_t<T>* weights, T* out, cudaS
               s, y, weights, out, tiles);
 }
 
+// grad: [rows, width], weights: [rows, k] -> out: [rows * k, width]
 template <class T>
 void launch_combine_input_grad(Slots s, const T* grad, const wide_t<T>* weights, T* out, cudaStream_t stream) {
   const bool packed = rows_are_packs(s.width, grad, out);
@@ -84,6 +92,7 @@ void launch_combine_input_grad(Slots s, const T* grad, const wide_t<T>* weights,
               tiles.blocks, kRowThreads, stream, s, grad, weights, out, tiles);
 }
 
+// grad: [rows, width], y: [rows * k, width] -> out: [rows, k]
 template <class T>
 void launch_combine_weight_grad(Slots s, const T* grad, const T* y, wide_t<T>* out, cudaStream_t stream) {
   const bool packed = rows_are_packs(s.width, grad, y);

@@ -1,5 +1,5 @@
-// Batch normalisation with statistics per expert on the GPU: sums over tiles of rows, merged in double in a fixed
-// order, give a table with a line per (expert, channel), which one pass then applies to every element.
+// Batch normalisation with statistics per expert on a GPU. Sums over tiles of rows are merged in double, in a fixed
+// order, into coefficients for each expert and channel, which a last pass applies to every element.
 #pragma once
 
 #include <algorithm>
@@ -9,13 +9,16 @@
 
 namespace moe {
 
-constexpr int kNormThreads = 256;
-constexpr int kNormDepth = 32;      // rows that a thread adds in the storage's own precision, at most
-constexpr int kPlaneValues = 4096;  // values that a block adds, at least, where a row holds a plane of each channel
-constexpr int kMergeLanes = 8;      // channels that a block merges
+// None of these is measured.
+constexpr int kNormThreads = 256;   // of a block
+constexpr int kNormDepth = 32;      // most rows that a thread sums in the arithmetic of the storage type (wide_t)
+constexpr int kPlaneValues = 4096;  // by plane: fewest values that a block sums
+constexpr int kMergeLanes = 8;      // channels whose partial sums a block merges
 
-// A batch of rows, sorted by expert. By pixel (channels-last, or one value per image and channel), a row is a pixel
-// with one value of each channel; by plane, it is an image with `pixels` neighbouring values of each channel.
+// A batch of rows, sorted by expert, [images, channels, pixels]. By pixel (channels-last, or one pixel per image) a row
+// is a pixel with one value of each channel; by plane a row is an image, with `pixels` neighbouring values of each
+// channel.
+//   offsets: [experts + 1], in images
 struct NormBatch {
   const int32_t* offsets;
   int64_t experts, channels, pixels, images;
@@ -26,16 +29,18 @@ struct NormBatch {
   __host__ __device__ int64_t values_per_row() const { return by_pixel ? 1 : pixels; }
   __device__ int64_t begin(int64_t e) const { return offsets[e] * rows_per_image(); }
   __device__ int64_t values(int64_t e) const { return (begin(e + 1) - begin(e)) * values_per_row(); }
-  // Neighbouring elements that an access may join: those of a row by pixel, of a plane otherwise.
+  // Neighbouring elements that an access may span: by pixel those of a row, by plane those of a channel.
   __host__ __device__ int64_t run() const { return by_pixel ? channels : pixels; }
 };
 
-// How blocks cover a batch to sum it: `rows` rows of it and `lanes` threads side by side, each with a pack of channels;
-// by plane one lane, with one channel. The sums of tile i over rows of expert e are row i + e of the partial sums: as
-// i + e grows with every tile and every expert that begins, no two share a row.
+// How blocks cover a batch to sum it. A tile is `rows` rows, and a block has a tile and `lanes` packs of channels, a
+// thread for each; by plane one lane, with one channel. The sums of tile i over rows of expert e are row i + e of the
+// partial sums: from one such pair to the next either i or e grows, so that no two share a row.
 struct NormTiles {
   int lanes = 1;
-  int64_t rows, chunks, count;
+  int64_t rows;    // of a tile
+  int64_t chunks;  // blocks along the channels
+  int64_t count;   // tiles
 
   NormTiles(const NormBatch& b, int pack) {
     const int64_t packs = b.by_pixel ? (b.channels + pack - 1) / pack : b.channels;
@@ -44,11 +49,12 @@ struct NormTiles {
     chunks = (packs + lanes - 1) / lanes;
     count = (b.rows() + rows - 1) / rows;
   }
+  // The rows of a tile that lie in [begin, end), an expert's.
   __device__ int64_t first(int64_t tile, int64_t begin) const { return begin > tile * rows ? begin : tile * rows; }
   __device__ int64_t last(int64_t tile, int64_t end) const { return end < (tile + 1) * rows ? end : (tile + 1) * rows; }
 };
 
-// Pairs of sums, of W channels.
+// Two sums for each of W channels.
 template <class A, int W>
 struct Pairs {
   A first[W], second[W];
@@ -60,7 +66,9 @@ struct Pairs {
 };
 using Pair = Pairs<double, 1>;
 
-// The sum over the threads that are a multiple of `lanes` apart, in a fixed order, in each of them.
+// The sum of a value over the threads that are a multiple of `lanes` apart, in a fixed order. Each of them receives it,
+// and all threads of the block must call.
+//   shared: [kNormThreads], shared memory
 template <class P>
 __device__ __forceinline__ P lane_sum(const P& value, P (&shared)[kNormThreads], int lanes) {
   const int thread = threadIdx.x;
@@ -75,7 +83,7 @@ __device__ __forceinline__ P lane_sum(const P& value, P (&shared)[kNormThreads],
   return sum;
 }
 
-// The rows [first, last) of one expert in a tile, of which a thread sees W channels from `channel`.
+// Rows [first, last) of a tile, all of one expert, of which a thread has W channels from `channel` on.
 template <int V, bool by_pixel>
 struct NormTile {
   static constexpr int W = by_pixel ? V : 1;
@@ -98,16 +106,18 @@ struct NormTile {
       }
     }
   }
-  // The sums over the tile: term(index of a pack, sums) adds it to this thread's.
-  template <class A, class Term>
-  __device__ __forceinline__ Pairs<A, W> sums(Pairs<A, W> (&shared)[kNormThreads], Term term) const {
+  // The sums over these rows of this thread's channels, where add(index of a pack, sums) adds a pack to a thread's
+  // sums.
+  template <class A, class Add>
+  __device__ __forceinline__ Pairs<A, W> sums(Pairs<A, W> (&shared)[kNormThreads], Add add) const {
     Pairs<A, W> sum = {};
-    each([&](int64_t at) { term(at, sum); });
+    each([&](int64_t at) { add(at, sum); });
     return lane_sum(sum, shared, lanes);
   }
 };
 
-// Calls f(tile, row of the partial sums, expert) for every expert with rows in this block's tile.
+// Calls f(part, row, e) for every expert e with rows in this block's tile: `part` is those rows, a NormTile, and `row`
+// the row of their partial sums.
 template <int V, bool by_pixel, class F>
 __device__ __forceinline__ void each_expert(const NormBatch& b, const NormTiles& tiles, F f) {
   const int64_t tile = blockIdx.x / tiles.chunks, begin = tile * tiles.rows;
@@ -120,7 +130,8 @@ __device__ __forceinline__ void each_expert(const NormBatch& b, const NormTiles&
   }
 }
 
-// x -> partial: sums of x and of its squared distances from the mean of the tile.
+// Sums of x, and of its squared distances from the mean of the tile.
+//   x: [images, channels, pixels] in the batch's layout -> partial: [norm_partial_rows, channels]
 template <class T, int V, bool by_pixel>
 __global__ void __launch_bounds__(kNormThreads)
     norm_moments_kernel(NormBatch b, NormTiles tiles, const T* x, Pair* partial) {
@@ -143,7 +154,7 @@ __global__ void __launch_bounds__(kNormThreads)
     });
     if (!part.writes()) return;
     for (int w = 0; w < W; ++w) {
-      const double error = rest.first[w];  // of the rounded mean, times count
+      const double error = rest.first[w];  // the rounding error of the mean, times count
       Pair& sums = partial[row * b.channels + part.channel + w];
       sums.first[0] = static_cast<double>(total.first[w] / count) * count + error;
       sums.second[0] = rest.second[w] - error * error / count;
@@ -151,7 +162,8 @@ __global__ void __launch_bounds__(kNormThreads)
   });
 }
 
-// grad, x, mean [experts, channels] -> partial: sums of grad and of grad * (x - mean)
+// Sums of grad, and of grad * (x - mean).
+//   grad, x: [images, channels, pixels], mean: [experts, channels] -> partial: [norm_partial_rows, channels]
 template <class T, int V, bool by_pixel>
 __global__ void __launch_bounds__(kNormThreads) norm_products_kernel(NormBatch b, NormTiles tiles, const T* grad,
                                                                      const T* x, const wide_t<T>* mean, Pair* partial) {
@@ -177,7 +189,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_products_kernel(NormBatch b
   });
 }
 
-// The sum of term(partial sums, number of values) over the tiles of the block's expert, by the threads of a channel.
+// The sum of term(partial sums, number of values) over the tiles of expert e for one channel, shared among the block's
+// threads of that channel, each of which receives it.
+//   partial: [norm_partial_rows, channels], shared: [kNormThreads], shared memory
 template <class Term>
 __device__ __forceinline__ Pair merged(const NormBatch& b, const NormTiles& tiles, const Pair* partial, int64_t e,
                                        int64_t channel, Pair (&shared)[kNormThreads], Term term) {
@@ -191,11 +205,12 @@ __device__ __forceinline__ Pair merged(const NormBatch& b, const NormTiles& tile
   return lane_sum(sum, shared, kMergeLanes);
 }
 
+// Blocks that merge the partial sums of one expert.
 __host__ __device__ inline int64_t merge_chunks(const NormBatch& b) {
   return (b.channels + kMergeLanes - 1) / kMergeLanes;
 }
 
-// Where a thread of a merging block stands in the tables [experts, channels].
+// The expert and the channel of a thread of a merging block, and their index in tables [experts, channels].
 struct MergePlace {
   int64_t e, channel, index;
   bool writes;
@@ -207,18 +222,22 @@ struct MergePlace {
         writes(threadIdx.x < kMergeLanes && channel < b.channels) {}
 };
 
-// What an element of one expert and channel is computed with.
+// What the elements of one expert and channel are computed with: forward y = (x - centre) * scale + shift, backward
+// dx = scale * (grad - shift - (x - centre) * slope).
 template <class A>
-struct alignas(16) NormLine {
+struct alignas(16) NormCoefficients {
   A scale, centre, shift, slope;
 };
 
-// partial -> the batch's mean and var [experts, channels]; those given where partial is null. Either way the lines of
-// y = (x - mean) * weight / sqrt(var + eps) + bias; weight and bias may be null.
+// The statistics, from partial sums or, where partial is null, those given, and the coefficients of
+// y = (x - mean) * weight / sqrt(var + eps) + bias.
+//   partial: [norm_partial_rows, channels], or null; given_mean, given_var, weight, bias: [experts, channels], or null
+//   -> mean, var, coefficients: [experts, channels]
 template <class A>
 __global__ void __launch_bounds__(kNormThreads)
     norm_statistics_kernel(NormBatch b, NormTiles tiles, const Pair* partial, const A* given_mean, const A* given_var,
-                           const A* weight, const A* bias, double eps, A* mean, A* var, NormLine<A>* lines) {
+                           const A* weight, const A* bias, double eps, A* mean, A* var,
+                           NormCoefficients<A>* coefficients) {
   __shared__ Pair shared[kNormThreads];
   const MergePlace at(b);
   double centre = 0, variance = 0;
@@ -237,10 +256,11 @@ __global__ void __launch_bounds__(kNormThreads)
   mean[at.index] = static_cast<A>(centre);
   var[at.index] = static_cast<A>(variance);
   const double scale = (weight ? weight[at.index] : A(1)) / std::sqrt(variance + eps);
-  lines[at.index] = {static_cast<A>(scale), static_cast<A>(centre), bias ? bias[at.index] : A(0), A(0)};
+  coefficients[at.index] = {static_cast<A>(scale), static_cast<A>(centre), bias ? bias[at.index] : A(0), A(0)};
 }
 
-// partial, var -> dbias, dweight [experts, channels]
+// The gradients of bias and weight.
+//   partial: [norm_partial_rows, channels], var: [experts, channels] -> dbias, dweight: [experts, channels]
 template <class A>
 __global__ void __launch_bounds__(kNormThreads)
     norm_param_grad_kernel(NormBatch b, NormTiles tiles, const Pair* partial, const A* var, double eps, A* dbias,
@@ -254,48 +274,53 @@ __global__ void __launch_bounds__(kNormThreads)
   dweight[at.index] = static_cast<A>(total.second[0] / std::sqrt(var[at.index] + eps));
 }
 
-// The lines of dx = weight / sqrt(var + eps) * (grad - dbias / n - (x - mean) / sqrt(var + eps) * dweight / n), where
-// mean, dbias and dweight are null if the statistics are constants; weight may be null.
+// The coefficients of dx = weight / sqrt(var + eps) * (grad - dbias / n - (x - mean) / sqrt(var + eps) * dweight / n)
+// with n values of the channel, or, where mean, dbias and dweight are null because the statistics are constants, of dx
+// = weight / sqrt(var + eps) * grad.
+//   var: [experts, channels], weight, mean, dbias, dweight: the same, or null -> coefficients: [experts, channels]
 template <class A>
 __global__ void __launch_bounds__(kNormThreads)
-    norm_input_grad_lines_kernel(NormBatch b, const A* weight, const A* mean, const A* var, const A* dbias,
-                                 const A* dweight, double eps, NormLine<A>* lines) {
+    norm_input_grad_coefficients_kernel(NormBatch b, const A* weight, const A* mean, const A* var, const A* dbias,
+                                        const A* dweight, double eps, NormCoefficients<A>* coefficients) {
   const int64_t i = int64_t{blockIdx.x} * kNormThreads + threadIdx.x;
   if (i >= b.experts * b.channels) return;
   const double inverse = 1 / std::sqrt(var[i] + eps), n = std::fmax(1.0, static_cast<double>(b.values(i / b.channels)));
-  NormLine<A> line{static_cast<A>((weight ? weight[i] : A(1)) * inverse), A(0), A(0), A(0)};
+  NormCoefficients<A> c{static_cast<A>((weight ? weight[i] : A(1)) * inverse), A(0), A(0), A(0)};
   if (mean) {
-    line.centre = mean[i];
-    line.shift = static_cast<A>(dbias[i] / n);
-    line.slope = static_cast<A>(inverse * dweight[i] / n);
+    c.centre = mean[i];
+    c.shift = static_cast<A>(dbias[i] / n);
+    c.slope = static_cast<A>(inverse * dweight[i] / n);
   }
-  lines[i] = line;
+  coefficients[i] = c;
 }
 
-// in, x -> out: every element by its line; forward in is x, backward it is grad and x is null for constant statistics.
+// Computes every element with its expert's and channel's coefficients. Forward in is x; backward it is grad, and x is
+// null for constant statistics.
+//   in, x: [images, channels, pixels] in the batch's layout, coefficients: [experts, channels] -> out: like in
 template <class T, int V, bool by_pixel, bool forward>
 __global__ void __launch_bounds__(kRowThreads)
-    norm_apply_kernel(NormBatch b, const T* in, const T* x, const NormLine<wide_t<T>>* lines, T* out, RowTiles tiles) {
+    norm_apply_kernel(NormBatch b, const T* in, const T* x, const NormCoefficients<wide_t<T>>* coefficients, T* out,
+                      RowTiles tiles) {
   using A = wide_t<T>;
   const int64_t run = tiles.row(), column = tiles.pack() * V, row = by_pixel ? run : run / b.channels;
   if (row >= b.rows() || column >= b.run()) return;
   const int64_t e = expert_of(row, b.offsets, b.experts, b.rows_per_image()), start = run * b.run() + column;
-  lines += e * b.channels + (by_pixel ? column : run % b.channels);
+  coefficients += e * b.channels + (by_pixel ? column : run % b.channels);
   const auto pack = load<V>(in + start);
   Pack<T, V> other = {}, result;
   if (!forward && x) other = load<V>(x + start);
-  NormLine<A> line = lines[0];
+  NormCoefficients<A> c = coefficients[0];
   for (int v = 0; v < V; ++v) {
-    if (by_pixel && v > 0) line = lines[v];
-    const A value = widen(pack.at[v]), centred = (forward ? value : widen(other.at[v])) - line.centre;
-    result.at[v] = narrow<T>(forward ? centred * line.scale + line.shift
-                             : x     ? line.scale * (value - line.shift - centred * line.slope)
-                                     : line.scale * value);
+    if (by_pixel && v > 0) c = coefficients[v];
+    const A value = widen(pack.at[v]), centred = (forward ? value : widen(other.at[v])) - c.centre;
+    result.at[v] = narrow<T>(forward ? centred * c.scale + c.shift
+                             : x     ? c.scale * (value - c.shift - centred * c.slope)
+                                     : c.scale * value);
   }
   store(out + start, result);
 }
 
-// Calls f with the elements of an access and the layout, as constants.
+// Calls f(elements of an access, by_pixel) with both as constants.
 template <class T, class F>
 void with_layout(const NormBatch& b, bool aligned, F f) {
   const auto with_pack = [&](auto pack) { b.by_pixel ? f(pack, std::true_type()) : f(pack, std::false_type()); };
@@ -303,11 +328,13 @@ void with_layout(const NormBatch& b, bool aligned, F f) {
                                     : with_pack(std::integral_constant<int, 1>());
 }
 
-// Rows of partial sums, [rows, channels] pairs: as many as the tiles of the narrowest access can need.
+// Rows of the partial sums, each of `channels` pairs: enough for the tiles of the narrowest access, of which there are
+// most.
 inline int64_t norm_partial_rows(const NormBatch& b) { return NormTiles(b, 1).count + b.experts; }
 
+// in, x: [images, channels, pixels], coefficients: [experts, channels] -> out: like in; x may be null backward
 template <class T, bool forward>
-void launch_norm_apply(NormBatch b, const T* in, const T* x, const NormLine<wide_t<T>>* lines, T* out,
+void launch_norm_apply(NormBatch b, const T* in, const T* x, const NormCoefficients<wide_t<T>>* coefficients, T* out,
                        cudaStream_t stream) {
   constexpr int kWide = kPack<T>;
   const bool aligned = is_aligned<T, kWide>(in) && is_aligned<T, kWide>(x) && is_aligned<T, kWide>(out);
@@ -315,15 +342,19 @@ void launch_norm_apply(NormBatch b, const T* in, const T* x, const NormLine<wide
     constexpr int V = decltype(pack)::value;
     const RowTiles tiles(b.rows() * (by_pixel ? 1 : b.channels), b.run() / V);
     cuda_launch("expert_batch_norm", norm_apply_kernel<T, V, by_pixel, forward>, tiles.blocks, kRowThreads, stream, b,
-                in, x, lines, out, tiles);
+                in, x, coefficients, out, tiles);
   });
 }
 
-// x -> y, mean, var [experts, channels]. partial is null where mean and var are given; lines [experts, channels].
+// The forward, with the batch's statistics or, where partial is null, with those given.
+//   x: [images, channels, pixels]; weight, bias, given_mean, given_var: [experts, channels], or null
+//   partial: [norm_partial_rows, channels] and coefficients: [experts, channels], scratch
+//   -> y: like x, mean, var: [experts, channels]
 template <class T>
 void launch_norm_forward(NormBatch b, const T* x, const wide_t<T>* weight, const wide_t<T>* bias,
                          const wide_t<T>* given_mean, const wide_t<T>* given_var, double eps, Pair* partial,
-                         NormLine<wide_t<T>>* lines, T* y, wide_t<T>* mean, wide_t<T>* var, cudaStream_t stream) {
+                         NormCoefficients<wide_t<T>>* coefficients, T* y, wide_t<T>* mean, wide_t<T>* var,
+                         cudaStream_t stream) {
   with_layout<T>(b, is_aligned<T, kPack<T>>(x), [&](auto pack, auto by_pixel) {
     constexpr int V = decltype(pack)::value;
     const NormTiles tiles(b, V);
@@ -332,12 +363,13 @@ void launch_norm_forward(NormBatch b, const T* x, const wide_t<T>* weight, const
                   stream, b, tiles, x, partial);
     }
     cuda_launch("expert_batch_norm", norm_statistics_kernel<wide_t<T>>, b.experts * merge_chunks(b), kNormThreads,
-                stream, b, tiles, partial, given_mean, given_var, weight, bias, eps, mean, var, lines);
+                stream, b, tiles, partial, given_mean, given_var, weight, bias, eps, mean, var, coefficients);
   });
-  launch_norm_apply<T, true>(b, x, x, lines, y, stream);
+  launch_norm_apply<T, true>(b, x, x, coefficients, y, stream);
 }
 
-// grad, x, mean, var -> dbias, dweight [experts, channels]
+// grad, x: [images, channels, pixels], mean, var: [experts, channels], partial: [norm_partial_rows, channels], scratch
+// -> dbias, dweight: [experts, channels]
 template <class T>
 void launch_norm_param_grad(NormBatch b, const T* grad, const T* x, const wide_t<T>* mean, const wide_t<T>* var,
                             double eps, Pair* partial, wide_t<T>* dbias, wide_t<T>* dweight, cudaStream_t stream) {
@@ -351,15 +383,17 @@ void launch_norm_param_grad(NormBatch b, const T* grad, const T* x, const wide_t
   });
 }
 
-// grad -> dx; x, mean, dbias and dweight are null where the statistics are constants.
+// grad, x: [images, channels, pixels]; weight, mean, var, dbias, dweight: [experts, channels]; x, mean, dbias and
+// dweight are null where the statistics are constants, and weight may be; coefficients: [experts, channels], scratch ->
+// dx: like grad
 template <class T>
 void launch_norm_input_grad(NormBatch b, const T* grad, const T* x, const wide_t<T>* weight, const wide_t<T>* mean,
                             const wide_t<T>* var, const wide_t<T>* dbias, const wide_t<T>* dweight, double eps,
-                            NormLine<wide_t<T>>* lines, T* dx, cudaStream_t stream) {
-  cuda_launch("expert_batch_norm", norm_input_grad_lines_kernel<wide_t<T>>,
+                            NormCoefficients<wide_t<T>>* coefficients, T* dx, cudaStream_t stream) {
+  cuda_launch("expert_batch_norm", norm_input_grad_coefficients_kernel<wide_t<T>>,
               (b.experts * b.channels + kNormThreads - 1) / kNormThreads, kNormThreads, stream, b, weight, mean, var,
-              dbias, dweight, eps, lines);
-  launch_norm_apply<T, false>(b, grad, x, lines, dx, stream);
+              dbias, dweight, eps, coefficients);
+  launch_norm_apply<T, false>(b, grad, x, coefficients, dx, stream);
 }
 
 }  // namespace moe

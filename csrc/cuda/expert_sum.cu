@@ -1,12 +1,13 @@
-// Sums of the rows of each expert, and of rows that share an index: checks and launches. That offsets cover the rows
-// and indices lie in range is the caller's to see to: looking would halt the stream.
+// Sums of the rows of each expert, and of rows that share an index: checks and launches. It is not checked that offsets
+// cover the rows and that indices are in range, since the host would have to wait for the device: that is up to the
+// caller.
 #include "cuda/expert_sum.cuh"
 #include "cuda/tensor.h"
 
 namespace moe {
 namespace {
 
-// x [N, D], offsets [E + 1] -> [E, D]
+// x: [N, D], offsets: int32 [E + 1]; returns [E, D]
 Tensor expert_sum(const Tensor& x, const Tensor& offsets) {
   MOE_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.numel() > 0,
             "offsets must be int32 of shape [E + 1]");
@@ -24,7 +25,8 @@ Tensor expert_sum(const Tensor& x, const Tensor& offsets) {
   return out;
 }
 
-// x [N, D], index [N] in [0, num_rows) -> [num_rows, D]: row r is the sum of x[j] over index[j] == r, by rising j.
+// Row r of the result is the sum of x[j] over the j with index[j] == r, in rising order of j.
+//   x: [N, D], index: int32 [N] in [0, num_rows); returns [num_rows, D]
 Tensor index_sum(const Tensor& x, const Tensor& index, int64_t num_rows) {
   const int64_t count = x.size(0), width = x.size(1);
   MOE_CHECK(count <= INT32_MAX, "index must have fewer than 2^31 elements, got ", count);

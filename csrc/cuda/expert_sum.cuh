@@ -1,4 +1,4 @@
-// Sums of the rows of each expert, and of rows that share an index, on the GPU: in a fixed order, without atomics.
+// Sums of the rows of each expert, and of rows that share an index, on a GPU: in a fixed order, without atomics.
 #pragma once
 
 #include "cuda/group_by_expert.cuh"
@@ -6,14 +6,17 @@
 
 namespace moe {
 
+// A block sums kSumRows rows of kSumLanes columns, kSumHeight of the rows at a time. Not measured.
 constexpr int kSumRows = 128, kSumLanes = 32, kSumThreads = 256, kSumHeight = kSumThreads / kSumLanes;
 
-// Rows of partial sums: those that block b of kSumRows rows holds of expert e are summed in row b + e. With every block
-// and every expert that begins, b + e grows, so no two share a row.
+// The partial sums [partial_rows, width] of an expert_sum: the sum over the rows of expert e in block b is in row b +
+// e. From one such pair (b, e) to the next either b or e grows by at least one, so that no two share a row.
 inline int64_t row_blocks(int64_t rows) { return (rows + kSumRows - 1) / kSumRows; }
 inline int64_t partial_rows(int64_t rows, int64_t experts) { return row_blocks(rows) + experts; }
 
-// x [rows, width], offsets [experts + 1] -> partial: a block sums kSumRows rows of kSumLanes columns.
+// The first pass: sums of the rows of each expert within a block.
+//   x: [rows, width], offsets: [experts + 1] -> partial: [partial_rows, width], of which other rows are not written
+//   bands: blocks along a row
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     expert_sum_partial_kernel(const T* x, const int32_t* offsets, wide_t<T>* partial, int64_t rows, int64_t experts,
@@ -41,7 +44,8 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-// partial -> out [experts, width]
+// The second pass: sums of an expert's partial sums, in double.
+//   partial: [partial_rows, width], offsets: [experts + 1] -> out: [experts, width]
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 1)
     expert_sum_kernel(const wide_t<T>* partial, const int32_t* offsets, T* out, int64_t experts, int64_t width,
@@ -56,6 +60,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   out[e * width + column] = narrow<T>(static_cast<wide_t<T>>(sum));
 }
 
+// x: [rows, width], offsets: [experts + 1], partial: [partial_rows, width], scratch -> out: [experts, width]
 template <class T>
 void launch_expert_sum(const T* x, const int32_t* offsets, wide_t<T>* partial, T* out, int64_t rows, int64_t experts,
                        int64_t width, cudaStream_t stream) {
@@ -67,7 +72,8 @@ void launch_expert_sum(const T* x, const int32_t* offsets, wide_t<T>* partial, T
               width, tiles);
 }
 
-// x [*, width]; order sorted by index, offsets [rows + 1] -> out [rows, width]: each row's terms in rising order.
+// out[r] is the sum of the rows x[order[j]], j in [offsets[r], offsets[r + 1]), in rising order of j.
+//   x: [count, width], order: [count], the rows of x sorted by index, offsets: [rows + 1] -> out: [rows, width]
 template <class T, int V>
 __global__ void __launch_bounds__(kRowThreads, 1)
     index_sum_kernel(const T* x, const int32_t* order, const int32_t* offsets, T* out, int64_t rows, int64_t width,
@@ -84,9 +90,11 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   store(out + r * width + column, result);
 }
 
-// Scratch of launch_index_sum in int32 elements: order, offsets, and that of the sort.
+// int32 elements of scratch memory of launch_index_sum: order, offsets, and the scratch memory of the sort.
 inline int64_t index_sum_scratch(int64_t count, int64_t rows) { return count + rows + 1 + sort_scratch(count, rows); }
 
+// out[r] is the sum of x[j] over the j with index[j] == r, in rising order of j.
+//   x: [count, width], index: [count] in [0, rows), scratch: [index_sum_scratch] -> out: [rows, width]
 template <class T>
 void launch_index_sum(const T* x, const int32_t* index, int32_t* scratch, T* out, int64_t count, int64_t rows,
                       int64_t width, cudaStream_t stream) {

@@ -1,12 +1,12 @@
-// Stable sort of the slots by expert: checks and launches. That experts lie in [0, num_experts) is the caller's to see
-// to: looking would halt the stream.
+// Stable sort of the slots by expert: checks and launches. It is not checked that experts lie in [0, num_experts),
+// since the host would have to wait for the device: that is up to the caller.
 #include "cuda/group_by_expert.cuh"
 #include "cuda/tensor.h"
 
 namespace moe {
 namespace {
 
-// experts [T, k] or [T] -> order [T * k], position like experts, offsets [E + 1]
+// experts: int32 or int64 [T, k] or [T]; returns int32 order [T * k], position like experts, offsets [num_experts + 1]
 std::tuple<Tensor, Tensor, Tensor> group_by_expert(const Tensor& experts, int64_t num_experts) {
   const int64_t slots = experts.numel();
   MOE_CHECK(slots <= INT32_MAX, "experts must have fewer than 2^31 elements, got ", slots);

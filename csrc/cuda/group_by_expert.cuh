@@ -1,5 +1,6 @@
-// Stable sort of the slots by expert on the GPU: counting sorts by digit, one for up to 1024 experts. Only counts are
-// added atomically; places follow from prefix sums, so the order is the stable one.
+// Stable sort of the slots by expert on a GPU: a radix sort, least significant digit first, of one pass for up to 1024
+// experts. Only counts, which are integers, are added atomically; places follow from prefix sums, so the order is the
+// stable one.
 #pragma once
 
 #include <algorithm>
@@ -8,20 +9,25 @@
 
 namespace moe {
 
+// Ten bits, since the counts of 1024 digits for each of 8 warps, 32 kB, fit into a block's shared memory. None of these
+// is measured.
 constexpr int kDigitBits = 10, kDigits = 1 << kDigitBits;
 constexpr int kSortThreads = 256, kSortWarps = kSortThreads / kWarp;
-constexpr int kWarpSlots = 256, kTileSlots = kSortWarps * kWarpSlots;  // slots of a warp, of a block
+constexpr int kWarpSlots = 256, kTileSlots = kSortWarps * kWarpSlots;  // slots of a warp, of a block (a tile)
 
+// Blocks that sort `slots` slots.
 inline int64_t sort_tiles(int64_t slots) { return std::max<int64_t>(1, (slots + kTileSlots - 1) / kTileSlots); }
 
-// int32 elements of scratch memory: counts [digits, tiles], totals [digits], and the order between two passes.
+// int32 elements of scratch memory: counts [digits, tiles], totals [digits], and, of several passes, the order [slots]
+// between them.
 inline int64_t sort_scratch(int64_t slots, int64_t num_experts) {
   const int64_t digits = std::min<int64_t>(num_experts, kDigits);
   return digits * (sort_tiles(slots) + 1) + (num_experts > kDigits ? slots : 0);
 }
 
-// One pass: by the digit (ids[slot] >> shift) % kDigits of the slots from[0], from[1], ... or 0, 1, ... where from is
-// null. `digits` is the number of digits that occur.
+// One pass: sorts the slots from[0], from[1], ... by their digit (ids[slot] >> shift) % kDigits, of which there are
+// `digits`.
+//   ids: [slots], from: [slots], or null for 0, 1, ...; counts: [digits, tiles], totals: [digits], scratch
 template <class Id>
 struct SortPass {
   const Id* ids;
@@ -34,7 +40,7 @@ struct SortPass {
   __device__ __forceinline__ int digit(int32_t slot) const { return static_cast<int>(ids[slot] >> shift) % kDigits; }
 };
 
-// The number of slots of each digit in the block's tile.
+// counts [digit, tile] = the number of the tile's slots with that digit, by one block per tile.
 template <class Id>
 __global__ void __launch_bounds__(kSortThreads) sort_count_kernel(SortPass<Id> p) {
   __shared__ int32_t count[kDigits];
@@ -48,7 +54,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_count_kernel(SortPass<Id> p
   for (int d = threadIdx.x; d < p.digits; d += kSortThreads) p.counts[int64_t{d} * p.tiles + blockIdx.x] = count[d];
 }
 
-// The sum of the values of the warp's lanes up to this one.
+// The sum of the values of the warp's lanes up to and including this one.
 __device__ __forceinline__ int32_t warp_sum_up_to(int32_t value) {
   for (int by = 1; by < kWarp; by *= 2) {
     const int32_t below = __shfl_up_sync(kAllLanes, value, by);
@@ -57,7 +63,8 @@ __device__ __forceinline__ int32_t warp_sum_up_to(int32_t value) {
   return value;
 }
 
-// The sum of the values of the threads below this one; `total` becomes the sum over the block.
+// The sum of the values of the threads before this one; `total` becomes the sum over the block. All threads must call.
+//   partial: [kSortWarps], shared memory
 __device__ __forceinline__ int32_t block_sum_below(int32_t value, int32_t (&partial)[kSortWarps], int32_t& total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int32_t sum = warp_sum_up_to(value);
@@ -73,7 +80,8 @@ __device__ __forceinline__ int32_t block_sum_below(int32_t value, int32_t (&part
   return before + sum - value;
 }
 
-// One warp per digit: its counts become, in place, the sums over the tiles before; totals are the sums over all.
+// Exclusive prefix sums, in place, by one warp per digit: counts [digit, tile] becomes the sum of the digit's counts in
+// the tiles before, and totals [digit] that of all tiles.
 template <class Id>
 __global__ void __launch_bounds__(kRowThreads) sort_scan_kernel(SortPass<Id> p) {
   const int64_t digit = warp_row();
@@ -89,13 +97,14 @@ __global__ void __launch_bounds__(kRowThreads) sort_scan_kernel(SortPass<Id> p) 
   if (threadIdx.x % kWarp == 0) p.totals[digit] = before;
 }
 
-// Puts the tile's slots in their places. order[place] is the slot; where not null, position is its inverse and offsets
-// [digits + 1] are the places where the digits begin.
+// Puts the tile's slots in their places, by one block per tile.
+//   order: [slots], the slot at each place; position: [slots], its inverse, or null
+//   offsets: [digits + 1], the places where the digits begin, or null
 template <class Id>
 __global__ void __launch_bounds__(kSortThreads)
     sort_scatter_kernel(SortPass<Id> p, int32_t* order, int32_t* position, int32_t* offsets) {
   __shared__ int32_t partial[kSortWarps];
-  __shared__ int32_t next[kSortWarps][kDigits];  // the slots of each digit in a warp's part; then its next place
+  __shared__ int32_t next[kSortWarps][kDigits];  // first a warp's count of each digit, then the digit's next place
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int d = threadIdx.x; d < p.digits; d += kSortThreads) {
     for (int w = 0; w < kSortWarps; ++w) next[w][d] = 0;
@@ -136,7 +145,8 @@ __global__ void __launch_bounds__(kSortThreads)
   }
 }
 
-// offsets[e]: the first place of an expert of at least e
+// offsets[e] is the first place with an expert of at least e, found by bisection.
+//   ids: [slots], order: [slots], sorted -> offsets: [num_experts + 1]
 template <class Id>
 __global__ void __launch_bounds__(kSortThreads)
     sort_offsets_kernel(const Id* ids, const int32_t* order, int64_t slots, int64_t num_experts, int32_t* offsets) {
@@ -154,7 +164,9 @@ __global__ void __launch_bounds__(kSortThreads)
   offsets[e] = static_cast<int32_t>(low);
 }
 
-// ids [slots] in [0, num_experts) -> order [slots], position [slots] or null, offsets [num_experts + 1]
+// order: the slots, sorted by expert; position: the inverse permutation; offsets: where each expert's slots begin.
+//   ids: [slots] in [0, num_experts), scratch: [sort_scratch]
+//   -> order: [slots], position: [slots] or null, offsets: [num_experts + 1]
 template <class Id>
 void launch_group_by_expert(const Id* ids, int64_t slots, int64_t num_experts, int32_t* scratch, int32_t* order,
                             int32_t* position, int32_t* offsets, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// KL(softmax(clean) || softmax(adv)) per row, from logits: checks and launches.
+// KL(softmax(clean) || softmax(adv)) of each row of logits: checks and launches.
 #include "common/kl_arguments.h"
 #include "cuda/kl_divergence.cuh"
 #include "cuda/tensor.h"
@@ -6,7 +6,7 @@
 namespace moe {
 namespace {
 
-// clean, adv [B, C] -> [B]
+// clean_logits, adv_logits: [B, C]; returns [B]
 Tensor kl_divergence(const Tensor& clean_logits, const Tensor& adv_logits) {
   check_logits(clean_logits, adv_logits);
   check_device(clean_logits, {adv_logits});
@@ -21,7 +21,7 @@ Tensor kl_divergence(const Tensor& clean_logits, const Tensor& adv_logits) {
   return out;
 }
 
-// grad [B], clean, adv [B, C] -> dclean, dadv [B, C], each empty where it is not needed
+// grad: [B], clean_logits, adv_logits: [B, C]; returns their gradients [B, C], each [0] where it is not needed
 std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad, const Tensor& clean_logits,
                                                   const Tensor& adv_logits, bool clean_needs, bool adv_needs) {
   check_logits(clean_logits, adv_logits);

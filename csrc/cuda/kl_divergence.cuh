@@ -1,4 +1,4 @@
-// KL(softmax(clean) || softmax(adv)) per row on the GPU: one warp per row, in double like the CPU's.
+// KL(softmax(clean) || softmax(adv)) of each row of logits on a GPU: one warp per row, in double like the CPU's.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,8 @@
 
 namespace moe {
 
-// log(softmax) of one row, whose classes the lanes share.
+// log(softmax) of one row, whose classes are shared among the lanes of a warp.
+//   row: [classes]
 template <class T>
 struct LogSoftmax {
   const T* logits;
@@ -29,7 +30,7 @@ struct LogSoftmax {
   __device__ __forceinline__ double operator[](int64_t c) const { return load_one(c) - top - log_sum; }
 };
 
-// The clean distribution p and the adversarial distribution q of this warp's row.
+// The clean distribution p and the adversarial distribution q of this warp's row, over `classes` classes.
 template <class T>
 struct Divergence {
   int64_t classes;
@@ -48,7 +49,7 @@ struct Divergence {
   }
 };
 
-// clean, adv [rows, classes] -> out [rows]
+// clean, adv: [rows, classes] -> out: [rows]
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 1)
     kl_divergence_kernel(const T* clean, const T* adv, wide_t<T>* out, int64_t rows, int64_t classes) {
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   if (threadIdx.x % kWarp == 0) out[b] = static_cast<wide_t<T>>(sum);
 }
 
-// grad [rows], clean, adv [rows, classes] -> dclean, dadv [rows, classes], each null where it is not needed
+// grad: [rows], clean, adv: [rows, classes] -> dclean, dadv: [rows, classes], each null where it is not needed
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 1)
     kl_divergence_backward_kernel(const wide_t<T>* grad, const T* clean, const T* adv, T* dclean, T* dadv, int64_t rows,
@@ -77,6 +78,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   }
 }
 
+// clean, adv: [rows, classes] -> out: [rows]
 template <class T>
 void launch_kl_divergence(const T* clean, const T* adv, wide_t<T>* out, int64_t rows, int64_t classes,
                           cudaStream_t stream) {
@@ -84,6 +86,7 @@ void launch_kl_divergence(const T* clean, const T* adv, wide_t<T>* out, int64_t 
               rows, classes);
 }
 
+// grad: [rows], clean, adv: [rows, classes] -> dclean, dadv: [rows, classes], each null where it is not needed
 template <class T>
 void launch_kl_divergence_backward(const wide_t<T>* grad, const T* clean, const T* adv, T* dclean, T* dadv,
                                    int64_t rows, int64_t classes, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// Launching a kernel: plain C++ syntax, and an error where the launch failed. No torch header.
+// Launches of kernels in plain C++, which throw where the launch fails. No torch header.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,6 +10,7 @@
 
 namespace moe {
 
+// Throws unless `error` is success; `what` is the operator's name.
 inline void cuda_check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   std::string message = std::string(what) + ": " + cudaGetErrorString(error);
@@ -21,7 +22,8 @@ inline void cuda_check(cudaError_t error, const char* what) {
   throw std::runtime_error(message);
 }
 
-// One-dimensional grid of `blocks` blocks of `threads` threads; no blocks, no launch.
+// Launches kernel(arguments...) on a one-dimensional grid of `blocks` blocks of `threads` threads; with no blocks,
+// nothing.
 template <class... Parameters, class... Arguments>
 void cuda_launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
                  Arguments&&... arguments) {

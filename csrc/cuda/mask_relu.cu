@@ -6,7 +6,7 @@
 namespace moe {
 namespace {
 
-// x any shape -> y in the layout of x, bits [ceil(numel / 8)], in storage order
+// x: any shape; returns y of the shape and layout of x, and bits: uint8 [ceil(numel / 8)] in the order of memory
 std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x) {
   const CudaStream stream(x);
   const bool channels_last = is_channels_last(x);
@@ -20,7 +20,9 @@ std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x) {
   return {y, bits};
 }
 
-// grad any shape, bits [ceil(numel / 8)] in the storage order of the given layout -> grad where the bit is set, else 0
+// The gradient of x: grad where the bit is set, else 0.
+//   grad: the shape of x, bits: uint8 [ceil(numel / 8)] in the storage order of the given layout
+//   returns the shape of grad, in the given layout
 Tensor mask_relu_backward(const Tensor& grad, const Tensor& bits, bool channels_last) {
   check_device(grad, {bits});
   check_bits(bits, grad.numel());

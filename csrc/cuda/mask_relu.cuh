@@ -1,4 +1,4 @@
-// ReLU that keeps one bit per element, on the GPU: a pack per thread, whose neighbours join their bits to bytes.
+// ReLU that keeps one bit per element, on a GPU. A thread has a pack; neighbouring threads join their bits into bytes.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -6,9 +6,10 @@
 
 namespace moe {
 
-constexpr int kReluThreads = 256;
+constexpr int kReluThreads = 256;  // of a block; not measured
 
-// x [count] -> y [count], bits [ceil(count / 8)]; a NaN stays NaN and passes its gradient.
+// A NaN stays NaN and passes its gradient.
+//   x: [count] -> y: [count], bits: [ceil(count / 8)]
 template <class T, int V>
 __global__ void __launch_bounds__(kReluThreads) mask_relu_kernel(const T* x, T* y, uint8_t* bits, int64_t count) {
   const int64_t i = (int64_t{blockIdx.x} * kReluThreads + threadIdx.x) * V;
@@ -37,7 +38,8 @@ __global__ void __launch_bounds__(kReluThreads) mask_relu_kernel(const T* x, T* 
   if (i % 8 == 0 && i < count) bits[i / 8] = static_cast<uint8_t>(passed);
 }
 
-// grad [count], bits [ceil(count / 8)] -> out [count]: grad where the bit is set, else 0
+// out is grad where the bit is set, else 0.
+//   grad: [count], bits: [ceil(count / 8)] -> out: [count]
 template <class T, int V>
 __global__ void __launch_bounds__(kReluThreads)
     mask_relu_backward_kernel(const T* grad, const uint8_t* bits, T* out, int64_t count) {
@@ -53,11 +55,13 @@ __global__ void __launch_bounds__(kReluThreads)
   }
 }
 
+// Blocks for `count` elements, `pack` to a thread.
 inline int64_t relu_blocks(int64_t count, int pack) {
   const int64_t width = int64_t{kReluThreads} * pack;
   return (count + width - 1) / width;
 }
 
+// x: [count] -> y: [count], bits: [ceil(count / 8)]
 template <class T>
 void launch_mask_relu(const T* x, T* y, uint8_t* bits, int64_t count, cudaStream_t stream) {
   constexpr int V = kPack<T>;
@@ -66,6 +70,7 @@ void launch_mask_relu(const T* x, T* y, uint8_t* bits, int64_t count, cudaStream
               relu_blocks(count, aligned ? V : 1), kReluThreads, stream, x, y, bits, count);
 }
 
+// grad: [count], bits: [ceil(count / 8)] -> out: [count]
 template <class T>
 void launch_mask_relu_backward(const T* grad, const uint8_t* bits, T* out, int64_t count, cudaStream_t stream) {
   constexpr int V = kPack<T>;

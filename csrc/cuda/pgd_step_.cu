@@ -1,4 +1,4 @@
-// One step of projected gradient descent, in place: checks and launch.
+// One step of projected gradient descent, in place: checks and launches.
 #include "common/pgd_arguments.h"
 #include "cuda/pgd_step_.cuh"
 #include "cuda/tensor.h"
@@ -6,6 +6,7 @@
 namespace moe {
 namespace {
 
+// One step in the dtypes T of x_adv and G of grad.
 template <class T, class G>
 void run(const PgdArguments& a, cudaStream_t stream) {
   launch_pgd_step(PgdBatch<T, G>{mutable_data<T>(a.x_adv), data<G>(a.grad), data<T>(a.x), data<T>(a.eps),
@@ -14,6 +15,7 @@ void run(const PgdArguments& a, cudaStream_t stream) {
                   a.norm, stream);
 }
 
+// x_adv: [B, ...], the user's tensor, which receives the result
 void step(const PgdArguments& a, Tensor& x_adv, cudaStream_t stream) {
   if (x_adv.numel() == 0) return;
   dispatch_native(a.grad.scalar_type(), "grad", [&](auto g) {
@@ -23,7 +25,7 @@ void step(const PgdArguments& a, Tensor& x_adv, cudaStream_t stream) {
   a.write_back(x_adv);
 }
 
-// x_adv, grad, x [B, ...], eps, alpha [1] or [B]
+// x_adv, grad, x: [B, ...], eps, alpha: [1] or [B], bounds: (low, high)
 void pgd_step_(Tensor x_adv, const Tensor& grad, const Tensor& x, const Tensor& eps, const Tensor& alpha,
                const std::string& norm, const std::vector<double>& bounds) {
   check_device(x_adv, {grad, x, eps, alpha});
@@ -31,7 +33,8 @@ void pgd_step_(Tensor x_adv, const Tensor& grad, const Tensor& x, const Tensor& 
   step(PgdArguments(x_adv, grad, x, eps, alpha, norm, bounds), x_adv, stream);
 }
 
-// x_adv, grad, x [B, C, ...], eps, alpha [1] or [B], mean, std [C] -> model input, like x_adv in the dtype of grad
+// The same step; also returns the model's next input (x_adv - mean) / std, of the shape of x_adv in the dtype of grad.
+//   x_adv, grad, x: [B, C, ...], eps, alpha: [1] or [B], bounds: (low, high), mean, std: [C]
 Tensor pgd_step_normalized_(Tensor x_adv, const Tensor& grad, const Tensor& x, const Tensor& eps, const Tensor& alpha,
                             const std::string& norm, const std::vector<double>& bounds, const Tensor& mean,
                             const Tensor& std) {

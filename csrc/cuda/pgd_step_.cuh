@@ -1,4 +1,5 @@
-// pgd_step_ on the GPU: Linf by element; L2 and L1 with one block per sample, whose re-reads hit the caches.
+// pgd_step_ on a GPU. Linf is computed by element; L2 and L1 by one block per sample, which reads the sample several
+// times, out of the caches if it fits.
 #pragma once
 
 #include "common/pgd_math.h"
@@ -7,7 +8,7 @@
 
 namespace moe {
 
-// x_adv, grad, x [batch, size]; eps, alpha [1], or [batch] where their stride is 1 and not 0.
+// x_adv, grad, x: [batch, size]; eps, alpha: [1] with stride 0, or [batch] with stride 1
 template <class T, class G>
 struct PgdBatch {
   T* x_adv;
@@ -19,7 +20,7 @@ struct PgdBatch {
   ModelInput<T, G> model_input;
 };
 
-// Writes the model input of V neighbours from element i on, which may lie in several channels.
+// Writes the model input of the V elements from element i of the batch on, which may be in several channels.
 template <class T, class G, int V>
 __device__ __forceinline__ void normalize(const ModelInput<T, G>& m, const Pack<T, V>& x_adv, int64_t i) {
   const int64_t row = i / m.inner;
@@ -33,8 +34,9 @@ __device__ __forceinline__ void normalize(const ModelInput<T, G>& m, const Pack<
   store(m.to + i, out);
 }
 
-// The elements [begin, end) of the batch in packs of V, walked by threads that are `stride` packs apart. Without
-// may_emit nothing is compiled for a model input.
+// The loop of one block over elements [begin, end) of the batch, in packs of V; the Loop of sample_step. A thread's
+// packs are `stride` packs apart. Without may_emit no code for a model input is compiled.
+//   partial: [32], shared memory, for sums
 template <class T, class G, int V, bool may_emit>
 struct PackLoop {
   PgdBatch<T, G> p;
@@ -42,7 +44,8 @@ struct PackLoop {
   int stride;
   double (*partial)[kWarp];
 
-  // Calls f(x_adv, widened grad, x, index) on this thread's elements, after one access per pack and array.
+  // Calls f(x_adv, grad, x, index) for each of this thread's packs, or, at the end, for single elements as packs of
+  // one.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
     for (int64_t i = begin + int64_t{threadIdx.x} * V; i < end; i += int64_t{stride} * V) {
@@ -52,7 +55,7 @@ struct PackLoop {
         const auto x = load<V>(p.x + i);
         f(a, g, x, i);
       } else {
-#pragma unroll 1  // a tail of less than a pack: not worth the code
+#pragma unroll 1  // at most V - 1 elements: not worth the code
         for (int64_t j = i; j < end; ++j) f(Pack<T, 1>{p.x_adv[j]}, Pack<G, 1>{p.grad[j]}, Pack<T, 1>{p.x[j]}, j);
       }
     }
@@ -81,10 +84,10 @@ struct PackLoop {
   }
 };
 
-constexpr int kLinfThreads = 256;
+constexpr int kLinfThreads = 256;  // of a block; not measured
 
-// Block b covers chunk b % chunks of sample b / chunks, one pack per thread. Compiled without a model input as well,
-// whose indices take the registers of a quarter of the warps.
+// An Linf step, one pack per thread: block b has chunk b % chunks of sample b / chunks. Compiled both with a model
+// input and without, since its indices take so many registers that a quarter fewer warps fit (`make gpu-static`).
 template <class T, class G, int V, bool may_emit>
 __global__ void __launch_bounds__(kLinfThreads) pgd_linf_kernel(PgdBatch<T, G> p, unsigned chunks) {
   const int64_t sample = blockIdx.x / chunks, chunk = blockIdx.x % chunks, width = kLinfThreads * V;
@@ -94,8 +97,10 @@ __global__ void __launch_bounds__(kLinfThreads) pgd_linf_kernel(PgdBatch<T, G> p
   loop.update([=](T a, auto g, T x) { return linf_step(a, g, x, eps, alpha, p.low, p.high); });
 }
 
+// Threads of a block for samples of at least four packs per thread, else 256. Not measured.
 constexpr int kMaxThreads = 512;
 
+// An L2 or L1 step, one block per sample.
 template <class T, class G, int V>
 __global__ void __launch_bounds__(kMaxThreads, 2) pgd_sample_kernel(PgdBatch<T, G> p, Norm norm) {
   __shared__ double partial[kWarp];
@@ -104,6 +109,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) pgd_sample_kernel(PgdBatch<T, 
   sample_step(loop, norm, p.eps[sample * p.eps_stride], p.alpha[sample * p.alpha_stride], p.low, p.high);
 }
 
+// A step in packs of V elements, to which every array must be aligned.
 template <class T, class G, int V>
 void launch_pgd_step(PgdBatch<T, G> p, Norm norm, cudaStream_t stream) {
   if (norm == Norm::Linf) {
@@ -116,6 +122,7 @@ void launch_pgd_step(PgdBatch<T, G> p, Norm norm, cudaStream_t stream) {
   }
 }
 
+// A step of a batch whose arrays are as above, aligned in any way.
 template <class T, class G>
 void launch_pgd_step(PgdBatch<T, G> p, Norm norm, cudaStream_t stream) {
   constexpr int V = kPack<T>;

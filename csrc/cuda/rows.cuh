@@ -1,4 +1,4 @@
-// How threads cover the rows of a matrix: a warp each, or in tiles of threads that lie side by side. No torch header.
+// How threads cover the rows of a matrix: a warp for each row, or blocks as rectangles of threads. No torch header.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -6,15 +6,16 @@
 
 namespace moe {
 
-// Where a kernel's launch bounds ask for one block at least, ptxas does not spill to let one more fit.
+// Threads of a block. Not measured. Kernels whose launch bounds also ask for one block per multiprocessor do so because
+// ptxas otherwise spills registers to let more blocks fit (`make gpu-static` shows the spills).
 constexpr int kRowThreads = 256;
 
-// Blocks of kRowThreads threads over rows of `packs` packs: `lanes` threads, a power of two, side by side in a row, and
-// `chunks` blocks along it.
+// Covers a matrix [rows, packs * V] with one thread for each pack of V elements. A block is a rectangle of
+// kRowThreads / lanes rows by `lanes` packs.
 struct RowTiles {
-  int lanes = 1;
-  unsigned chunks;
-  int64_t blocks;
+  int lanes = 1;    // a power of two: the least that covers a row, but at most kRowThreads
+  unsigned chunks;  // blocks along a row
+  int64_t blocks;   // in all
 
   RowTiles(int64_t rows, int64_t packs) {
     while (lanes < packs && lanes < kRowThreads) lanes *= 2;
@@ -22,13 +23,15 @@ struct RowTiles {
     const int64_t height = kRowThreads / lanes;
     blocks = (rows + height - 1) / height * chunks;
   }
+  // The row and the pack of this thread, which may lie beyond the matrix.
   __device__ __forceinline__ int64_t row() const {
     return int64_t{blockIdx.x / chunks} * (kRowThreads / lanes) + threadIdx.x / lanes;
   }
   __device__ __forceinline__ int64_t pack() const { return int64_t{blockIdx.x % chunks} * lanes + threadIdx.x % lanes; }
 };
 
-// The expert of a row: the last that begins, at `scale` rows to the offset, no later.
+// The expert of a row: the last one that begins at or before it. An expert's offset counts `scale` rows.
+//   offsets: [experts + 1]
 __device__ __forceinline__ int64_t expert_of(int64_t row, const int32_t* offsets, int64_t experts, int64_t scale = 1) {
   int64_t e = 0, above = experts;
   while (above - e > 1) {
@@ -38,7 +41,8 @@ __device__ __forceinline__ int64_t expert_of(int64_t row, const int32_t* offsets
   return e;
 }
 
-// One warp per row: the row of this thread's warp, and the number of blocks for `rows` of them.
+// With one warp per row: the row of this thread's warp, which may lie beyond the last, and the blocks that cover `rows`
+// rows.
 __device__ __forceinline__ int64_t warp_row() {
   return int64_t{blockIdx.x} * (kRowThreads / kWarp) + threadIdx.x / kWarp;
 }

@@ -1,4 +1,4 @@
-// Tensors on a GPU: torch's current stream, the check of the device, the dtype switch to the toolkit's types.
+// Tensors on a GPU: torch's current stream, the check that all are on one device, the switch over dtypes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,7 +11,7 @@
 
 namespace moe {
 
-// The current stream of the tensor's device, which is the current device for as long as this lives.
+// The current stream of a tensor's device. As long as this lives, that device is the current one.
 class CudaStream {
  public:
   explicit CudaStream(const Tensor& t) : guard_(t.get_device_index()) {
@@ -26,6 +26,7 @@ class CudaStream {
   cudaStream_t stream_;
 };
 
+// Checks that the others, of which some may be none, are on the device of the first.
 inline void check_device(const Tensor& first, std::initializer_list<OptionalTensor> others) {
   for (const OptionalTensor& t : others) {
     MOE_CHECK(!t || (t->is_cuda() && t->get_device_index() == first.get_device_index()),
@@ -33,7 +34,7 @@ inline void check_device(const Tensor& first, std::initializer_list<OptionalTens
   }
 }
 
-// The CUDA type with the bits of a torch scalar type.
+// The CUDA toolkit's type for a C++ type of torch's, bit for bit the same.
 template <class T>
 struct Native {
   using type = T;
@@ -47,7 +48,7 @@ struct Native<torch::headeronly::Half> {
   using type = __half;
 };
 
-// dispatch_float with the CUDA types.
+// Calls f with a zero of the CUDA type that `dtype` names. `argument` is the name in the error message.
 template <class F>
 void dispatch_native(ScalarType dtype, const char* argument, F&& f) {
   dispatch_float(dtype, argument, [&](auto zero) { f(typename Native<decltype(zero)>::type{}); });

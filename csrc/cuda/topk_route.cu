@@ -1,11 +1,13 @@
-// Top-k routing: checks and launches. That a row holds no NaN, no +inf and a finite entry is the caller's to see to,
-// because looking would halt the stream: such a row gets weights of NaN, and experts within range.
+// Top-k routing: checks and launches. It is not checked that a row has a finite entry and neither NaN nor +inf, since
+// the host would have to wait for the device: that is up to the caller. Any other row gets NaN weights, and experts in
+// range.
 #include "cuda/tensor.h"
 #include "cuda/topk_route.cuh"
 
 namespace moe {
 namespace {
 
+// logits: [T, E]
 Routing make_routing(const Tensor& logits, int64_t k, StringHandle gate, bool renormalize) {
   const Gate read = read_gate(take_string(gate), renormalize);
   const int64_t experts = logits.size(1);
@@ -14,7 +16,7 @@ Routing make_routing(const Tensor& logits, int64_t k, StringHandle gate, bool re
   return {logits.size(0), static_cast<int>(experts), static_cast<int>(k), read};
 }
 
-// logits [T, E] -> weights [T, k], experts [T, k]
+// logits: [T, E]; returns weights [T, k] and experts, int32 [T, k], by falling logit; ties go to the lower index
 std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, int64_t k, StringHandle gate, bool renormalize) {
   const Routing routing = make_routing(logits, k, gate, renormalize);
   const CudaStream stream(logits);
@@ -29,7 +31,8 @@ std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, int64_t k, StringHan
   return {weights, experts};
 }
 
-// grad [T, k], logits [T, E], experts [T, k] -> [T, E]
+// The gradient of the logits.
+//   grad: [T, k], that of the weights; logits: [T, E], experts: int32 [T, k]; returns [T, E]
 Tensor topk_route_backward(const Tensor& grad, const Tensor& logits, const Tensor& experts, StringHandle gate,
                            bool renormalize) {
   const Routing routing = make_routing(logits, experts.size(1), gate, renormalize);

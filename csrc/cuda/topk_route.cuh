@@ -1,4 +1,4 @@
-// Top-k routing on the GPU: one warp per row, its logits in registers where there are at most 512 of them.
+// Top-k routing on a GPU: one warp per row, whose logits are in registers if there are at most 512 of them.
 #pragma once
 
 #include "common/gate.h"
@@ -6,34 +6,36 @@
 
 namespace moe {
 
+// What is routed: `rows` rows of `experts` logits, k of which are chosen.
 struct Routing {
   int64_t rows;
   int experts, k;
   Gate gate;
 };
 
-// A row's logits, R to a lane in registers, or read again each time where R is 0.
+// A row's logits: R of them in each lane's registers, or, where R is 0, read from memory every time.
+//   row: [experts]
 template <class T, int R>
 struct RowLogits {
   const T* row;
   int experts, lane;
-  wide_t<T> held[R > 0 ? R : 1];
+  wide_t<T> in_registers[R > 0 ? R : 1];
 
   __device__ __forceinline__ RowLogits(const T* row, int experts, int lane) : row(row), experts(experts), lane(lane) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const int e = r * kWarp + lane;
-      held[r] = e < experts ? widen(row[e]) : wide_t<T>(-INFINITY);
+      in_registers[r] = e < experts ? widen(row[e]) : wide_t<T>(-INFINITY);
     }
   }
 
-  // Calls f(logit, expert) for the lane's experts.
+  // Calls f(logit, expert) for each of the lane's experts.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
     if constexpr (R > 0) {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (r * kWarp + lane < experts) f(held[r], r * kWarp + lane);
+        if (r * kWarp + lane < experts) f(in_registers[r], r * kWarp + lane);
       }
     } else {
       for (int e = lane; e < experts; e += kWarp) f(widen(row[e]), e);
@@ -41,6 +43,7 @@ struct RowLogits {
   }
 };
 
+// An expert in the order of choice: by falling logit, then by rising index.
 template <class A>
 struct Choice {
   A key;
@@ -51,7 +54,7 @@ struct Choice {
   }
 };
 
-// The warp's first choice that comes after `last`: by falling logit, then by rising index; a NaN ranks as +inf.
+// The first choice of the row after `last`, where a NaN ranks as +inf. Every lane receives it, and all must call.
 template <class A, class Logits>
 __device__ __forceinline__ Choice<A> next_choice(const Logits& logits, const Choice<A>& last) {
   Choice<A> best{A(-INFINITY), INT32_MAX};
@@ -67,7 +70,8 @@ __device__ __forceinline__ Choice<A> next_choice(const Logits& logits, const Cho
   return best;
 }
 
-// The weights of the row whose chosen experts are `chosen`, the largest logit first.
+// The weights of a row.
+//   chosen: [k], the chosen experts; largest: the largest logit
 template <class T, int R>
 __device__ __forceinline__ GateWeight<wide_t<T>> gate_weight(const RowLogits<T, R>& logits, const int32_t* chosen,
                                                              int k, Gate gate, wide_t<T> largest) {
@@ -85,7 +89,7 @@ __device__ __forceinline__ GateWeight<wide_t<T>> gate_weight(const RowLogits<T, 
   return weight;
 }
 
-// logits [rows, experts] -> weights, chosen [rows, k]
+// logits: [rows, experts] -> weights, chosen: [rows, k], by falling logit
 template <class T, int R>
 __global__ void __launch_bounds__(kRowThreads, 1)
     topk_route_kernel(Routing routing, const T* logits, wide_t<T>* weights, int32_t* chosen) {
@@ -101,7 +105,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   for (int i = 0; i < k; ++i) {
     choice = next_choice<A>(row, choice);
     if (i == 0) largest = widen(row.row[choice.expert]);
-    if (i % kWarp == lane) chosen[i] = choice.expert;  // the lane that reads it again
+    if (i % kWarp == lane) chosen[i] = choice.expert;  // by the lane that reads it below
   }
   if (routing.gate.ones) {
     for (int i = lane; i < k; i += kWarp) weights[i] = routing.gate.renormalize ? A(1) / static_cast<A>(k) : A(1);
@@ -111,7 +115,8 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   for (int i = lane; i < k; i += kWarp) weights[i] = weight(widen(row.row[chosen[i]]));
 }
 
-// grad [rows, k], logits [rows, experts], chosen [rows, k] -> out [rows, experts]
+// out is the gradient of the logits.
+//   grad: [rows, k], that of the weights; logits: [rows, experts], chosen: [rows, k] -> out: [rows, experts]
 template <class T, int R>
 __global__ void __launch_bounds__(kRowThreads, 1)
     topk_route_backward_kernel(Routing routing, const wide_t<T>* grad, const T* logits, const int32_t* chosen, T* out) {
@@ -141,28 +146,31 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   }
 }
 
-// Calls f with the number of logits that a lane holds, as a constant.
+// Calls f with the number of logits in a lane's registers as a constant: 1, 4 or 16, or 0 for none of them. Not
+// measured.
 template <class F>
-void with_held_logits(int experts, F f) {
+void with_logits_per_lane(int experts, F f) {
   if (experts <= kWarp) return f(std::integral_constant<int, 1>());
   if (experts <= 4 * kWarp) return f(std::integral_constant<int, 4>());
   if (experts <= 16 * kWarp) return f(std::integral_constant<int, 16>());
   f(std::integral_constant<int, 0>());
 }
 
+// logits: [rows, experts] -> weights, chosen: [rows, k]
 template <class T>
 void launch_topk_route(Routing routing, const T* logits, wide_t<T>* weights, int32_t* chosen, cudaStream_t stream) {
-  with_held_logits(routing.experts, [&](auto held) {
-    cuda_launch("topk_route", topk_route_kernel<T, decltype(held)::value>, warp_row_blocks(routing.rows), kRowThreads,
-                stream, routing, logits, weights, chosen);
+  with_logits_per_lane(routing.experts, [&](auto logits_per_lane) {
+    cuda_launch("topk_route", topk_route_kernel<T, decltype(logits_per_lane)::value>, warp_row_blocks(routing.rows),
+                kRowThreads, stream, routing, logits, weights, chosen);
   });
 }
 
+// grad: [rows, k], logits: [rows, experts], chosen: [rows, k] -> out: [rows, experts]
 template <class T>
 void launch_topk_route_backward(Routing routing, const wide_t<T>* grad, const T* logits, const int32_t* chosen, T* out,
                                 cudaStream_t stream) {
-  with_held_logits(routing.experts, [&](auto held) {
-    cuda_launch("topk_route_backward", topk_route_backward_kernel<T, decltype(held)::value>,
+  with_logits_per_lane(routing.experts, [&](auto logits_per_lane) {
+    cuda_launch("topk_route_backward", topk_route_backward_kernel<T, decltype(logits_per_lane)::value>,
                 warp_row_blocks(routing.rows), kRowThreads, stream, routing, grad, logits, chosen, out);
   });
 }

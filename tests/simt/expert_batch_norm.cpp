@@ -22,7 +22,7 @@ void run(char** argv) {
   const auto results = simt::in_every_order([&] {
     const int64_t table = experts * channels, elements = images * channels * pixels;
     auto partial = simt::poisoned<moe::Pair>(moe::norm_partial_rows(b) * channels);
-    auto lines = simt::poisoned<moe::NormLine<A>>(table);
+    auto coefficients = simt::poisoned<moe::NormCoefficients<A>>(table);
     auto out = std::tuple(simt::poisoned<T>(op == "param_grad" ? 0 : elements),
                           simt::poisoned<A>(op == "input_grad" ? 0 : table),
                           simt::poisoned<A>(op == "input_grad" ? 0 : table));
@@ -30,13 +30,13 @@ void run(char** argv) {
     A *first = std::get<1>(out).data(), *second = std::get<2>(out).data();
     if (op == "forward") {
       moe::launch_norm_forward(b, x.data(), given(weight), given(bias), given(mean), given(var), eps,
-                               training ? partial.data() : nullptr, lines.data(), y, first, second, nullptr);
+                               training ? partial.data() : nullptr, coefficients.data(), y, first, second, nullptr);
     } else if (op == "param_grad") {
       moe::launch_norm_param_grad(b, grad.data(), x.data(), mean.data(), var.data(), eps, partial.data(), first, second,
                                   nullptr);
     } else {
       moe::launch_norm_input_grad(b, grad.data(), given(x), given(weight), given(mean), var.data(), given(dbias),
-                                  given(dweight), eps, lines.data(), y, nullptr);
+                                  given(dweight), eps, coefficients.data(), y, nullptr);
     }
     return out;
   });
