@@ -13,8 +13,7 @@ namespace moe {
 
 enum class Norm { Linf, L2, L1 };
 
-// Where the model's input (x_adv - mean[c]) / std[c] is written, c = i / inner % channels being the channel of element
-// i.
+// Where the model's input (x_adv - mean[c]) / std[c] is written. The channel of element i is c = i / inner % channels.
 //   to: like x_adv, or null for no model input; mean, std: [channels]
 template <class T, class G>
 struct ModelInput {
@@ -30,9 +29,9 @@ MOE_INLINE T clamp(T value, T low, T high) {
   return value > high ? high : value;
 }
 
-// y, or the next number towards x where rounding has put y further than `radius` from x. Integer arithmetic on the
-// bits, since masks of another width than the floats' keep the loop from being vectorised well: it took 0.48 ns an
-// element with comparisons and takes 0.29 (AVX2, docs/facts.md).
+// y, or the next number towards x where rounding has put y further than `radius` from x. By integer arithmetic on the
+// bits: with comparisons, whose masks gcc packs into bytes, an element took 0.48 ns instead of 0.29 (AVX2,
+// docs/facts.md).
 template <class T>
 MOE_INLINE T inside(T y, T x, T radius) {
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -46,15 +45,15 @@ MOE_INLINE T inside(T y, T x, T radius) {
   return y;
 }
 
-// x_adv after a step of alpha along the sign of the gradient g, clamped to [x - eps, x + eps] and to [low, high]. A NaN
-// gradient makes no step.
+// x_adv after a step of alpha along the sign of the gradient g, clamped to [x - eps, x + eps] and to [low, high]. Where
+// the gradient is NaN there is no step.
 template <class T, class G>
 MOE_INLINE T linf_step(T x_adv, G g, T x, T eps, T alpha, T low, T high) {
   const T step = std::fabs(g) > 0 ? std::copysign(alpha, static_cast<T>(g)) : T(0);
   return clamp(inside(clamp(x_adv + step, x - eps, x + eps), x, eps), low, high);
 }
 
-// The perturbation x_adv - x after a step of factor * g, before its projection. A NaN makes no step.
+// The perturbation x_adv - x after a step of factor * g, before its projection. Where g is NaN there is no step.
 template <class T, class G>
 MOE_INLINE double stepped(T x_adv, G g, T x, double factor) {
   const double step = static_cast<double>(g) * factor;

@@ -92,8 +92,7 @@ template <class T>
 using acc_t = typename Accumulate<T>::type;
 inline ScalarType accumulate_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
 
-// to = value, rounded. For loops that are to be vectorised: the assignment of a 16-bit float, which is a struct, is
-// not.
+// to = value, rounded. It can be vectorised, which the assignment of a 16-bit float, a struct, cannot.
 template <class T>
 inline void store(T& to, acc_t<T> value) {
   if constexpr (sizeof(T) == 2) {
@@ -103,12 +102,13 @@ inline void store(T& to, acc_t<T> value) {
   }
 }
 
-// The fewest items of a parallel_for's task, where an item takes `work` operations on elements: 32768 operations are
-// worth a thread.
-inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); }
+// Operations on elements that are worth a thread.
+constexpr int64_t kTaskWork = 32768;
 
-// The string argument of an operator, freed: torch's own conversion to std::string (2.11 to 2.13) leaks it in every
-// call.
+// The fewest items of a parallel_for's task, where an item takes `work` operations on elements.
+inline int64_t grain(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work)); }
+
+// The string argument of an operator, which is freed. torch's own conversion (2.11 to 2.13) leaks it in every call.
 inline std::string take_string(StringHandle handle) {
   const char* chars;
   size_t length;

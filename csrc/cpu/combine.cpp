@@ -1,4 +1,4 @@
-// Weighted sums of each row's k slots, and the two adjoints. Every sum has a fixed order, whatever the number of
+// Weighted sums of each row's k slots, and the two adjoints. The order of every sum is fixed, for any number of
 // threads.
 #include "common/combine_arguments.h"
 

@@ -70,8 +70,8 @@ Tensor expert_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Tens
                                  int64_t kernel_width, const Shape& stride, const Shape& padding) {
   const int64_t num_experts = offsets.size(0) - 1;
   const auto ranges = read_offsets(offsets, num_experts, grad.size(0));
-  // Contiguous for 1 x 1 kernels: with channels-last images whose channels are no multiple of 8, oneDNN writes beyond
-  // its buffer.
+  // For 1 x 1 kernels the images are made contiguous: channels-last, with a number of channels that is no multiple of
+  // 8, oneDNN writes beyond its buffer.
   const bool pointwise = kernel_height * kernel_width == 1;
   const Tensor grads = pointwise ? as_layout(grad, false) : grad, images = pointwise ? as_layout(x, false) : x;
   Tensor out = new_tensor(grad, {num_experts, grad.size(1), x.size(1), kernel_height, kernel_width});

@@ -1,5 +1,4 @@
-// Grouped matrix products of a batch sorted by expert. Each block is one GEMM on one thread, ours (cpu/gemm.h) or
-// ATen's.
+// Grouped matrix products of a batch sorted by expert. Each block is a GEMM on one thread, cpu/gemm.h's or ATen's.
 #include "cpu/grouped_linear.h"
 
 namespace moe {
@@ -41,8 +40,7 @@ Tensor expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
   return out;
 }
 
-// The gradient of the weight; an expert without rows gets zeros. A block is some rows of [out, in], each a sum over all
-// of the expert's rows.
+// The gradient of the weight; an expert without rows gets zeros. A block is some rows of an expert's [out, in].
 //   grad: [N, out], x: [T, in], offsets: [E + 1], rows: [N] or none, where N = T
 //   returns [E, out, in]
 Tensor expert_linear_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& offsets,

@@ -37,8 +37,8 @@ MOE_INLINE void to_float(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
 }
 
-// Columns [k0, k0 + depth) of a, packed row by row, or, where a column is what is contiguous, tile by tile and within a
-// tile column by column.
+// Columns [k0, k0 + depth) of a, packed row by row, or, where its columns are contiguous, as tiles of kMr rows column
+// by column.
 //   a: [rows, k]
 //   packed: [rows, depth], or [ceil(rows / kMr), depth, kMr], with the strides that multiply_panel takes
 template <class T>
@@ -55,9 +55,9 @@ struct PackedA {
       for (int64_t i = 0; i < rows; ++i) to_float(a.at(i, k0), depth, to + i * depth);
       return;
     }
-    constexpr int64_t kColumns = 8;  // packed at a time: with AVX2 they fill three cache lines of a tile. Not measured
-    for (int64_t k = 0; k < depth; k += kColumns) {
-      const int64_t last = std::min(k + kColumns, depth);
+    constexpr int64_t kPackedColumns = 8;  // at a time: with AVX2 they fill three cache lines of a tile
+    for (int64_t k = 0; k < depth; k += kPackedColumns) {
+      const int64_t last = std::min(k + kPackedColumns, depth);
       for (int64_t i = 0; i < rows; i += kMr) {
         const int64_t count = std::min(kMr, rows - i);
         for (int64_t c = k; c < last; ++c) {

@@ -26,8 +26,7 @@ class SortedRows {
   OptionalTensor rows_;
 };
 
-// A linear map for each expert. A weight whose rows or columns are contiguous is read where it lies, any other is
-// copied.
+// A linear map for each expert. A weight with contiguous rows or columns is read where it lies; any other is copied.
 //   weight: [E, out, in], bias: [E, out] or none
 template <class T>
 class LinearMaps {

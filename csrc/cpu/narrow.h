@@ -1,5 +1,4 @@
-// The floating-point types of at most 32 bits, which are computed in float where the CPU has no arithmetic of their
-// own.
+// The floating-point types of at most 32 bits, which are computed in float where the CPU cannot compute in them.
 #pragma once
 
 #include "common/tensor.h"

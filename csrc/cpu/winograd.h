@@ -1,5 +1,4 @@
-// Winograd's F(4 x 4, 3 x 3): a tile of 4 x 4 results of a 3 x 3 convolution of stride 1 from 36 products, where the
-// direct sum takes 144.
+// Winograd's F(4 x 4, 3 x 3): 4 x 4 results of a 3 x 3 convolution of stride 1 from 36 products instead of 144.
 //
 //   Y = A^T [ sum over channels (G w G^T) * (B^T X B) ] A        (Lavin and Gray, CVPR 2016; * is elementwise)
 //   dw = G^T [ sum over tiles (A dY A^T) * (B^T X B) ] G

@@ -11,25 +11,25 @@ namespace {
 constexpr int64_t kFilters = 32;
 constexpr int64_t kWeightStride = point_stride(kFilters * kSummands);
 
-// The 3 x 3 kernels of one expert, element (i, j) of that from input channel c to output channel o being
-// data[o * output_stride + c * input_stride + 3 * i + j], or, of a transposed convolution, its 180 degree rotation
-// (2 - i, 2 - j).
+// The 3 x 3 kernels of one expert. Element (i, j) of the kernel from input channel c to output channel o is
+// data[o * output_stride + c * input_stride + 3 * i + j]; where `rotated`, by 180 degrees, that is element (2 - i, 2 -
+// j).
 template <class T>
 struct Kernels {
   const T* data;
   int64_t output_stride, input_stride;
   bool rotated;
 
-  // taps: [9] of kLanes output channels = the kernels from one input channel to `count` output channels from `output`
-  // on; the other lanes are zero
+  // Reads the kernels from one input channel to `count` output channels from `output` on; the other lanes are zero.
+  //   taps: [9] of kLanes output channels
   void read(int64_t output, int64_t input, int64_t count, Lanes taps[9]) const {
     const T* from = data + output * output_stride + input * input_stride;
     float values[9][kLanes] = {};
     for (int64_t first = 0; first < count; first += 8) {
       Lanes8 rows[8] = {};
       for (int64_t i = 0; i < std::min<int64_t>(8, count - first); ++i, from += output_stride) {
-        // More streams than the hardware prefetches by itself: four experts of 512 channels went from 39 to 30 ms
-        // (AVX2, docs/facts.md).
+        // These are more streams than the hardware prefetches by itself; for four experts of 512 channels this made 30
+        // ms of 39 (AVX2, docs/facts.md).
         __builtin_prefetch(from + 8 * input_stride);
         rows[i] = read8(from);
         values[8][first + i] = static_cast<float>(from[8]);
@@ -41,9 +41,8 @@ struct Kernels {
   }
 };
 
-// A grouped convolution. Tiles of 4 x 4 results are counted in rows, `columns_` tiles from left to right, over all
-// images of the batch.
-//   x: [N, C, H, W], y: [N, O, H', W'], padded by pad_y and pad_x zeros on each side
+// A grouped convolution. The results are tiles of 4 x 4, in rows of `columns_` tiles; rows are counted over all images.
+//   x: [N, C, H, W], to which pad_y and pad_x zeros are added on each side, y: [N, O, H', W']
 template <class T>
 class Winograd {
  public:
@@ -112,8 +111,8 @@ class Winograd {
   }
 
  private:
-  // Transforms the kernels from input channels [c0, c0 + summands) to kNr output channels from `output` on, of which
-  // `count` exist.
+  // Transforms the kernels from input channels [c0, c0 + summands) to the kNr output channels from `output` on, `count`
+  // of which exist.
   //   kernels: [O, C, 3, 3] -> weights: [36, summands, kNr], its points kWeightStride elements apart
   static void kernels_to_points(const Kernels<T>& kernels, int64_t output, int64_t count, int64_t c0, int64_t summands,
                                 float* weights) {
@@ -158,10 +157,9 @@ class Winograd {
   int64_t pad_y_, pad_x_, depth_, columns_, rows_;
 };
 
-// Output channels of a task: all of them, or fewer where there are too few blocks for the threads, although each task
-// then transforms its block's tiles anew. The results do not depend on it. With two threads a ResNet's attack step on
-// 32 images, whose third stage is a single block, went from 1.45 to 1.6 times eager torch's speed (AVX2,
-// docs/facts.md).
+// Output channels of a task: all of them, or fewer where there are too few blocks for the threads, as in the third
+// stage of a ResNet with 32 images, although each task then transforms its block's tiles anew. No result depends on it.
+// Not measured by itself.
 int64_t filter_band(int64_t width, int64_t blocks) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t bands = threads == 1 ? 1 : (2 * threads + blocks - 1) / std::max<int64_t>(1, blocks);

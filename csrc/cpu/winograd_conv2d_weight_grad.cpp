@@ -28,7 +28,7 @@ struct TransformedTiles {
 
 // The weight gradients, one expert after the other: its tiles are transformed some at a time, and their products added
 // to sums [36, O, C], each point by one thread.
-//   grad: [N, O, H', W'], x: [N, C, H, W], padded by pad_y and pad_x zeros on each side
+//   grad: [N, O, H', W'], x: [N, C, H, W], to which pad_y and pad_x zeros are added on each side
 template <class T>
 class WeightGrad {
  public:
@@ -80,7 +80,7 @@ class WeightGrad {
     });
   }
 
-  // The sums at one point: sums [O, C] = grad [tiles, O]^T x [tiles, C], added to what they were where `accumulate`.
+  // The sums [O, C] at one point: grad [tiles, O]^T x [tiles, C], added to what they were if `accumulate`.
   void multiply(int64_t point, int64_t tiles, bool accumulate) {
     for (int64_t t = 0; t < tiles; t += kSummands) {
       for (int64_t o = 0; o < grad_.channels; o += kRowGroup) {

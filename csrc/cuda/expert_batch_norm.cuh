@@ -12,12 +12,11 @@ namespace moe {
 // None of these is measured.
 constexpr int kNormThreads = 256;   // of a block
 constexpr int kNormDepth = 32;      // most rows that a thread sums in the arithmetic of the storage type (wide_t)
-constexpr int kPlaneValues = 4096;  // by plane: fewest values that a block sums
+constexpr int kPlaneValues = 4096;  // by plane: values that a block sums, in whole planes, but at least one plane
 constexpr int kMergeLanes = 8;      // channels whose partial sums a block merges
 
-// A batch of rows, sorted by expert, [images, channels, pixels]. By pixel (channels-last, or one pixel per image) a row
-// is a pixel with one value of each channel; by plane a row is an image, with `pixels` neighbouring values of each
-// channel.
+// A batch [images, channels, pixels], sorted by expert, as rows. By pixel (channels-last, or one pixel per image) a row
+// is a pixel with one value of each channel; by plane it is an image with `pixels` neighbouring values of each.
 //   offsets: [experts + 1], in images
 struct NormBatch {
   const int32_t* offsets;
@@ -106,8 +105,7 @@ struct NormTile {
       }
     }
   }
-  // The sums over these rows of this thread's channels, where add(index of a pack, sums) adds a pack to a thread's
-  // sums.
+  // The sums of this thread's channels over these rows; add(index of a pack, sums) adds one of a thread's packs.
   template <class A, class Add>
   __device__ __forceinline__ Pairs<A, W> sums(Pairs<A, W> (&shared)[kNormThreads], Add add) const {
     Pairs<A, W> sum = {};
@@ -274,9 +272,9 @@ __global__ void __launch_bounds__(kNormThreads)
   dweight[at.index] = static_cast<A>(total.second[0] / std::sqrt(var[at.index] + eps));
 }
 
-// The coefficients of dx = weight / sqrt(var + eps) * (grad - dbias / n - (x - mean) / sqrt(var + eps) * dweight / n)
-// with n values of the channel, or, where mean, dbias and dweight are null because the statistics are constants, of dx
-// = weight / sqrt(var + eps) * grad.
+// The coefficients of dx = weight / sqrt(var + eps) * (grad - dbias / n - (x - mean) / sqrt(var + eps) * dweight / n),
+// where a channel has n values; where the statistics are constants, and mean, dbias and dweight null, those of
+// dx = weight / sqrt(var + eps) * grad.
 //   var: [experts, channels], weight, mean, dbias, dweight: the same, or null -> coefficients: [experts, channels]
 template <class A>
 __global__ void __launch_bounds__(kNormThreads)
@@ -328,8 +326,7 @@ void with_layout(const NormBatch& b, bool aligned, F f) {
                                     : with_pack(std::integral_constant<int, 1>());
 }
 
-// Rows of the partial sums, each of `channels` pairs: enough for the tiles of the narrowest access, of which there are
-// most.
+// Rows of the partial sums, each of `channels` pairs: enough for the narrowest access, which needs the most tiles.
 inline int64_t norm_partial_rows(const NormBatch& b) { return NormTiles(b, 1).count + b.experts; }
 
 // in, x: [images, channels, pixels], coefficients: [experts, channels] -> out: like in; x may be null backward
@@ -368,8 +365,10 @@ void launch_norm_forward(NormBatch b, const T* x, const wide_t<T>* weight, const
   launch_norm_apply<T, true>(b, x, x, coefficients, y, stream);
 }
 
-// grad, x: [images, channels, pixels], mean, var: [experts, channels], partial: [norm_partial_rows, channels], scratch
-// -> dbias, dweight: [experts, channels]
+// The gradients of bias and weight.
+//   grad, x: [images, channels, pixels], mean, var: [experts, channels], partial: [norm_partial_rows, channels],
+//   scratch
+//   -> dbias, dweight: [experts, channels]
 template <class T>
 void launch_norm_param_grad(NormBatch b, const T* grad, const T* x, const wide_t<T>* mean, const wide_t<T>* var,
                             double eps, Pair* partial, wide_t<T>* dbias, wide_t<T>* dweight, cudaStream_t stream) {
@@ -383,9 +382,9 @@ void launch_norm_param_grad(NormBatch b, const T* grad, const T* x, const wide_t
   });
 }
 
-// grad, x: [images, channels, pixels]; weight, mean, var, dbias, dweight: [experts, channels]; x, mean, dbias and
-// dweight are null where the statistics are constants, and weight may be; coefficients: [experts, channels], scratch ->
-// dx: like grad
+// The gradient of x. Where the statistics are constants, x, mean, dbias and dweight are null; weight may always be.
+//   grad, x: [images, channels, pixels]; weight, mean, var, dbias, dweight: [experts, channels]
+//   coefficients: [experts, channels], scratch -> dx: like grad
 template <class T>
 void launch_norm_input_grad(NormBatch b, const T* grad, const T* x, const wide_t<T>* weight, const wide_t<T>* mean,
                             const wide_t<T>* var, const wide_t<T>* dbias, const wide_t<T>* dweight, double eps,

@@ -1,6 +1,5 @@
-// Sums of the rows of each expert, and of rows that share an index: checks and launches. It is not checked that offsets
-// cover the rows and that indices are in range, since the host would have to wait for the device: that is up to the
-// caller.
+// Sums of the rows of each expert, and of rows that share an index: checks and launches. Whether offsets
+// cover the rows and indices are in range is up to the caller: to check it the host would have to wait for the device.
 #include "cuda/expert_sum.cuh"
 #include "cuda/tensor.h"
 

@@ -9,13 +9,13 @@ namespace moe {
 // A block sums kSumRows rows of kSumLanes columns, kSumHeight of the rows at a time. Not measured.
 constexpr int kSumRows = 128, kSumLanes = 32, kSumThreads = 256, kSumHeight = kSumThreads / kSumLanes;
 
-// The partial sums [partial_rows, width] of an expert_sum: the sum over the rows of expert e in block b is in row b +
-// e. From one such pair (b, e) to the next either b or e grows by at least one, so that no two share a row.
+// The partial sums [partial_rows, width] of an expert_sum: that over the rows of expert e in block b is row b + e. From
+// one such pair (b, e) to the next either b or e grows, so that no two share a row.
 inline int64_t row_blocks(int64_t rows) { return (rows + kSumRows - 1) / kSumRows; }
 inline int64_t partial_rows(int64_t rows, int64_t experts) { return row_blocks(rows) + experts; }
 
 // The first pass: sums of the rows of each expert within a block.
-//   x: [rows, width], offsets: [experts + 1] -> partial: [partial_rows, width], of which other rows are not written
+//   x: [rows, width], offsets: [experts + 1] -> partial: [partial_rows, width], of which some rows stay unwritten
 //   bands: blocks along a row
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)

@@ -1,6 +1,6 @@
 // Stable sort of the slots by expert on a GPU: a radix sort, least significant digit first, of one pass for up to 1024
-// experts. Only counts, which are integers, are added atomically; places follow from prefix sums, so the order is the
-// stable one.
+// experts. Only counts, which are integers, are added atomically; places follow from prefix sums, so the sort is
+// stable.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,7 @@
 
 namespace moe {
 
-// Ten bits, since the counts of 1024 digits for each of 8 warps, 32 kB, fit into a block's shared memory. None of these
-// is measured.
+// Ten bits: the counts of 1024 digits for each of 8 warps, 32 kB, fit into shared memory. None of these is measured.
 constexpr int kDigitBits = 10, kDigits = 1 << kDigitBits;
 constexpr int kSortThreads = 256, kSortWarps = kSortThreads / kWarp;
 constexpr int kWarpSlots = 256, kTileSlots = kSortWarps * kWarpSlots;  // slots of a warp, of a block (a tile)
@@ -18,15 +17,13 @@ constexpr int kWarpSlots = 256, kTileSlots = kSortWarps * kWarpSlots;  // slots 
 // Blocks that sort `slots` slots.
 inline int64_t sort_tiles(int64_t slots) { return std::max<int64_t>(1, (slots + kTileSlots - 1) / kTileSlots); }
 
-// int32 elements of scratch memory: counts [digits, tiles], totals [digits], and, of several passes, the order [slots]
-// between them.
+// int32 elements of scratch memory: counts [digits, tiles], totals [digits], and the order [slots] between two passes.
 inline int64_t sort_scratch(int64_t slots, int64_t num_experts) {
   const int64_t digits = std::min<int64_t>(num_experts, kDigits);
   return digits * (sort_tiles(slots) + 1) + (num_experts > kDigits ? slots : 0);
 }
 
-// One pass: sorts the slots from[0], from[1], ... by their digit (ids[slot] >> shift) % kDigits, of which there are
-// `digits`.
+// One pass: sorts the slots from[0], from[1], ... by their digit (ids[slot] >> shift) % kDigits, one of `digits`.
 //   ids: [slots], from: [slots], or null for 0, 1, ...; counts: [digits, tiles], totals: [digits], scratch
 template <class Id>
 struct SortPass {

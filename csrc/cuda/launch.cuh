@@ -22,8 +22,7 @@ inline void cuda_check(cudaError_t error, const char* what) {
   throw std::runtime_error(message);
 }
 
-// Launches kernel(arguments...) on a one-dimensional grid of `blocks` blocks of `threads` threads; with no blocks,
-// nothing.
+// Launches kernel(arguments...) on `blocks` blocks of `threads` threads in one dimension, or not at all without blocks.
 template <class... Parameters, class... Arguments>
 void cuda_launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
                  Arguments&&... arguments) {

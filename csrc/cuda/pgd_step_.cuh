@@ -44,8 +44,7 @@ struct PackLoop {
   int stride;
   double (*partial)[kWarp];
 
-  // Calls f(x_adv, grad, x, index) for each of this thread's packs, or, at the end, for single elements as packs of
-  // one.
+  // Calls f(x_adv, grad, x, index) for each of this thread's packs, at the end for single elements as packs of one.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
     for (int64_t i = begin + int64_t{threadIdx.x} * V; i < end; i += int64_t{stride} * V) {

@@ -41,8 +41,7 @@ __device__ __forceinline__ int64_t expert_of(int64_t row, const int32_t* offsets
   return e;
 }
 
-// With one warp per row: the row of this thread's warp, which may lie beyond the last, and the blocks that cover `rows`
-// rows.
+// With one warp per row: the row of this thread's warp, which may be beyond the last, and the blocks for `rows` rows.
 __device__ __forceinline__ int64_t warp_row() {
   return int64_t{blockIdx.x} * (kRowThreads / kWarp) + threadIdx.x / kWarp;
 }

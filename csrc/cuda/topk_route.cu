@@ -1,6 +1,5 @@
-// Top-k routing: checks and launches. It is not checked that a row has a finite entry and neither NaN nor +inf, since
-// the host would have to wait for the device: that is up to the caller. Any other row gets NaN weights, and experts in
-// range.
+// Top-k routing: checks and launches. It is not checked that every row has a finite entry and neither NaN nor +inf,
+// since the host would have to wait for the device: that is up to the caller. Other rows get NaN weights.
 #include "cuda/tensor.h"
 #include "cuda/topk_route.cuh"
 

@@ -146,8 +146,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   }
 }
 
-// Calls f with the number of logits in a lane's registers as a constant: 1, 4 or 16, or 0 for none of them. Not
-// measured.
+// Calls f with the number of logits in a lane's registers, 1, 4, 16 or 0 for none, as a constant. Not measured.
 template <class F>
 void with_logits_per_lane(int experts, F f) {
   if (experts <= kWarp) return f(std::integral_constant<int, 1>());
