@@ -1,4 +1,4 @@
-"""Every command in a block of the documentation is one that `rter` takes, and those of the READMEs run, shortened."""
+"""Every command in a block of the documentation is one that `rter` takes, and those of its README run, shortened."""
 
 import re
 import shlex
@@ -12,7 +12,8 @@ from rter.parser import make_parser
 from rter.settings import load_settings, make_config
 
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / "README.md", ROOT / "python" / "README.md"]
+README = ROOT / "python" / "README.md"
+PAGES = [ROOT / "README.md", README, *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK_LINE = re.compile(r"^ {4}(.*\brter (?:train|evaluate|report|demo|sweep|data) .*)$", re.MULTILINE)
 SHORT = {
     "train": "--epochs 1 --width 2 --attack-steps 1 --batch-size 700 --held-out 60",
@@ -28,28 +29,26 @@ def commands(page: Path) -> list[list[str]]:
     return [each[each.index("rter") + 1 :] if "rter" in each else each[1:] for each in words]
 
 
-RUN_HERE = {page: [w for w in commands(page) if w[0] in SHORT and "runs/sweep" not in w] for page in READMES}
+RUN_HERE = [w for w in commands(README) if w[0] in SHORT and "runs/sweep" not in w]
 
 
-@pytest.mark.parametrize("page", READMES, ids=lambda page: page.parent.name)
 def test_the_readmes_commands_run(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One after the other in one folder, as a reader would."""
     monkeypatch.chdir(tmp_path)
-    for words in RUN_HERE[page]:
+    for words in RUN_HERE:
         status = main([*words, *SHORT[words[0]].split()])
         assert status == 0, f"rter {' '.join(words)}: {capsys.readouterr().err}"
 
 
 def test_every_method_has_its_command() -> None:
-    commands = [words for page in READMES for words in RUN_HERE[page]]
-    assert {words[words.index("--method") + 1] for words in commands if "--method" in words} == set(METHODS)
+    assert {words[words.index("--method") + 1] for words in RUN_HERE if "--method" in words} == set(METHODS)
     table = (ROOT / "docs" / "methods.md").read_text()
     assert all(f"| `{method}` |" in table for method in METHODS)
 
 
-@pytest.mark.parametrize("page", [*READMES, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_documented_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for words in commands(page):

@@ -7,7 +7,7 @@ from typing import Any
 # them on request. Page by page, a seventh of an RT-ER step of ResNet-18 experts went to page faults.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-__all__ = ["Report", "UserError", "evaluate_model"]
+__all__ = ["Report", "UserError", "evaluate_model", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The evaluation of anybody's model."""
+"""The application from Python: the model of a run, and the evaluation of anybody's model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +10,39 @@ from torch import Tensor, nn
 from rter.console import say
 from rter.data.split import Split
 from rter.errors import UserError
-from rter.evaluate import JOURNAL, examples, measure
+from rter.evaluate import JOURNAL, TrainedRun, examples, measure
 from rter.evaluation import Evaluation, eval_mode
 from rter.journal import seeded
 from rter.measured import Report
 from rter.models.adapted import adapt
 from rter.strength import BATCH, QUERIES, make_strength
 from rter.suite import DRAWS, is_deterministic
+
+WEIGHTS = ("last", "best")
+
+
+def load_model(
+    run: str | Path, weights: str = "last", *, data_dir: str | None = None, device: str | None = None
+) -> nn.Module:
+    """The model that `rter train` has trained, in eval mode.
+
+    Args:
+        run: folder of the run.
+        weights: "last", or "best", which were chosen by the held-out images.
+        data_dir: folder of the data set's files, of which the model takes the number of classes and the size of the
+            images, if they have moved since training.
+        device: "cpu", "cuda" or "cuda:N"; None for a GPU, if there is one.
+
+    Returns:
+        A module from images [B, C, H, W] in [0, 1] to logits [B, classes], with `num_experts`, `route(x)` and
+        `forward(x, routing=...)` as `moe_kernels.RobustMoE` has them.
+
+    Raises:
+        UserError: if the folder holds no run, or the run's data or weights are not there.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    return TrainedRun(Path(run), weights, data_dir=data_dir, device=device).load()[2]
 
 
 def evaluate_model(

@@ -16,7 +16,7 @@ from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.checkpoint import load_weights, read_lines, run_config
 from rter.config import Config
 from rter.data.load import load_data
-from rter.data.split import Split
+from rter.data.split import Data, Split
 from rter.distributed import choose_device
 from rter.evaluation import Attacked, Evaluation, mean, predict, says
 from rter.intervals import wilson
@@ -63,21 +63,25 @@ class TrainedRun:
     data_dir: str | None = None
     device: str | None = None
 
+    def load(self) -> tuple[Config, Data, RobustClassifier]:
+        """Its settings, its data and its trained model, in eval mode."""
+        config = run_config(self.folder, self.data_dir)
+        where = choose_device(self.device)
+        data = load_data(
+            config.data, config.held_out, config.seed, config.data_dir, config.image_size, config.train_images
+        ).to(where)
+        model = build_model(config, data).to(where)
+        load_weights(self.folder / f"{self.weights}.safetensors", model)
+        return config, data, model.eval()
+
 
 def evaluate(run: TrainedRun, effort: Effort, progress: bool = False) -> dict[str, Any]:
     """Attacks the weights of a run; writes report.json and examples.safetensors into its folder.
 
     An evaluation that was killed goes on.
     """
-    config = run_config(run.folder, run.data_dir)
-    where = choose_device(run.device)
-    data = load_data(
-        config.data, config.held_out, config.seed, config.data_dir, config.image_size, config.train_images
-    ).to(where)
+    config, data, model = run.load()
     test = data.test if run.images is None else data.test.sample(run.images, config.seed)
-    model = build_model(config, data).to(where)
-    load_weights(run.folder / f"{run.weights}.safetensors", model)
-    model.eval()
     history = read_lines(run.folder / "metrics.jsonl")
     evaluation = Evaluation(model, test, strength_of(config, **asdict(effort)), run.folder / JOURNAL, progress)
     about = {
