@@ -12,6 +12,7 @@ from moe_kernels.nn import (
     ExpertPreActResNet,
     ExpertResNet18,
     ExpertViT,
+    ResNet18Trunk,
     RobustMoE,
     Routing,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "ExpertResNet18",
     "ExpertViT",
     "JointAttack",
+    "ResNet18Trunk",
     "RobustMoE",
     "RouterLogits",
     "Routing",

@@ -18,12 +18,13 @@ from moe_kernels import (
     ExpertPreActResNet,
     ExpertResNet18,
     ExpertViT,
+    ResNet18Trunk,
     RobustMoE,
 )
 from moe_kernels.nn.experts import ExpertOutput
 from moe_kernels.nn.preact import ExpertPreActBlock
 from moe_kernels.nn.recompute import WithStatistics
-from moe_kernels.nn.resnet import ExpertBasicBlock
+from moe_kernels.nn.resnet import ExpertBasicBlock, ResNet18Stages
 from moe_kernels.nn.robust_moe import ExpertList
 from moe_kernels.nn.vit import ExpertAttention, ExpertTransformerBlock
 
@@ -40,6 +41,7 @@ MAKE: dict[type[nn.Module], Callable[[], nn.Module]] = {
     ExpertPreActBlock: lambda: ExpertPreActBlock(2, 8, 16, 2),
     ExpertPreActResNet: lambda: ExpertPreActResNet.resnet18(2, width=8),
     ExpertResNet18: lambda: ExpertResNet18(2, width=8),
+    ResNet18Trunk: lambda: ResNet18Trunk(2, width=8),
     ExpertTransformerBlock: lambda: ExpertTransformerBlock(2, 16, 2),
     ExpertViT: lambda: ExpertViT(2, image_size=16, patch=4, width=16, depth=2, heads=2),
     RobustMoE: lambda: RobustMoE(16, 32, 4, shared_experts=1, balance_bias=True),
@@ -54,7 +56,8 @@ def modules() -> set[Any]:
 
 
 def test_no_module_is_left_out() -> None:
-    assert modules() - {moe_kernels.nn.GroupedNetwork, WithStatistics} == set(MAKE)
+    bases = {moe_kernels.nn.GroupedNetwork, WithStatistics, ResNet18Stages}
+    assert modules() - bases == set(MAKE)
 
 
 def reset(module: nn.Module) -> None:

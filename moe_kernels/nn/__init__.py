@@ -6,6 +6,7 @@ from moe_kernels.nn.preact import ExpertPreActResNet
 from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18
 from moe_kernels.nn.robust_moe import RobustMoE
 from moe_kernels.nn.routing import Routing
+from moe_kernels.nn.trunk import ResNet18Trunk
 from moe_kernels.nn.vit import ExpertLayerNorm, ExpertViT
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ExpertResNet18",
     "ExpertViT",
     "GroupedNetwork",
+    "ResNet18Trunk",
     "RobustMoE",
     "Routing",
 ]

@@ -182,7 +182,50 @@ def stage(
     return nn.ModuleList([first, *(block(num_experts, channels, channels, 1, **to) for _ in range(depth - 1))])
 
 
-class ExpertResNet18(GroupedNetwork):
+STAGES = 4  # of two basic blocks each; stage i has width * 2^(i - 1) channels, and all but the first halve the image
+
+
+def _features(in_channels: int, width: int, stages: int) -> int:
+    """Channels of the images, or of what comes out of the stem and so many stages."""
+    return in_channels if stages == 0 else width * 2 ** (stages - 1)
+
+
+def check_stages(shared_stages: int, least: int) -> None:
+    if shared_stages not in range(least, STAGES + 1):
+        raise ValueError(f"shared_stages must be a whole number from {least} to {STAGES}, got {shared_stages!r}")
+
+
+class ResNet18Stages(GroupedNetwork):
+    """The stem and some stages of a ResNet-18 per expert; `ExpertResNet18` says what the arguments mean."""
+
+    def __init__(
+        self, num_experts: int, in_channels: int, width: int, first: int, last: int, recompute: str, **to: Any
+    ) -> None:
+        super().__init__()
+        check.one_of("recompute", recompute, RECOMPUTE)
+        self.num_experts, self.recompute = num_experts, recompute
+        if first == 1:
+            self.conv1 = ExpertConv2d(num_experts, in_channels, width, 3, 1, 1, bias=False, **to)
+            self.bn1 = ExpertBatchNorm2d(num_experts, width, **to)
+        self.stages = [f"layer{i}" for i in range(first, last + 1)]
+        for i, name in enumerate(self.stages, first):
+            before, stride = (width, 1) if i == 1 else (_features(in_channels, width, i - 1), 2)
+            self.add_module(name, stage(ExpertBasicBlock, 2, num_experts, before, width * 2 ** (i - 1), stride, **to))
+
+    def features(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, C, H, W] -> the last stage's result."""
+        h = x.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
+        if hasattr(self, "conv1"):
+            h = recomputed(self._stem, recomputed(self.conv1, h, offsets), offsets)
+        for block in chain.from_iterable(getattr(self, name) for name in self.stages):
+            h = block(h, offsets)
+        return h
+
+    def _stem(self, h: Tensor, offsets: Tensor) -> Tensor:
+        return mask_relu(self.bn1(h, offsets))
+
+
+class ExpertResNet18(ResNet18Stages):
     """A CIFAR ResNet-18 per expert: 3x3 stem without pooling, four stages of two basic blocks, average pool, linear.
 
     Args:
@@ -193,9 +236,11 @@ class ExpertResNet18(GroupedNetwork):
         recompute: what the backward computes again instead of keeping it: "none"; "activations", which keeps the
             results of the convolutions but the first's, and one bit for each ReLU; "all", which keeps the images, and
             computes and differentiates one expert after the other, so that only one has activations at a time.
+        shared_stages: how many stages, 0 to 4, a `ResNet18Trunk` computes before, whose result x then is. An expert has
+            neither them nor, if there are any, the stem.
 
     Raises:
-        ValueError: if recompute is unknown.
+        ValueError: if recompute or shared_stages is out of range.
     """
 
     def __init__(
@@ -208,28 +253,15 @@ class ExpertResNet18(GroupedNetwork):
         dtype: torch.dtype | None = None,
         *,
         recompute: str = "activations",
+        shared_stages: int = 0,
     ) -> None:
-        super().__init__()
-        check.one_of("recompute", recompute, RECOMPUTE)
+        check_stages(shared_stages, 0)
         to: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_experts, self.recompute = num_experts, recompute
-        self.conv1 = ExpertConv2d(num_experts, in_channels, width, 3, 1, 1, bias=False, **to)
-        self.bn1 = ExpertBatchNorm2d(num_experts, width, **to)
-        self.layer1 = stage(ExpertBasicBlock, 2, num_experts, width, width, 1, **to)
-        self.layer2 = stage(ExpertBasicBlock, 2, num_experts, width, 2 * width, 2, **to)
-        self.layer3 = stage(ExpertBasicBlock, 2, num_experts, 2 * width, 4 * width, 2, **to)
-        self.layer4 = stage(ExpertBasicBlock, 2, num_experts, 4 * width, 8 * width, 2, **to)
+        super().__init__(num_experts, in_channels, width, shared_stages + 1, STAGES, recompute, **to)
         self.linear = ExpertLinear(num_experts, 8 * width, num_classes, **to)
 
     def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
-        h = recomputed(self._stem, recomputed(self.conv1, x, offsets), offsets)
-        for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
-            h = block(h, offsets)
-        return self.linear(h.mean((2, 3)), offsets)
-
-    def _stem(self, h: Tensor, offsets: Tensor) -> Tensor:
-        return mask_relu(self.bn1(h, offsets))
+        return self.linear(self.features(x, offsets).mean((2, 3)), offsets)
 
     @classmethod
     def from_state_dicts(cls, experts: Sequence[Mapping[str, Tensor]]) -> "ExpertResNet18":

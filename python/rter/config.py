@@ -44,6 +44,10 @@ class Config:
     width: int = _model(16, "channels of an expert's first layer, or of a token of vit")
     depth: int = _model(0, "layers of wrn or blocks of vit; the other networks have a depth of their own")
     patch: int = _model(4, "pixels of vit's patches")
+    shared_stages: int = _model(0, "stages of resnet18 that all experts share, with the stem; the router then reads "
+                                "what comes out of them; 0: none, and the router reads the image")  # fmt: skip
+    recompute: str = _model("auto", "what a training step computes again in its backward instead of keeping it, see "
+                            "docs/memory.md; auto: as the network does by itself")  # fmt: skip
     router: str = _model("linear", "network that chooses the expert")
     normalize: str = _model("data", "what the model normalises images by: data, for mean and deviation of the training "
                             "images, or an --init network's own, such as 0.49,0.48,0.45/0.25,0.24,0.26")  # fmt: skip
@@ -76,6 +80,8 @@ class Config:
     second: str = _method("random", "expert s that RT-ER trains beside the first: any other, or the second-ranked")
     clean_weight: float = _method(1.0, "gamma, weight of the clean cross-entropy of RT-ER's expert s")
     balance_weight: float = _method(1.0, "lambda, weight of the router's balance loss on clean images")
+    route_weight: float = _method(0.0, "weight of the router's cross-entropy to its own choice on images attacked to "
+                                  "change it")  # fmt: skip
     explore: float = _method(0.5, "part of the epochs in which an image goes at random to its first or second expert; "
                              "for nine-experts, in which the experts train independently")  # fmt: skip
     awp_gamma: float = _method(0.0, "AWP, adversarial weight perturbation, on top of any method: its size relative to "

@@ -27,6 +27,7 @@ from rter.train_attacks import TRAIN_ATTACKS
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "data": tuple(DATASETS),
     "model": tuple(NETWORKS),
+    "recompute": ("auto", "none", "activations", "all"),
     "router": tuple(ROUTERS),
     "gate": ("hard", "sigmoid", "softmax", "soft", "straight_through"),
     "dual_mix": ("logits", "probabilities"),
@@ -81,7 +82,8 @@ def _check(config: Config) -> None:
     for name in ("batch_size", "lr", "eval_every", "cycle_steps", "patch"):
         demand(name, getattr(config, name) > 0, "above 0")
     for name in ("seed", "epochs", "train_images", "image_size", "depth", "weight_decay", "clip_norm", "beta",
-                 "clean_weight", "balance_weight", "awp_gamma", "awp_warmup"):  # fmt: skip
+                 "clean_weight", "balance_weight", "route_weight", "awp_gamma", "awp_warmup",
+                 "shared_stages"):  # fmt: skip
         demand(name, getattr(config, name) >= 0, "at least 0")
     for field in dataclasses.fields(config):
         if field.type is int:
@@ -106,6 +108,13 @@ def _check(config: Config) -> None:
     demand(
         "eps", attack != "n-fgsm" or 3 * config.eps <= 1, "at most 1/3 with train_attack n-fgsm, which moves by 3 eps"
     )
+    if config.shared_stages:
+        demand("shared_stages", config.model == "resnet18" and config.shared_stages <= 4, "at most 4, of resnet18")
+        demand("shared_stages", config.method != "advmoe", "0 for advmoe, which trains experts and router alone")
+        demand("shared_stages", not config.init, "0 with init, whose experts share nothing")
+    if config.route_weight:
+        demand("route_weight", len(method.attacks) > 1, f"0 for {config.method}")
+        demand("gate", config.gate != "soft", "one that chooses an expert with a route_weight")
     if method.second_expert:
         dense = ": one dense network is --method pgd-at --num-experts 1"
         demand("num_experts", config.num_experts > 1, f"at least 2 for {config.method}", dense)

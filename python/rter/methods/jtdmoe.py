@@ -33,6 +33,7 @@ def _robust(step: Step, x: Tensor, y: Tensor) -> Loss:
     own, route = step.own_route(x), model.route(x)
     each = Routing.cat([route.fixed(e) for e in range(E)])
     attacked = step.attack(partly_forced(model, own, each))(x.repeat(1 + E, 1, 1, 1), y.repeat(1 + E))
+    routing = step.routing(x)
     all_forwards = partly_forced(model, own, Routing.cat([each, each]))
 
     def loss() -> dict[str, Tensor]:
@@ -41,7 +42,7 @@ def _robust(step: Step, x: Tensor, y: Tensor) -> Loss:
         return {
             "adversarial": step.cross_entropy(moe_adv, y),
             "kl": config.beta / len(x) * kl_divergence(expert_clean, expert_adv).sum(),
-            **step.balance(x),
+            **routing(),
         }
 
     return loss

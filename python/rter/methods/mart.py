@@ -16,6 +16,7 @@ from rter.methods.step import Step
 def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     route = step.own_route(x)
     x1 = step.attack(step.model)(x, y, routing=route)
+    routing = step.routing(x)
 
     def loss() -> dict[str, Tensor]:
         clean, adversarial = step.model(x, routing=route), step.model(x1, routing=route)
@@ -25,7 +26,7 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
             "adversarial": step.cross_entropy(adversarial, y),
             "margin": -(1.0001 - strongest_other).log().mean(),
             "kl": step.config.beta * (kl_divergence(clean, adversarial) * (1 - p_y)).mean(),
-            **step.balance(x),
+            **routing(),
         }
 
     return loss

@@ -12,7 +12,8 @@ from rter.methods.step import Step
 def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     route = step.own_route(x)
     x1 = step.attack(step.model)(x, y, routing=route)
-    return lambda: {"adversarial": step.cross_entropy(step.model(x1, routing=route), y), **step.balance(x)}
+    routing = step.routing(x)
+    return lambda: {"adversarial": step.cross_entropy(step.model(x1, routing=route), y), **routing()}
 
 
 PASSES = (Pass(terms),)

@@ -31,6 +31,7 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     second = step.ranked_route(x, range(1, model.num_experts if config.second == "random" else 2), "second")
     both = partly_forced(model, own, second)
     x1, x2 = step.attack(both)(torch.cat([x, x]), torch.cat([y, y])).chunk(2)
+    routing = step.routing(x)
     three = partly_forced(model, own, Routing.cat([second, second]))
 
     def loss() -> dict[str, Tensor]:
@@ -39,7 +40,7 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
             "adversarial": step.cross_entropy(moe_adv, y),
             "kl": config.beta * kl_divergence(second_clean, second_adv).mean(),
             "clean_second": config.clean_weight * step.cross_entropy(second_clean, y),
-            **step.balance(x),
+            **routing(),
         }
 
     return loss

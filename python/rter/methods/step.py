@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_kernels import Routing
+from moe_kernels import RouterLogits, Routing
 from rter.attack import make_attack
 from rter.config import Config
 from rter.distributed import Share
@@ -23,7 +23,7 @@ class Step:
     Args:
         share: the part of the joint batch that this process computes; None for all of it.
         found: what the attacks of this step have returned.
-        priors: where an attack keeps the perturbations that the next step starts from, by its number in a step.
+        priors: where an attack keeps the perturbations that the next step starts from, by its purpose.
         terms: the terms of the loss, as far as they have been computed, detached.
     """
 
@@ -55,27 +55,32 @@ class Step:
         return torch.autocast(device, torch.bfloat16, enabled=self.config.amp == "bf16")
 
     def attack(
-        self, model: nn.Module, *, eps: float | Tensor | None = None, steps: int | None = None, **options: Any
+        self,
+        model: nn.Module,
+        purpose: str = "attack",
+        *,
+        eps: float | Tensor | None = None,
+        steps: int | None = None,
+        **options: Any,
     ) -> Callable[..., Tensor]:
         """The run's training attack, or PGD of so many steps where a method has an attack of its own.
 
-        It returns its last iterate, as in the papers, which also spares a forward.
+        It returns its last iterate, as in the papers, which also spares a forward. Its start is drawn for `purpose`.
         """
         eps = self.config.eps if eps is None else eps
         single = SINGLE_STEPS.get(self.config.train_attack) if steps is None else None
-        number = str(len(self.found))
         options |= {"best_iterate": False, **({"share": self.share} if self.share else {})}
         if single:
             steps, eps = 1, single.radius * eps
             options |= {"alpha_ratio": single.step / single.radius, "start_ratio": single.start / single.radius}
-            options |= {"random_start": True, "prior": self.priors.get(number)}
+            options |= {"random_start": True, "prior": self.priors.get(purpose)}
         steps = self.config.attack_steps if steps is None else steps
-        attack = make_attack(model, self.config, eps, steps, "attack", self.index, **options)
+        attack = make_attack(model, self.config, eps, steps, purpose, self.index, **options)
 
         def remembered(x: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
             self.found.append(attack(x, y, **kwargs))
             if single and single.keeps:
-                self.priors[number] = self.found[-1] - x
+                self.priors[purpose] = self.found[-1] - x
             return self.found[-1]
 
         return remembered
@@ -96,6 +101,24 @@ class Step:
         rows, ours = (self.share or Share.whole(len(x))).joint_rows(len(x))
         rank = torch.randint(ranks.start, ranks.stop, (rows,), generator=generator)[ours].to(x.device)
         return self.model.route(x, top_k=ranks.stop).select(rank)
+
+    def routing(self, x: Tensor) -> Callable[[], dict[str, Tensor]]:
+        """Attacks the route where that is asked for, and gives the losses of the router as a function of the weights.
+
+        route: CE(r(x_r), argmax r(x)), where x_r is the training attack on that cross-entropy. It falls only when the
+        choice stays the first by a margin under attack, and the balance loss keeps it from being the same for all.
+        """
+        if not self.config.route_weight or self.model.num_experts == 1:
+            return lambda: self.balance(x)
+        with torch.no_grad():
+            chosen = self.model.route(x).experts[:, 0].long()
+        x_r = self.attack(RouterLogits(self.model), "route")(x, chosen)
+
+        def loss() -> dict[str, Tensor]:
+            kept = F.cross_entropy(self.model.route(x_r).logits, chosen)
+            return {**self.balance(x), "route": self.config.route_weight * kept}
+
+        return loss
 
     def balance(self, x: Tensor) -> dict[str, Tensor]:
         """The balance loss; nothing where its weight is 0, so that it does not give the router a gradient of zeros.
@@ -118,7 +141,7 @@ def partly_forced(model: RobustClassifier, own: Routing | None, forced: Routing)
     fixed = None if own is None else Routing.cat([own, forced])  # sorted by expert, and told to others, once
 
     def logits(model: RobustClassifier, x: Tensor) -> Tensor:
-        routing = fixed or Routing.cat([model.route(x[: len(x) - len(forced.experts)]), forced])
-        return model(x, routing=routing)
+        own_rows = slice(len(x) - len(forced.experts))
+        return model(x, routing=fixed or (lambda h: Routing.cat([model.moe.route(h[own_rows]), forced])))
 
     return View(model, logits)

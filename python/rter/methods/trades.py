@@ -16,11 +16,12 @@ from rter.methods.step import Step
 def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     route = step.own_route(x)
     x1 = step.attack(step.model, loss="kl", random_start=False)(x, y, routing=route)
+    routing = step.routing(x)
 
     def loss() -> dict[str, Tensor]:
         clean, adversarial = step.model(x, routing=route), step.model(x1, routing=route)
         kl = kl_divergence(clean, adversarial).mean()
-        return {"clean": step.cross_entropy(clean, y), "kl": step.config.beta * kl, **step.balance(x)}
+        return {"clean": step.cross_entropy(clean, y), "kl": step.config.beta * kl, **routing()}
 
     return loss
 

@@ -10,7 +10,7 @@ from rter.config import Config
 from rter.data.split import Data
 from rter.errors import UserError
 from rter.models.classifier import DualClassifier, Normalize, RobustClassifier
-from rter.models.networks import make_experts
+from rter.models.networks import make_experts, make_trunk
 from rter.models.routers import make_router
 from rter.notation import parse_normalize
 
@@ -37,8 +37,9 @@ def _demand_memory(config: Config, data: Data) -> None:
     image = data.train.pixels.shape[1:]
     try:
         with torch.device("meta"):
-            parts = make_experts(config, image, data.num_classes), make_router(config, image)
-        needed = (1 + config.dual) * 4 * sum(weight.numel() for part in parts for weight in part.parameters())
+            trunk, features = make_trunk(config, image)
+            parts = trunk, make_experts(config, image, data.num_classes), make_router(config, features)
+        needed = (1 + config.dual) * 4 * sum(w.numel() for part in parts if part for w in part.parameters())
     except RuntimeError:  # more elements than an int64 counts
         needed = 2**63
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -52,10 +53,11 @@ def _demand_memory(config: Config, data: Data) -> None:
 def _classifier(config: Config, data: Data) -> RobustClassifier:
     image = data.train.pixels.shape[1:]
     experts = make_experts(config, image, data.num_classes)
-    router = make_router(config, image)
+    trunk, features = make_trunk(config, image)
+    router = make_router(config, features)
     top_k = config.num_experts if config.gate == "soft" else 1
     moe = RobustMoE.from_experts(experts, router, top_k, config.gate)
-    return RobustClassifier(_normalize(config, data.train[:STATISTICS].x), moe)
+    return RobustClassifier(_normalize(config, data.train[:STATISTICS].x), moe, trunk)
 
 
 def _normalize(config: Config, images: Tensor) -> Normalize:

@@ -25,22 +25,36 @@ class Normalize(nn.Module):
 
 
 class RobustClassifier(nn.Module):
-    """Logits of images in [0, 1]: the normaliser, then a top-1 mixture of experts."""
+    """Logits of images in [0, 1]: the normaliser, a trunk if there is one, then a top-1 mixture of experts.
 
-    def __init__(self, normalize: Normalize, moe: RobustMoE) -> None:
+    Args:
+        normalize: of the images.
+        moe: the mixture, on what the trunk makes of them.
+        trunk: what the experts share, and the router reads; None for the images themselves.
+    """
+
+    def __init__(self, normalize: Normalize, moe: RobustMoE, trunk: nn.Module | None = None) -> None:
         super().__init__()
         self.normalize = normalize
         self.moe = moe
+        self.trunk = trunk
 
     @property
     def num_experts(self) -> int:
         return self.moe.num_experts
 
     def route(self, x: Tensor, top_k: int | None = None) -> Routing:
-        return self.moe.route(self.normalize(x), top_k)
+        return self.moe.route(self.features(x), top_k)
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        return self.moe(self.normalize(x), routing=routing)
+    def features(self, x: Tensor) -> Tensor:
+        """What experts and router read."""
+        h = self.normalize(x)
+        return h if self.trunk is None else self.trunk(h)
+
+    def forward(self, x: Tensor, routing: Routing | Callable[[Tensor], Routing] | None = None) -> Tensor:
+        """Along the route of x, along the one given, or along that which a function makes of the features."""
+        h = self.features(x)
+        return self.moe(h, routing=routing(h) if callable(routing) else routing)
 
 
 class DualClassifier(RobustClassifier):
@@ -60,14 +74,14 @@ class DualClassifier(RobustClassifier):
     def __init__(
         self, standard: RobustClassifier, robust: RobustClassifier, alpha: float, mixes: str = "logits"
     ) -> None:
-        super().__init__(robust.normalize, robust.moe)
+        super().__init__(robust.normalize, robust.moe, robust.trunk)
         self.standard = standard
         self.alpha = alpha
         self.mixes = mixes
 
     @property
     def robust(self) -> RobustClassifier:
-        return RobustClassifier(self.normalize, self.moe)
+        return RobustClassifier(self.normalize, self.moe, self.trunk)
 
     def mix(self, standard: Tensor, robust: Tensor) -> Tensor:
         if self.mixes == "logits":
@@ -75,7 +89,7 @@ class DualClassifier(RobustClassifier):
         log_weights = standard.new_tensor((1 - self.alpha, self.alpha)).log()
         return torch.logaddexp(log_weights[0] + standard.log_softmax(-1), log_weights[1] + robust.log_softmax(-1))
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | Callable[[Tensor], Routing] | None = None) -> Tensor:
         return self.mix(self.standard(x), super().forward(x, routing))
 
 

@@ -1,16 +1,19 @@
 """The networks that serve as experts, each as one grouped network."""
 
 import pkgutil
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from moe_kernels import ExpertConv2d, ExpertLinear, ExpertPreActResNet, ExpertResNet18, ExpertViT
+from moe_kernels import ExpertConv2d, ExpertLinear, ExpertPreActResNet, ExpertResNet18, ExpertViT, ResNet18Trunk
 from moe_kernels.nn import GroupedNetwork
 from moe_kernels.ops import mask_relu
 from rter.config import Config
 from rter.errors import UserError
 from rter.models import NETWORKS
+
+N = TypeVar("N", bound=GroupedNetwork)
 
 
 class ExpertConvNet(GroupedNetwork):
@@ -38,7 +41,8 @@ def small_conv(config: Config, image: torch.Size, num_classes: int) -> GroupedNe
 
 
 def resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
-    return ExpertResNet18(config.num_experts, num_classes, image[0], config.width)
+    shared = config.shared_stages
+    return ExpertResNet18(config.num_experts, num_classes, image[0], config.width, shared_stages=shared)
 
 
 def preact_resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
@@ -65,6 +69,23 @@ def make_experts(config: Config, image: torch.Size, num_classes: int) -> Grouped
     """
     try:
         experts: GroupedNetwork = pkgutil.resolve_name(NETWORKS[config.model].build)(config, image, num_classes)
-        return experts
     except ValueError as error:
         raise UserError(f"model {config.model}: {error}") from None
+    return _recomputing(experts, config)
+
+
+def make_trunk(config: Config, image: torch.Size) -> tuple[ResNet18Trunk | None, torch.Size]:
+    """What the experts share, if anything, and the shape [C, H, W] of what experts and router then read."""
+    if not config.shared_stages:
+        return None, image
+    trunk = ResNet18Trunk(config.shared_stages, image[0], config.width)
+    C, H, W = config.width, *image[1:]
+    for _ in range(config.shared_stages - 1):
+        C, H, W = 2 * C, (H + 1) // 2, (W + 1) // 2
+    return _recomputing(trunk, config), torch.Size((C, H, W))
+
+
+def _recomputing(network: N, config: Config) -> N:
+    if config.recompute != "auto":
+        network.recompute = config.recompute
+    return network
