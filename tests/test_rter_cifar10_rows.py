@@ -1,0 +1,58 @@
+"""The runs of docs/configs/cifar10-*.toml: one schedule and one attack for all, and what tells them apart."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rter.data.split import Data, Split
+from rter.models.build import build_model
+from rter.settings import load_config
+
+CONFIGS = Path(__file__).parent.parent / "docs" / "configs"
+PAPER: dict[str, Any] = {
+    "gate": "softmax", "second": "ranked", "beta": 6.0, "clean_weight": 0.0, "balance_weight": 0.0, "explore": 0.0,
+}  # fmt: skip
+ROWS: dict[str, dict[str, Any]] = {
+    "dense-16": {"method": "fast-at", "num_experts": 1},
+    "dense-32": {"method": "fast-at", "num_experts": 1, "width": 32},
+    "standard": {"method": "standard", "train_attack": "pgd"},  # which it does not use
+    "at-moe": {"method": "fast-at"},
+    "rt-er": {"method": "rt-er"},
+    "rt-er-paper": {"method": "rt-er", **PAPER},
+}
+SAME = {
+    "data": "cifar10", "model": "resnet18", "width": 16, "num_experts": 4, "eps": 8 / 255, "norm": "Linf",
+    "train_attack": "n-fgsm", "augment": "flip,translate4", "optimizer": "sgd", "schedule": "one-cycle", "lr": 0.2,
+    "weight_decay": 5e-4, "momentum": 0.9, "batch_size": 128, "ema": 0.999, "label_smoothing": 0, "epochs": 10,
+    "held_out": 500, "eval_every": 1, "seed": 0, "train_images": 0, "clip_norm": 0, "amp": "none", "awp_gamma": 0,
+    "shared_stages": 0, "route_weight": 0,
+}  # fmt: skip
+
+
+def test_every_row_is_known() -> None:
+    assert {path.stem for path in CONFIGS.glob("cifar10-*.toml")} == {f"cifar10-{row}" for row in ROWS}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_is_the_run_it_is_meant_to_be(row: str) -> None:
+    config = dataclasses.asdict(load_config(CONFIGS / f"cifar10-{row}.toml"))
+    expected = SAME | ROWS[row]
+    assert {name: config[name] for name in expected} == expected
+
+
+def test_rows_differ_in_what_they_are_about_alone() -> None:
+    first, *others = (dataclasses.asdict(load_config(CONFIGS / f"cifar10-{row}.toml")) for row in ROWS)
+    differ = {name for other in others for name in first if first[name] != other[name]}
+    assert differ == {"method", "train_attack", "num_experts", "width", *PAPER}
+
+
+def test_dense_rows_have_an_experts_width_and_a_mixtures_parameters() -> None:
+    images = Split(torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))
+    sizes = {}
+    for row in ("dense-16", "dense-32", "rt-er"):
+        model = build_model(load_config(CONFIGS / f"cifar10-{row}.toml"), Data(images, images, 10))
+        sizes[row] = sum(weight.numel() for weight in model.moe.experts.parameters())
+    assert sizes["rt-er"] == 4 * sizes["dense-16"] and abs(sizes["dense-32"] / sizes["rt-er"] - 1) < 0.01
+    assert 2 * max(sizes.values()) < 6e6  # bytes in fp16
