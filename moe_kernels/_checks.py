@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_kernels._torch import autocast_dtype, is_mapped
+
 
 def describe(x: object) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
@@ -108,54 +110,10 @@ def pair(name: str, x: int | Sequence[int], least: int) -> list[int]:
     return [int(n) for n in numbers]
 
 
-def inside_checkpoint() -> bool:
-    """Whether this runs in torch.utils.checkpoint, which keeps nothing of it and runs it a second time."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
-
-
-def inside_backward() -> bool:
-    """Whether this runs in a backward, where a checkpoint computes a forward again; never while it is compiled."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def transformed() -> bool:
-    """Whether torch.func differentiates what runs now, or forward mode does: then every step must be torch's own."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    functorch = torch._C._functorch
-    kinds = [level.key() for level in functorch.get_interpreter_stack() or ()]
-    return functorch.TransformType.Grad in kinds or functorch.TransformType.Jvp in kinds
-
-
 def not_mapped(name: str, x: Tensor) -> None:
     """Refuses what torch.func.vmap maps over while gradients are taken, as in vmap(grad(...))."""
-    inner = x
-    while transformed() and torch._C._functorch.is_functorch_wrapped_tensor(inner):
-        if torch._C._functorch.is_batchedtensor(inner):
-            raise RuntimeError(
-                f"{name} must be one tensor for all rows, got one for each sample of torch.func.vmap; differentiate "
-                "the batch as a whole, without vmap"
-            )
-        inner = torch._C._functorch.get_unwrapped(inner)
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors in the dtypes that autocast gives them."""
-    first = tensors[0]
-    assert first is not None
-    if not autocast_is_on(first.device.type):
-        return tensors  # type: ignore[return-value]
-    return tuple(t if t is None else t.to(autocast_dtype(t)) for t in tensors)  # type: ignore[misc]
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on for x's device, but for float64, which it leaves alone."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if x.dtype != torch.float64 and autocast_is_on(device) else x.dtype
-
-
-def autocast_is_on(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)  # torch raises on meta
+    if is_mapped(x):
+        raise RuntimeError(
+            f"{name} must be one tensor for all rows, got one for each sample of torch.func.vmap; differentiate "
+            "the batch as a whole, without vmap"
+        )

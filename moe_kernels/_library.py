@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels import _checks as check
 from moe_kernels import reference
+from moe_kernels._torch import AutoDispatchBelowAutograd, has_kernel, inside_transform
 
 NAMESPACE = "moe_kernels"
 OPERATORS: dict[str, Callable[..., Any]] = {}  # by name, as this package calls them
@@ -51,18 +51,18 @@ def define(
     operator = getattr(torch.ops.moe_kernels, name).default
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
-    OPERATORS[name] = operator = functools.partial(_call, operator, backward is not None)
+    OPERATORS[name] = operator = functools.partial(_call, name, operator, backward is not None)
     return operator
 
 
-def _call(operator: Callable[..., Any], differentiable: bool, *args: Any) -> Any:
+def _call(name: str, operator: Callable[..., Any], differentiable: bool, *args: Any) -> Any:
     """Where nothing is recorded, leaves out what torch registers for autograd: it is Python and takes longer than many
     an operator. Under torch.func and in forward mode, of which what is registered knows nothing, runs the reference."""
-    if check.transformed():
-        return getattr(reference, operator._schema.name.split("::")[1])(*args)  # type: ignore[attr-defined]
+    if inside_transform():
+        return getattr(reference, name)(*args)
     if not differentiable or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with AutoDispatchBelowAutograd():
         return operator(*args)
 
 
@@ -79,34 +79,12 @@ def run_triton(file: str, name: str, x: Tensor, *args: Any) -> Any:
         return triton_kernel(file, name)(x, *args)
 
 
-def vjp(
-    function: Callable[..., Any], inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...], needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Differentiable vector-Jacobian product of a plain-torch function: the double backward of ops that need it.
-
-    `needed[i]` says whether inputs[i] wants a gradient; the result has one entry per input.
-    """
-    with torch.enable_grad():
-        leaves = [x.view_as(x) if want else x for x, want in zip(inputs, needed, strict=True)]
-        outputs = function(*leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-        wanted = [x for x, want in zip(leaves, needed, strict=True) if want]
-        result = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return tuple(next(result) if want else None for want in needed)
-
-
 def load() -> None:
     """Loads the libraries and notes for which devices each operator has a kernel."""
     _load_cpu()
     _load_cuda()
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for device in ("cpu", "cuda"):
-        KERNELS.update((op, device) for op in OPERATORS if has_kernel(f"{NAMESPACE}::{op}", device.upper()))
+        KERNELS.update((op, device) for op in OPERATORS if has_kernel(f"{NAMESPACE}::{op}", device))
 
 
 def _load_cpu() -> None:

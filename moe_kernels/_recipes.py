@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moe_kernels import _checks as check
+from moe_kernels._torch import capture_autocast, saved_tensor_hooks, storage_key, storage_of, version
 
 LEAF = object()  # stands for a tensor that is kept
 
@@ -33,7 +33,7 @@ class Recipe:
     ) -> None:
         self.function, self.inputs, self.latest = function, inputs, latest
         self.shape, self.stride, self.dtype, self.device = y.shape, y.stride(), y.dtype, y.device
-        self.autocast = autocast_as_now(y.device.type)
+        self.autocast = capture_autocast(y.device.type)
         self.parts = [i.recipe for i in inputs if isinstance(i, Part)]
         self.steps: int = 1 + sum(recipe.steps for recipe in self.parts)
         self.num_leaves: int = sum(i is LEAF for i in inputs) + sum(recipe.num_leaves for recipe in self.parts)
@@ -49,7 +49,7 @@ class Recipe:
 
     def compute(self, leaves: Leaves) -> Tensor:
         """The result, computed once for all that hold it at the same time."""
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.result.cdata) if self.result else None
+        storage = storage_of(self.result) if self.result else None
         if storage is not None:
             deque(islice(leaves, self.num_leaves), maxlen=0)  # are not needed
             return torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, 0, self.shape, self.stride)
@@ -119,13 +119,12 @@ class Recipes:
 
     def hold(self, x: Tensor) -> None:
         """x is kept anyway, or under autocast wider than it is, so that a recipe may begin at it."""
-        storage = x.untyped_storage()
-        self._known.pop(storage._cdata, None)
+        self._known.pop(storage_key(x), None)
         self._held = {key: held for key, held in self._held.items() if not held.expired()}
-        self._held[storage._cdata] = StorageWeakRef(storage)
+        self._held[storage_key(x)] = StorageWeakRef(x.untyped_storage())
 
     def holds(self, x: Tensor) -> bool:
-        held = self._held.get(x.untyped_storage()._cdata)
+        held = self._held.get(storage_key(x))
         return held is not None and not held.expired()
 
     def record(self, y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Any]) -> None:
@@ -140,21 +139,21 @@ class Recipes:
             steps.append(kept.part if kept else LEAF if isinstance(i, Tensor) else i)
             leaves += kept.leaves if kept else [i.detach()] if isinstance(i, Tensor) else []  # a grad_fn: a cycle
         recipe = Recipe(y, function, steps, self._latest)
-        known = _Known(StorageWeakRef(storage), y._version, recipe, leaves, [t._version for t in leaves])
+        known = _Known(StorageWeakRef(storage), version(y), recipe, leaves, [*map(version, leaves)])
         self._known = {key: other for key, other in self._known.items() if not other.storage.expired()}
-        self._known[storage._cdata] = known
+        self._known[storage_key(y)] = known
 
     def find(self, x: Tensor) -> Kept | None:
         """What to keep instead of x, if it is known and would still give x."""
-        known = self._known.get(x.untyped_storage()._cdata) if x.layout == torch.strided else None
-        if known is None or known.storage.expired() or known.version != x._version or known.recipe.dtype != x.dtype:
+        known = self._known.get(storage_key(x)) if x.layout == torch.strided else None
+        if known is None or known.storage.expired() or known.version != version(x) or known.recipe.dtype != x.dtype:
             return None
-        if known.versions != [leaf._version for leaf in known.leaves]:
+        if known.versions != [*map(version, known.leaves)]:
             return None
         return Kept(Part(known.recipe, x.shape, x.stride(), int(x.storage_offset())), known.leaves)
 
     def hooks(self) -> saved_tensors_hooks:
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        outer = saved_tensor_hooks()
         outer_pack, outer_unpack = outer or (_hold, _release)
         during = self.during
 
@@ -174,30 +173,14 @@ class Recipes:
         return saved_tensors_hooks(pack, unpack)
 
 
-def autocast_as_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes contexts in which autocast is what it is now."""
-    enabled, dtype = now = _autocast(device)
-
-    def context() -> AbstractContextManager[Any]:
-        same = _autocast(device) == now
-        return nullcontext() if same else torch.autocast(device, dtype, enabled, cache_enabled=False)
-
-    return context
-
-
 def _hold(x: Tensor) -> tuple[Tensor, int]:
-    return x.detach(), x._version
+    return x.detach(), version(x)
 
 
 def _release(held: tuple[Tensor, int]) -> Tensor:
-    x, version = held
-    if x._version != version:
+    x, at = held
+    if version(x) != at:
         raise RuntimeError("one of the tensors needed for a gradient has been modified by an inplace operation")
     if x.numel() and not x.untyped_storage().nbytes():
         raise RuntimeError("a parameter needed for a gradient was freed by FSDP2; attack the sharded module itself")
     return x
-
-
-def _autocast(device: str) -> tuple[bool, torch.dtype | None]:
-    enabled = check.autocast_is_on(device)
-    return enabled, torch.get_autocast_dtype(device) if enabled else None

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(p.stem for p in (ROOT / "moe_kernels/ops").glob("*.py") if p.stem != "__init__")
@@ -19,6 +21,7 @@ MAY_IMPORT = {
         "moe_kernels._layout",
         "moe_kernels._library",
         "moe_kernels._recipes",
+        "moe_kernels._torch",
         "moe_kernels.backends",
         "moe_kernels.ops",
         "moe_kernels.reference",
@@ -29,6 +32,7 @@ MAY_IMPORT = {
         "moe_kernels._layout",
         "moe_kernels._library",
         "moe_kernels._recipes",
+        "moe_kernels._torch",
         "moe_kernels.nn",
         "moe_kernels.ops",
     ),
@@ -38,17 +42,20 @@ MAY_IMPORT = {
         "moe_kernels._layout",
         "moe_kernels._library",
         "moe_kernels._recipes",
+        "moe_kernels._torch",
         "moe_kernels.attacks",
         "moe_kernels.backends",
         "moe_kernels.ops",
     ),
     "moe_kernels/distributed": (
+        "moe_kernels._torch",
         "moe_kernels.distributed",
         "moe_kernels.nn",
         "moe_kernels.ops",
     ),
     "moe_kernels/integrations": (
         "moe_kernels._checks",
+        "moe_kernels._torch",
         "moe_kernels.backends",
         "moe_kernels.nn",
         "moe_kernels.ops",
@@ -114,6 +121,61 @@ def test_there_is_no_circle_of_imports() -> None:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as circle:
         pytest.fail(f"a circle: {' is imported by '.join(circle.args[1])}")
+
+
+# Classes and objects of torch that this project meets; what their attributes with an underscore are, torch may change.
+PRIVATE = {
+    name
+    for thing in (
+        torch.Tensor,
+        torch.UntypedStorage,
+        nn.Module(),
+        nn.parallel.DistributedDataParallel,
+        torch.ops.aten.add,
+    )
+    for name in dir(thing)
+    if name.startswith("_") and not name.endswith("__")
+}
+
+
+def private_to_torch(path: Path, own: set[str]) -> list[str]:
+    """The private names of torch that a file uses: in imports, behind a name of torch's, or of torch's objects, also
+    as a string; `own` are attributes that this project itself defines."""
+    tree, found, torch_names = ast.parse(path.read_text()), [], {"torch"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
+            torch_names |= {alias.asname or alias.name for alias in node.names}
+            found += [n for a in node.names if "._" in (n := f"{node.module}.{a.name}")]
+        elif isinstance(node, ast.Import):
+            inside = [alias for alias in node.names if alias.name.split(".")[0] == "torch"]
+            torch_names |= {alias.asname or "torch" for alias in inside}
+            found += [alias.name for alias in inside if "._" in alias.name]
+        elif isinstance(node, ast.Assign) and root(node.value) == "torch":
+            torch_names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
+            if root(node) in torch_names or (node.attr in PRIVATE and node.attr not in own):
+                found.append(f"{ast.unparse(node)} in line {node.lineno}")
+        elif isinstance(node, ast.Constant) and node.value in PRIVATE - own:
+            found.append(f"{node.value!r} in line {node.lineno}")
+    return found
+
+
+def root(node: ast.AST) -> str | None:
+    """`a` of a.b.c"""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def test_private_names_of_torch_stand_in_one_file() -> None:
+    paths = [*(ROOT / "moe_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")]
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    allowed = ROOT / "moe_kernels/_torch.py"
+    assert len(private_to_torch(allowed, own)) > 20
+    found = {str(path.relative_to(ROOT)): private_to_torch(path, own) for path in paths if path != allowed}
+    assert not {path: names for path, names in found.items() if names}
 
 
 def test_nothing_imports_tests_or_benchmarks() -> None:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_kernels import _checks as check
 from moe_kernels import _fsdp as fsdp
+from moe_kernels._torch import buffers_of, parameters_of, without_ddp
 from moe_kernels.attacks.lean import LeanMode, RecomputingMode
 
 MODES = {"none": LeanMode, "activations": RecomputingMode}  # by recompute
@@ -93,24 +94,25 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
     # A copy instead of saving and restoring values: batch norm writes its statistics without raising their version,
     # and writing them back would raise it under a graph of the caller's that saved them.
     copies: dict[int, Tensor | None] = {id(None): None}
+    wrappers: list[DistributedDataParallel] = []
     detached: dict[int, Any] = {}  # of what torch.func.functional_call has put there
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            _let_alone(module, stack)
-        buffers = [(name, b) for name, b in module._buffers.items() if b is None or not is_lazy(b)]
-        moving = [(name, p) for name, p in module._parameters.items() if p is not None and not p.is_leaf]
+            wrappers.append(module)
+        buffers = [(name, b) for name, b in buffers_of(module).items() if b is None or not is_lazy(b)]
+        moving = [(name, p) for name, p in parameters_of(module).items() if p is not None and not p.is_leaf]
         modules.append((module, module.training, buffers, moving))
         if module.training:
             module.training = False
         for name, b in buffers:
             if id(b) not in copies:
                 copies[id(b)] = b.detach().clone()  # type: ignore[union-attr]
-            module._buffers[name] = copies[id(b)]
+            buffers_of(module)[name] = copies[id(b)]
         for name, p in moving:
-            module._parameters[name] = detached.setdefault(id(p), p.detach())
-        for name, parameter in module._parameters.items():
+            parameters_of(module)[name] = detached.setdefault(id(p), p.detach())
+        for name, parameter in parameters_of(module).items():
             if id(parameter) in sharded:  # an exception in a forward may leave the whole one in its place
-                stack.callback(_set_flag, module, name, parameter.requires_grad)  # type: ignore[union-attr]
+                stack.callback(_set_flag, module, name, parameter.requires_grad)
             if parameter is not None and id(parameter) not in parameters:
                 if not is_lazy(parameter) and parameter.is_inference():
                     which = next(name for name, p in model.named_parameters() if p is parameter)
@@ -120,25 +122,12 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
                 if id(parameter) not in sharded:
                     gradients.append((parameter, parameter.grad))
                     parameter.grad = None
-
-
-def _let_alone(ddp: Any, stack: ExitStack) -> None:
-    """Takes DDP's part out of forwards, of which processes may make unequal numbers, and out of their backwards, which
-    a static graph would take for that of a training step."""
-    if ddp._check_sync_bufs_pre_fwd():
-        ddp._sync_buffers()
-    flags = {
-        "require_backward_grad_sync": False,
-        "require_forward_param_sync": False,
-        "_static_graph_delay_allreduce_enqueued": True,
-    }
-    before = {name: vars(ddp)[name] for name in flags if name in vars(ddp)}
-    stack.callback(vars(ddp).update, before)
-    vars(ddp).update({name: flags[name] for name in before})
+    for ddp in wrappers:  # after buffers have been replaced: rank 0's are written to the copies
+        stack.enter_context(without_ddp(ddp))
 
 
 def _set_flag(module: nn.Module, name: str, requires_grad: bool) -> None:
-    module._parameters[name].requires_grad = requires_grad  # type: ignore[union-attr]
+    parameters_of(module)[name].requires_grad = requires_grad
 
 
 def _thaw(modules: list[Any], parameters: dict[int, tuple[Tensor, bool]], gradients: list[Any]) -> None:
@@ -149,6 +138,6 @@ def _thaw(modules: list[Any], parameters: dict[int, tuple[Tensor, bool]], gradie
     for module, training, buffers, moving in modules:
         if module.training != training:
             module.training = training
-        for tensors, before in ((module._buffers, buffers), (module._parameters, moving)):
+        for tensors, before in ((buffers_of(module), buffers), (parameters_of(module), moving)):
             for name, tensor in before:
                 tensors[name] = tensor

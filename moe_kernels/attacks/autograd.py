@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_kernels._torch import is_view
+
 Size = int | Sequence[int]
 Rule = Callable[..., Tensor]
 
@@ -33,7 +35,7 @@ class _Lean(torch.autograd.Function):
 
 def lean(x: Tensor, forward: Callable[..., Any], backward: Callable[..., Tensor], inplace: bool = False) -> Tensor:
     """The y of y, kept = forward(x), in place where torch would allow it; dx is backward(grad, *kept)."""
-    if inplace and (x.is_leaf or x._is_view()):
+    if inplace and (x.is_leaf or is_view(x)):
         return NotImplemented if x.is_leaf else x.copy_(_Lean.apply(x, forward, backward, False))
     return _Lean.apply(x, forward, backward, inplace)
 

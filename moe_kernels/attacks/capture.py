@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_kernels._torch import release_graph_pool
+
 TORCH, ATTACKS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 _failed: list[torch.cuda.CUDAGraph] = []  # torch 2.11's allocator of pinned memory goes on asking them
 
@@ -95,8 +97,7 @@ def _record(step: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.C
 def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> None:
     """After a recording that failed: up to torch 2.11, the allocator and the generator take it to go on for ever."""
     with suppress(RuntimeError):  # that the allocator has been told
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        release_graph_pool(pool)
         _failed.append(graph)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
         torch.zeros(1, device="cuda")  # a recording that ends, and with it the generator's

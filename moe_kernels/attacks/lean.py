@@ -8,10 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from moe_kernels import _checks as check
 from moe_kernels._recipes import Latest, Recipes
+from moe_kernels._torch import (
+    func_is_active,
+    inside_checkpoint,
+    inside_forward_mode,
+    saved_tensor_hooks_are_allowed,
+    tree_flatten,
+    tree_unflatten,
+    unsafe_view,
+)
 from moe_kernels.attacks.rules import RULES, is_small
 
 # Norms keep their input, so that their result need not be kept, nor what is computed from it by the functions below it.
@@ -155,17 +162,17 @@ def _by_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _matmul(x: Tensor, y: Tensor) -> Tensor:
     """As torch multiplies batches of matrices."""
     z = torch.bmm(x.flatten(0, -3), y.flatten(0, -3))
-    return torch.ops.aten._unsafe_view.default(z, (*x.shape[:-1], y.shape[-1]))
+    return unsafe_view(z, (*x.shape[:-1], y.shape[-1]))
 
 
 def _applies() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and not check.inside_checkpoint()
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+        and not func_is_active()
+        and not inside_checkpoint()
+        and not inside_forward_mode()
+        and saved_tensor_hooks_are_allowed()
     )
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_kernels._torch import adaptive_avg_pool2d_backward, adaptive_avg_pool3d_backward
 from moe_kernels.attacks.autograd import Rule, Size, blank_like, each, lean
 
 aten = torch.ops.aten
@@ -119,8 +120,8 @@ _ADAPTIVE_MAX_POOLS = {
     F.adaptive_max_pool3d: (3, aten.adaptive_max_pool3d, aten.adaptive_max_pool3d_backward),
 }
 _ADAPTIVE_AVG_POOLS = {
-    F.adaptive_avg_pool2d: (2, aten._adaptive_avg_pool2d_backward),
-    F.adaptive_avg_pool3d: (3, aten._adaptive_avg_pool3d_backward),
+    F.adaptive_avg_pool2d: (2, adaptive_avg_pool2d_backward),
+    F.adaptive_avg_pool3d: (3, adaptive_avg_pool3d_backward),
 }
 
 POOLINGS: dict[Any, Rule] = {

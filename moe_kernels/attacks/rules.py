@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels import _checks as check
 from moe_kernels._layout import memory_format
 from moe_kernels._library import OPERATORS
+from moe_kernels._torch import autocast_dtype, autocast_is_on
 from moe_kernels.attacks.autograd import Rule, Size, blank_like, each, lean, piecewise
 from moe_kernels.attacks.pooling import POOLINGS
 from moe_kernels.backends import is_implemented
@@ -64,9 +64,9 @@ def convolution(
 
 def _fits_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether torch, too, would take these tensors, and they are dense."""
-    others, dtype = [weight] if bias is None else [weight, bias], check.autocast_dtype(x)
+    others, dtype = [weight] if bias is None else [weight, bias], autocast_dtype(x)
     return (
-        all(t.device == x.device and check.autocast_dtype(t) == dtype for t in others)
+        all(t.device == x.device and autocast_dtype(t) == dtype for t in others)
         and x.shape[1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
         and all(t.is_contiguous(memory_format=memory_format(t)) for t in (x, weight))
@@ -76,7 +76,7 @@ def _fits_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
     """The convolution and its gradient, as of a single expert, in channels-last where torch would answer so."""
     last = torch.channels_last in (memory_format(x), memory_format(weight))
-    layout, dtype = torch.channels_last if last else torch.contiguous_format, check.autocast_dtype(x)
+    layout, dtype = torch.channels_last if last else torch.contiguous_format, autocast_dtype(x)
     convolve, opposite = OPERATORS["winograd_conv2d"], [2 - pixels for pixels in padding]
     offsets, shift = _of_one_expert(len(x)), None if bias is None else bias[None].to(weight.dtype)
 
@@ -140,8 +140,8 @@ def _lean_convolution(
     blank, sizes = blank_like(x), (each(size, x.ndim - 2) for size in (stride, padding, dilation, output_padding))
     stride, padding, dilation, output_padding = sizes
     settings = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
-    dtype, device = check.autocast_dtype(x), x.device.type
-    emulated = check.autocast_is_on(device) and is_emulated(x)  # and slower than fp32, whose result is rounded instead
+    dtype, device = autocast_dtype(x), x.device.type
+    emulated = autocast_is_on(device) and is_emulated(x)  # and slower than fp32, whose result is rounded instead
 
     def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
         if not emulated:
@@ -158,7 +158,7 @@ def _lean_convolution(
 
 def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # Autocast has torch keep a cast copy of the weight.
-    if weight.ndim != 2 or not check.autocast_is_on(input.device.type):
+    if weight.ndim != 2 or not autocast_is_on(input.device.type):
         return NotImplemented
 
     def backward(grad: Tensor, weight: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 
+from moe_kernels._torch import all_to_all, version
 from moe_kernels.ops import group_by_expert
 
 T = TypeVar("T")
@@ -48,10 +48,10 @@ class Once(Generic[T]):
         self._known = WeakIdKeyDictionary()
 
     def __call__(self, x: Tensor) -> T:
-        version = None if x.is_inference() else x._version
+        now = None if x.is_inference() else version(x)
         known = self._known.get(x)
-        if known is None or known[0] != version:
-            self._known[x] = known = version, self.function(x)
+        if known is None or known[0] != now:
+            self._known[x] = known = now, self.function(x)
         return known[1]
 
 
@@ -97,15 +97,11 @@ class AllToAll:
     def _exchange_counts(self, offsets: Tensor) -> _Plan:
         counts = offsets.diff()
         each = [self.local_experts] * (len(counts) // self.local_experts)
-        theirs = _all_to_all(counts, each, each, self.group)  # [P * E / P]
+        theirs = all_to_all(counts, each, each, self.group)  # [P * E / P]
         sent, received = torch.stack([counts, theirs]).view(2, len(each), -1).sum(2).tolist()
         experts = torch.arange(self.local_experts, device=offsets.device).repeat(len(each))
         experts = experts.repeat_interleave(theirs, output_size=sum(received))
         return _Plan(sent, received, *group_by_expert(experts, self.local_experts))
-
-
-def _all_to_all(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
-    return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), received, sent, group))
 
 
 class _Exchange(torch.autograd.Function):
@@ -114,7 +110,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.back = sent, received, group
-        return _all_to_all(x, received, sent, group)
+        return all_to_all(x, received, sent, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

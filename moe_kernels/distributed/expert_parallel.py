@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.nn.parallel import DistributedDataParallel
 
+from moe_kernels._torch import buffers_of, ddp_ignores, parameters_of
 from moe_kernels.distributed.dispatch import AllToAll, Dispatcher, Once
 from moe_kernels.nn.robust_moe import ExpertList, Gather, RobustMoE
 from moe_kernels.ops import combine, group_by_expert
@@ -54,13 +54,13 @@ class ExpertParallel(ParallelStyle):
         if num_experts % device_mesh.size():
             raise ValueError(f"mesh must have a size that divides the {num_experts} experts, got {device_mesh.size()}")
         for part in experts.modules():
-            for name, p in part._parameters.items():
+            for name, p in parameters_of(part).items():
                 if p is not None:
                     shard = distribute_tensor(p.detach(), device_mesh, [Shard(0)])
-                    part._parameters[name] = nn.Parameter(shard, p.requires_grad)
-            for name, buffer in part._buffers.items():
+                    parameters_of(part)[name] = nn.Parameter(shard, p.requires_grad)
+            for name, buffer in buffers_of(part).items():
                 if buffer is not None:
-                    part._buffers[name] = distribute_tensor(buffer, device_mesh, [Shard(0)])
+                    buffers_of(part)[name] = distribute_tensor(buffer, device_mesh, [Shard(0)])
             if hasattr(part, "num_experts"):
                 part.num_experts = num_experts // device_mesh.size()  # type: ignore[assignment]
         kind = _ParallelOfTransformers if _is_transformers(experts) else _Parallel
@@ -117,7 +117,7 @@ def _local_tensors(experts: Any) -> Iterator[None]:
     places = [
         (place, name, t)
         for m in experts.modules()
-        for place in (m._parameters, m._buffers)
+        for place in (parameters_of(m), buffers_of(m))
         for name, t in place.items()
     ]
     places = [(place, name, t) for place, name, t in places if isinstance(t, DTensor)]
@@ -168,5 +168,5 @@ def parallel_experts(model: nn.Module) -> list[nn.Module]:
 def ddp_ignores_experts(model: nn.Module) -> nn.Module:
     """The model, of which DistributedDataParallel then leaves alone what is spread over processes."""
     names = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if isinstance(t, DTensor)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    ddp_ignores(model, names)
     return model

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_kernels import _checks as check
+from moe_kernels._torch import autocast_dtype
 from moe_kernels.backends import is_implemented
 from moe_kernels.nn.recompute import Recomputing, recomputed
 from moe_kernels.ops import combine, expert_linear, group_by_expert
@@ -240,7 +241,7 @@ def _unsupported(self: Any, x: Tensor) -> str | None:
         return f"the weights are of type {type(weight).__name__}"
     if x.device.type != "meta" and not is_implemented("expert_linear", x.device.type):
         return f"there are no kernels for {x.device.type} in this build"
-    if check.autocast_dtype(weight) != check.autocast_dtype(x):
+    if autocast_dtype(weight) != autocast_dtype(x):
         return f"the weights are {weight.dtype} and the hidden states {x.dtype}"
     if not weight.is_floating_point() or weight.itemsize == 1:
         return f"the weights are {weight.dtype}"

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from moe_kernels import _checks as check
 from moe_kernels import _fsdp as fsdp
-from moe_kernels._library import vjp
-from moe_kernels._recipes import autocast_as_now
+from moe_kernels._torch import capture_autocast, inside_transform, vjp
 from moe_kernels.nn.recompute import Recomputing
 
 
@@ -39,7 +38,7 @@ class GroupedNetwork(nn.Module):
         """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
         check.ndim("x", x, 4)
         again = self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        again = again and not check.transformed()
+        again = again and not inside_transform()
         if not again or len(x) == 0 or not any(p.requires_grad for p in self.parameters()):
             return self.keeping_little(x, offsets)
         check.offsets(offsets, self.num_experts, x)
@@ -102,7 +101,7 @@ class _ExpertByExpert(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, network: GroupedNetwork, offsets: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.network, ctx.offsets, ctx.autocast = network.with_tensors(_same), offsets, autocast_as_now(x.device.type)
+        ctx.network, ctx.offsets, ctx.autocast = network.with_tensors(_same), offsets, capture_autocast(x.device.type)
         ctx.save_for_backward(x, *parameters)
         check.ranges(bounds := offsets.tolist(), len(x))
         ctx.parts = [(slice(a, b), slice(e, e + 1)) for e, (a, b) in enumerate(pairwise(bounds)) if a < b]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import _fsdp as fsdp
-from moe_kernels._checks import inside_checkpoint, transformed
 from moe_kernels._recipes import Recipes
+from moe_kernels._torch import inside_checkpoint, inside_transform, state_of
 
 RECOMPUTE = ("none", "activations", "all")
 _THREAD = threading.local()
@@ -45,7 +45,7 @@ class Recomputing:
 
     def __init__(self, module: nn.Module, active: bool = True) -> None:
         self.active = active and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        self.active = self.active and not inside_checkpoint() and not transformed()
+        self.active = self.active and not inside_checkpoint() and not inside_transform()
         self.recipes = Recipes(AsNow(module) if self.active else nullcontext())
         self.owners = fsdp.owners(module) if self.active else {}
 
@@ -98,5 +98,4 @@ class AsNow:
 
 def _state(m: nn.Module, parameters: bool) -> dict[str, Any]:
     still = {"updates": False} if isinstance(m, WithStatistics) else {}
-    own = {"_parameters": dict(m._parameters)} if parameters else {}
-    return {"training": m.training, "_buffers": dict(m._buffers), **own, **still}
+    return {**state_of(m, parameters), **still}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_kernels import _checks as check
 from moe_kernels import _fsdp as fsdp
+from moe_kernels._torch import active_ddp, inside_backward, inside_transform
 from moe_kernels.nn.experts import ExpertMLP
 from moe_kernels.nn.hub import HubMixin
 from moe_kernels.nn.routing import Routing
@@ -43,7 +44,7 @@ class ExpertList(nn.ModuleList):
 
     def _nothing_of_the_idle(self, outputs: dict[int, Tensor]) -> list[Tensor]:
         """Where DDP waits for a gradient of every parameter, no rows [0, ...] of each that belongs to no output."""
-        ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+        ddp = active_ddp()
         if ddp is None or ddp.find_unused_parameters or not torch.is_grad_enabled():
             return []
         like = next(iter(outputs.values()))
@@ -284,7 +285,7 @@ class RobustMoE(nn.Module, HubMixin):
                 f"routing must be for x's leading shape {list(x.shape[: len(lead)])} and {self.num_experts} experts, "
                 f"got logits {list(routing.logits.shape)}"
             )
-        if self.keep_routing and self.training and not check.inside_backward():
+        if self.keep_routing and self.training and not inside_backward():
             kept = (routing.logits, routing.weights, routing.experts)
             self._kept = kept if torch.is_grad_enabled() else None
         rows = x.reshape(-1, *x.shape[len(lead) :])
@@ -293,7 +294,7 @@ class RobustMoE(nn.Module, HubMixin):
         if getattr(self.experts, "combines", False):
             y = self.experts(rows, offsets, source, routing.weights, position)
         else:
-            gathered = rows.index_select(0, source) if check.transformed() else Gather.apply(rows, source, position)
+            gathered = rows.index_select(0, source) if inside_transform() else Gather.apply(rows, source, position)
             y = combine(self.experts(gathered, offsets), routing.weights, position)
         if self.shared is not None:
             y = y + self.shared(rows, len(rows) * torch.arange(2, dtype=torch.int32, device=rows.device))

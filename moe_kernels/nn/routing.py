@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _checks as check
+from moe_kernels._torch import inside_transform
 from moe_kernels.ops.group_by_expert import group_by_expert
 from moe_kernels.ops.topk_route import topk_route
 
@@ -63,7 +64,7 @@ class Routing:
     @property
     def groups(self) -> tuple[Tensor, Tensor, Tensor]:
         """order, position and offsets of `moe_kernels.group_by_expert`, made once for all forwards under this route."""
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or check.transformed():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or inside_transform():
             return group_by_expert(self.experts, self.num_experts)
         return self._groups
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_kernels import _checks as check
+from moe_kernels._torch import cast_for_autocast, inside_transform
 from moe_kernels.nn.experts import ExpertLinear
 from moe_kernels.nn.grouped import GroupedNetwork
 from moe_kernels.nn.recompute import RECOMPUTE, recomputed
@@ -18,7 +19,7 @@ from moe_kernels.ops.expert_sum import of_each_row
 
 def for_each_row(parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """The part of parameter [E, ...] that belongs to each row's expert, [rows, ...]."""
-    (parameter,) = check.autocast(parameter)
+    (parameter,) = cast_for_autocast(parameter)
     return of_each_row(parameter.flatten(1), offsets, rows).unflatten(1, parameter.shape[1:])
 
 
@@ -82,7 +83,7 @@ class ExpertAttention(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, T, width] sorted by expert -> the same shape."""
         qkv = over_tokens(self.qkv, x, offsets).unflatten(2, (3, self.heads, -1))  # [N, T, 3, heads, d]
-        with sdpa_kernel(SDPBackend.MATH) if check.transformed() else nullcontext():  # which alone has a forward mode
+        with sdpa_kernel(SDPBackend.MATH) if inside_transform() else nullcontext():  # which alone has a forward mode
             h = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # [N, heads, T, d]
         return over_tokens(self.proj, recomputed(_heads_together, h), offsets)
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from moe_kernels import _checks as check
 from moe_kernels import backends, reference
 from moe_kernels._layout import memory_format
-from moe_kernels._library import define, vjp
+from moe_kernels._library import define
+from moe_kernels._torch import vjp
 from moe_kernels.ops.expert_sum import expert_sum
 
 

@@ -10,6 +10,7 @@ from moe_kernels import _checks as check
 from moe_kernels import backends
 from moe_kernels._layout import channels_innermost, memory_format
 from moe_kernels._library import define
+from moe_kernels._torch import autocast_dtype, autocast_is_on, cast_for_autocast
 from moe_kernels.ops.expert_sum import expert_sum
 
 
@@ -56,9 +57,9 @@ def expert_conv2d(
                 f"weight must have a kernel of at least 1 and at most the padded image, here x {list(x.shape)} "
                 f"with padding {paddings}, got shape {list(weight.shape)}"
             )
-    if x.is_cuda and check.autocast_is_on("cuda"):  # one pass over the weight gives its dtype and the kernels' layout
-        weight = channels_innermost(weight, check.autocast_dtype(weight))
-    x, weight, bias = check.autocast(x, weight, bias)
+    if x.is_cuda and autocast_is_on("cuda"):  # one pass over the weight gives its dtype and the kernels' layout
+        weight = channels_innermost(weight, autocast_dtype(weight))
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     return backends.choose("expert_conv2d", backend, x)(x, weight, bias, offsets, strides, paddings)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from moe_kernels import _checks as check
 from moe_kernels import backends
 from moe_kernels._library import define
+from moe_kernels._torch import cast_for_autocast
 from moe_kernels.ops.expert_sum import expert_sum, index_sum
 
 
@@ -45,7 +46,7 @@ def expert_linear(
     check.offsets(offsets, weight.shape[0], x)
     if rows is not None:
         check.indices("rows", rows, x, ndim=1)
-    x, weight, bias = check.autocast(x, weight, bias)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     return backends.choose("expert_linear", backend, x)(x, weight, bias, offsets, rows)
 
 

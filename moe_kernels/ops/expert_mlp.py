@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moe_kernels import _checks as check
 from moe_kernels import backends, reference
-from moe_kernels._library import define, vjp
-from moe_kernels._recipes import autocast_as_now
+from moe_kernels._library import define
+from moe_kernels._torch import capture_autocast, cast_for_autocast, inside_transform, vjp
 from moe_kernels.ops.combine import _combine, combine_input_grad, combine_weight_grad
 from moe_kernels.ops.expert_linear import _expert_linear, _weight_grad
 from moe_kernels.reference.expert_mlp import GATED, activate
@@ -83,10 +83,10 @@ def expert_mlp_output(
                 raise ValueError(f"{name} must have one index for each of the {z.shape[0]} rows of z, got {count}")
     elif position is not None or rows is not None:
         raise ValueError("weights must be given with position and rows, got None")
-    z, weight, bias = check.autocast(z, weight, bias)
+    z, weight, bias = cast_for_autocast(z, weight, bias)
     function = backends.choose("expert_mlp_output", backend, z)
     if callable(activation) and backend is None:
-        function = _output if check.transformed() else _OutputOfFunction.apply
+        function = _output if inside_transform() else _OutputOfFunction.apply
     return function(z, weight, bias, offsets, activation, weights, position, rows)
 
 
@@ -188,7 +188,7 @@ class _OutputOfFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        function, autocast = inputs[4], autocast_as_now(inputs[0].device.type)
+        function, autocast = inputs[4], capture_autocast(inputs[0].device.type)
 
         def activation(z: Tensor) -> Tensor:
             with autocast():

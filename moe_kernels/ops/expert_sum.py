@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels import _checks as check
 from moe_kernels._library import define
+from moe_kernels._torch import inside_transform
 
 
 def expert_of_row(offsets: Tensor, num_rows: int) -> Tensor:
@@ -44,7 +44,7 @@ class _OfEachRow(torch.autograd.Function):
 
 def of_each_row(x: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     """[num_rows, D]: the row of x [E, D] that belongs to the expert of each sorted row."""
-    if check.transformed():
+    if inside_transform():
         return x.index_select(0, expert_of_row(offsets, num_rows))
     return _OfEachRow.apply(x, offsets, num_rows)
 
@@ -74,7 +74,7 @@ def _index_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _index_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (index,) = ctx.saved_tensors
-    return grad.index_select(0, index) if check.transformed() else _Gather.apply(grad, index), None, None
+    return grad.index_select(0, index) if inside_transform() else _Gather.apply(grad, index), None, None
 
 
 index_sum = define(

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from moe_kernels import _checks as check
 from moe_kernels import backends, reference
-from moe_kernels._library import define, vjp
+from moe_kernels._library import define
+from moe_kernels._torch import vjp
 
 
 def kl_divergence(clean_logits: Tensor, adv_logits: Tensor, *, backend: str | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from moe_kernels import _checks as check
 from moe_kernels import backends
 from moe_kernels._layout import memory_format
 from moe_kernels._library import define
+from moe_kernels._torch import inside_transform
 
 NORMS = ("Linf", "L2", "L1")
 SPELLINGS: dict[Any, str] = {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2", "l1": "L1", "1": "L1"}
@@ -65,7 +66,7 @@ def pgd_step_(
         raise ValueError("x_adv must be [B, ...], got a scalar")
     if torch.is_grad_enabled() and x_adv.requires_grad:
         raise RuntimeError("x_adv must not require grad: pgd_step_ overwrites it; call it under torch.no_grad()")
-    if check.transformed() and any(forward_ad.unpack_dual(t).tangent is not None for t in (x_adv, grad, x)):
+    if inside_transform() and any(forward_ad.unpack_dual(t).tangent is not None for t in (x_adv, grad, x)):
         raise RuntimeError("x_adv, grad and x must have no tangent: pgd_step_ has no derivative; detach them")
     strides = x_adv.stride()
     if 0 in strides and any(s == 0 and size > 1 for s, size in zip(strides, x_adv.shape, strict=True)):

@@ -9,11 +9,12 @@ from torch import Tensor
 from moe_kernels import _checks as check
 from moe_kernels import _library, backends
 from moe_kernels._library import define
+from moe_kernels._torch import autocast_dtype, cast_for_autocast, cpu_multiplies_bf16
 from moe_kernels.ops.expert_conv2d import _empty
 from moe_kernels.ops.expert_sum import expert_sum
 
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = WIDE[:1] if torch.cpu._is_avx512_bf16_supported() else WIDE  # in which float32 is the fastest to multiply in
+DTYPES = WIDE[:1] if cpu_multiplies_bf16() else WIDE  # in which float32 is the fastest to multiply in
 TILE = 4  # results per side
 # By the level of the CPU library, where Winograd's algorithm was measured to be faster than oneDNN (docs/facts.md): the
 # fewest tiles of an expert with less than 64 channels, and with more, and the largest share of the usual products.
@@ -64,7 +65,7 @@ def winograd_conv2d(
         raise ValueError(
             f"padding must be at most 2 and make x {list(x.shape)} at least 3 pixels high and wide, got {paddings}"
         )
-    x, weight, bias = check.autocast(x, weight, bias)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     return backends.choose("winograd_conv2d", backend, x)(x, weight, bias, offsets, paddings, False)
 
 
@@ -72,7 +73,7 @@ def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: 
     """Whether `winograd_conv2d` can convolve x with this weight [..., O, C, kh, kw] on x's device, faster than the
     vendor's convolution: with 36 products for each tile, of which some results may lie beyond the edge, in place of 9
     for each result, and one transform of the weight for all tiles of an expert."""
-    known = x.ndim == 4 and check.autocast_dtype(x) in DTYPES
+    known = x.ndim == 4 and autocast_dtype(x) in DTYPES
     if not (known and backends.is_implemented("winograd_conv2d", x.device.type)):
         return False
     strides, paddings = check.pair("stride", stride, 1), check.pair("padding", padding, 0)
@@ -91,7 +92,7 @@ def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: 
 
 def is_emulated(x: Tensor) -> bool:
     """Whether x is convolved in 16 bits, by autocast or by itself, that its device does not multiply."""
-    return x.device.type == "cpu" and check.autocast_dtype(x) in DTYPES[1:]
+    return x.device.type == "cpu" and autocast_dtype(x) in DTYPES[1:]
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, padding: list[int], turned: bool) -> Tensor:

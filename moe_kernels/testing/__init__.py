@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import ops, reference
+from moe_kernels._torch import TorchDispatchMode
 from moe_kernels.testing.case import DTYPES, GROUPS, Case, Source
 from moe_kernels.testing.cases import CASES, cases
 from moe_kernels.testing.in_order import InOrder

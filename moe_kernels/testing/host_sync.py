@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from moe_kernels._torch import TorchDispatchMode, local_scalar_dense, tree_leaves, unique_operators
 
 aten = torch.ops.aten
 
 # They read a value, or have a result whose size depends on values.
 WAITING = {
-    aten._local_scalar_dense,
+    local_scalar_dense,
     aten.allclose,
     aten.bincount,
     aten.equal,
@@ -21,8 +21,7 @@ WAITING = {
     aten.nonzero,
     aten.unique_consecutive,
     aten.unique_dim,
-    aten._unique,
-    aten._unique2,
+    *unique_operators,
 }
 INDEXING = {aten.index, aten.index_put, aten.index_put_}
 

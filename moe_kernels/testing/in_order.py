@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_kernels._torch import TorchDispatchMode
 
 aten = torch.ops.aten
 

@@ -99,7 +99,7 @@ class ViT(nn.Module):
 def randomize_statistics(net: nn.Module) -> nn.Module:
     """Gives batch norms statistics and weights of order 1, as after training."""
     for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             assert module.running_mean is not None and module.running_var is not None
             nn.init.uniform_(module.running_mean, -0.2, 0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
