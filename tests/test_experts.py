@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_kernels.nn.experts import ACTIVATIONS, ExpertLinear, ExpertMLP
+from moe_kernels.nn import ExpertLinear, ExpertMLP
+from moe_kernels.ops.expert_mlp import ACTIVATIONS
 from moe_kernels.testing import Source
 
 COUNTS = (4, 0, 3)

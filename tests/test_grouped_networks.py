@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_kernels import ExpertLayerNorm, ExpertPreActResNet, ExpertViT, attack_mode
 from moe_kernels.nn.grouped import GroupedNetwork
-from moe_kernels.nn.vit import for_each_row
+from moe_kernels.nn.layers import for_each_row
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import PreActResNet, ViT, randomize_statistics
 

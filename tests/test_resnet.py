@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18
+from moe_kernels.nn import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import ResNet18, randomize_statistics
 from moe_kernels.testing.saved import saved_bytes

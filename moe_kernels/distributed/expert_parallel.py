@@ -12,8 +12,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from moe_kernels._torch import buffers_of, ddp_ignores, parameters_of
 from moe_kernels.distributed.dispatch import AllToAll, Dispatcher, Once
-from moe_kernels.nn.robust_moe import ExpertList, Gather, RobustMoE
+from moe_kernels.nn.robust_moe import ExpertList, RobustMoE
 from moe_kernels.ops import combine, group_by_expert
+from moe_kernels.ops.combine import gather_rows
 from moe_kernels.ops.expert_sum import expert_of_row
 
 
@@ -101,7 +102,7 @@ class _ParallelOfTransformers(_Parallel):
     ) -> Tensor:
         """hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
         order, position, offsets = self.groups(top_k_index)
-        rows = Gather.apply(hidden_states, order // position.shape[1], position)
+        rows = gather_rows(hidden_states, order // position.shape[1], position)
         y = super().forward(rows, offsets)
         return combine(y, top_k_weights, position).to(hidden_states.dtype)
 

@@ -1,13 +1,14 @@
 """Layers: parameters and calls of the operators, no kernels."""
 
-from moe_kernels.nn.experts import ExpertLinear, ExpertMLP
+from moe_kernels.nn.experts import ExpertMLP
 from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.layers import ExpertBatchNorm2d, ExpertConv2d, ExpertLayerNorm, ExpertLinear
 from moe_kernels.nn.preact import ExpertPreActResNet
-from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18
+from moe_kernels.nn.resnet import ExpertResNet18
 from moe_kernels.nn.robust_moe import RobustMoE
 from moe_kernels.nn.routing import Routing
 from moe_kernels.nn.trunk import ResNet18Trunk
-from moe_kernels.nn.vit import ExpertLayerNorm, ExpertViT
+from moe_kernels.nn.vit import ExpertViT
 
 __all__ = [
     "ExpertBatchNorm2d",

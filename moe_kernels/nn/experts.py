@@ -1,74 +1,14 @@
-"""Grouped feed-forward layers: every parameter is its plain layer's with a leading expert dimension [E]."""
-
-import math
+"""Feed-forward blocks of two layers, one per expert."""
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import _checks as check
+from moe_kernels.nn.layers import ExpertLinear
 from moe_kernels.nn.recompute import RECOMPUTE, Recomputing, recomputed
-from moe_kernels.ops import combine, expert_linear, mask_relu
+from moe_kernels.ops import combine, mask_relu
 from moe_kernels.ops.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp_output
-
-
-def reset_like_torch(weight: Tensor, bias: Tensor | None) -> None:
-    """The initial values of nn.Linear and nn.Conv2d, of one expert's fan-in: both uniform within 1 / sqrt(fan_in)."""
-    fan_in = weight.shape[2:].numel()
-    bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
-    nn.init.uniform_(weight, -bound, bound)
-    if bias is not None:
-        nn.init.uniform_(bias, -bound, bound)
-
-
-class ExpertLinear(nn.Module):
-    """A linear layer per expert: `weight` [E, out, in], `bias` [E, out] or None.
-
-    Args:
-        num_experts: number of experts E.
-        in_features: width of x.
-        out_features: width of the result.
-        bias: whether there is a bias.
-
-    Attributes:
-        init_std: the deviation of the weight that `reset_parameters` draws, beside a bias of zero; None for the values
-            of nn.Linear.
-    """
-
-    init_std: float | None = None
-
-    def __init__(
-        self,
-        num_experts: int,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.init_std is None:
-            reset_like_torch(self.weight, self.bias)
-        else:
-            nn.init.trunc_normal_(self.weight, std=self.init_std)
-            if self.bias is not None:
-                nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
-        """x [N, in] sorted by expert -> [N, out]; with `rows` [N], slot j reads x[rows[j]]."""
-        return expert_linear(x, self.weight, self.bias, offsets, rows)
-
-    def extra_repr(self) -> str:
-        return (
-            f"num_experts={self.num_experts}, in_features={self.in_features}, "
-            f"out_features={self.out_features}, bias={self.bias is not None}"
-        )
 
 
 class ExpertOutput(ExpertLinear):

@@ -96,6 +96,14 @@ class GroupedNetwork(nn.Module):
             raise ValueError(f"{name} must be a state dict for one expert of {type(self).__name__}; {message}")
 
 
+def stage(
+    block: Callable[..., nn.Module], depth: int, num_experts: int, before: int, channels: int, stride: int, **to: Any
+) -> nn.ModuleList:
+    """`depth` blocks in a row, the first of which changes the channels and has the stride."""
+    first = block(num_experts, before, channels, stride, **to)
+    return nn.ModuleList([first, *(block(num_experts, channels, channels, 1, **to) for _ in range(depth - 1))])
+
+
 class _ExpertByExpert(torch.autograd.Function):
     """The network's logits, computed for one expert after the other, in the backward again."""
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import _checks as check
-from moe_kernels.nn.experts import ExpertLinear
-from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.grouped import GroupedNetwork, stage
+from moe_kernels.nn.layers import ExpertBatchNorm2d, ExpertConv2d, ExpertLinear
 from moe_kernels.nn.recompute import RECOMPUTE, recomputed
-from moe_kernels.nn.resnet import ExpertBatchNorm2d, ExpertConv2d, stage
 from moe_kernels.ops import mask_relu
 
 

@@ -1,7 +1,7 @@
-"""Grouped convolutional networks: every parameter is its plain layer's with a leading expert dimension [E]."""
+"""ResNet-18, one per expert."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -9,130 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import _checks as check
-from moe_kernels.nn.experts import ExpertLinear, reset_like_torch
-from moe_kernels.nn.grouped import GroupedNetwork
-from moe_kernels.nn.recompute import RECOMPUTE, WithStatistics, recomputed
-from moe_kernels.ops import expert_batch_norm, expert_conv2d, mask_relu, winograd_conv2d
-from moe_kernels.ops.winograd_conv2d import saves_work
-
-
-class ExpertConv2d(nn.Module):
-    """A 2D convolution per expert: `weight` [E, O, C, kh, kw], `bias` [E, O] or None.
-
-    Where Winograd's algorithm saves work, on a CPU and not in float64, it is `winograd_conv2d`, else `expert_conv2d`.
-
-    Args:
-        num_experts: number of experts E.
-        in_channels: channels of x, C.
-        out_channels: channels of the result, O.
-        kernel_size, stride, padding: in pixels, one number or (vertical, horizontal).
-        bias: whether there is a bias.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        shape = (num_experts, out_channels, in_channels, *kernel)
-        self.num_experts, self.stride, self.padding = num_experts, stride, padding
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_channels, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        reset_like_torch(self.weight, self.bias)
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [N, C, H, W] sorted by expert -> [N, O, H', W']."""
-        if saves_work(x, self.weight, self.stride, self.padding):
-            return winograd_conv2d(x, self.weight, self.bias, offsets, self.padding)
-        return expert_conv2d(x, self.weight, self.bias, offsets, self.stride, self.padding)
-
-    def extra_repr(self) -> str:
-        return (
-            f"weight={list(self.weight.shape)}, stride={self.stride}, padding={self.padding}, "
-            f"bias={self.bias is not None}"
-        )
-
-
-class ExpertBatchNorm2d(WithStatistics):
-    """Batch normalisation per expert: parameters and running statistics [E, C], `num_batches_tracked` [E].
-
-    An expert without rows in a batch keeps its statistics.
-
-    Args:
-        num_experts: number of experts E.
-        num_features: channels C.
-        eps: added to the variance.
-        momentum: weight of a batch in the running statistics.
-        affine: whether there are a weight and a bias.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(
-        self,
-        num_experts: int,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if momentum is None:
-            raise ValueError("momentum must be a number, got None")
-        self.num_experts, self.eps, self.momentum = num_experts, eps, momentum
-        shape = (num_experts, num_features)
-        self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)) if affine else None
-        self.register_buffer("running_mean", torch.zeros(shape, device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(shape, device=device, dtype=dtype))
-        self.register_buffer("num_batches_tracked", torch.zeros(num_experts, dtype=torch.long, device=device))
-
-    def reset_running_stats(self) -> None:
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
-
-    def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        if self.weight is not None and self.bias is not None:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [N, C, H, W] sorted by expert -> the same shape."""
-        mean, var = self.running_mean, self.running_var
-        if self.training and self.updates:
-            self.num_batches_tracked.add_(offsets.diff() > 0)
-        return expert_batch_norm(
-            x,
-            self.weight,
-            self.bias,
-            None if self.training and not self.updates else mean,
-            None if self.training and not self.updates else var,
-            offsets,
-            self.training,
-            self.momentum,
-            self.eps,
-        )
-
-    def extra_repr(self) -> str:
-        return f"{list(self.running_mean.shape)}, eps={self.eps}, momentum={self.momentum}"
+from moe_kernels.nn.grouped import GroupedNetwork, stage
+from moe_kernels.nn.layers import ExpertBatchNorm2d, ExpertConv2d, ExpertLinear
+from moe_kernels.nn.recompute import RECOMPUTE, recomputed
+from moe_kernels.ops import mask_relu
 
 
 class ExpertBasicBlock(nn.Module):
@@ -172,14 +52,6 @@ class ExpertBasicBlock(nn.Module):
 
     def _outer(self, h: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         return mask_relu(self.bn2(h, offsets) + x)
-
-
-def stage(
-    block: Callable[..., nn.Module], depth: int, num_experts: int, before: int, channels: int, stride: int, **to: Any
-) -> nn.ModuleList:
-    """`depth` blocks in a row, the first of which changes the channels and has the stride."""
-    first = block(num_experts, before, channels, stride, **to)
-    return nn.ModuleList([first, *(block(num_experts, channels, channels, 1, **to) for _ in range(depth - 1))])
 
 
 STAGES = 4  # of two basic blocks each; stage i has width * 2^(i - 1) channels, and all but the first halve the image

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from moe_kernels import _checks as check
 from moe_kernels import _fsdp as fsdp
-from moe_kernels._torch import active_ddp, inside_backward, inside_transform
+from moe_kernels._torch import active_ddp, inside_backward
 from moe_kernels.nn.experts import ExpertMLP
 from moe_kernels.nn.hub import HubMixin
 from moe_kernels.nn.routing import Routing
-from moe_kernels.ops.combine import combine
+from moe_kernels.ops.combine import combine, gather_rows
 from moe_kernels.ops.topk_route import GATES, check_groups
 
 
@@ -61,21 +61,6 @@ def _check_outputs(outputs: dict[int, Tensor], rows: list[slice]) -> None:
     if len({y.shape[1:] for y in outputs.values()}) > 1:
         shapes = ", ".join(f"{list(y.shape[1:])} of experts[{e}]" for e, y in outputs.items())
         raise ValueError(f"experts must return rows of one shape, got {shapes}")
-
-
-class Gather(torch.autograd.Function):
-    """The row behind each sorted slot. Its adjoint is `combine` with weights of 1, which sums in fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, source: Tensor, position: Tensor) -> Tensor:
-        ctx.save_for_backward(position)
-        return rows.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (position,) = ctx.saved_tensors
-        ones = grad.new_ones(position.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
-        return combine(grad, ones, position), None, None
 
 
 class RobustMoE(nn.Module, HubMixin):
@@ -294,7 +279,7 @@ class RobustMoE(nn.Module, HubMixin):
         if getattr(self.experts, "combines", False):
             y = self.experts(rows, offsets, source, routing.weights, position)
         else:
-            gathered = rows.index_select(0, source) if inside_transform() else Gather.apply(rows, source, position)
+            gathered = gather_rows(rows, source, position)
             y = combine(self.experts(gathered, offsets), routing.weights, position)
         if self.shared is not None:
             y = y + self.shared(rows, len(rows) * torch.arange(2, dtype=torch.int32, device=rows.device))

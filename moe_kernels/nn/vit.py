@@ -9,66 +9,15 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_kernels import _checks as check
-from moe_kernels._torch import cast_for_autocast, inside_transform
-from moe_kernels.nn.experts import ExpertLinear
+from moe_kernels._torch import inside_transform
 from moe_kernels.nn.grouped import GroupedNetwork
+from moe_kernels.nn.layers import ExpertConv2d, ExpertLayerNorm, ExpertLinear, for_each_row
 from moe_kernels.nn.recompute import RECOMPUTE, recomputed
-from moe_kernels.nn.resnet import ExpertConv2d
-from moe_kernels.ops.expert_sum import of_each_row
-
-
-def for_each_row(parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    """The part of parameter [E, ...] that belongs to each row's expert, [rows, ...]."""
-    (parameter,) = cast_for_autocast(parameter)
-    return of_each_row(parameter.flatten(1), offsets, rows).unflatten(1, parameter.shape[1:])
 
 
 def over_tokens(layer: ExpertLinear, x: Tensor, offsets: Tensor) -> Tensor:
     """A linear layer on every token of x [N, T, in] -> [N, T, out]."""
     return layer(x.flatten(0, 1), offsets * x.shape[1]).unflatten(0, x.shape[:2])
-
-
-class ExpertLayerNorm(nn.Module):
-    """Layer normalisation per expert over the last dimension: `weight` and `bias` [E, C].
-
-    Args:
-        num_experts: number of experts E.
-        num_features: size of the last dimension, C.
-        eps: added to the variance.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        num_features: int,
-        eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_experts, self.eps = num_experts, eps
-        self.weight = nn.Parameter(torch.ones(num_experts, num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_experts, num_features, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [N, T, C] sorted by expert -> the same shape."""
-        num_experts, num_features = self.weight.shape
-        check.shape("x", x, (None, None, num_features), "[N, T, C]")
-        check.offsets(offsets, num_experts, x)
-        if check.may_read(offsets):
-            check.ranges(offsets.tolist(), len(x))
-        weight, bias = (for_each_row(p, offsets, len(x))[:, None] for p in (self.weight, self.bias))
-        return recomputed(_scaled, recomputed(self._normalised, x), weight, bias)
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{list(self.weight.shape)}, eps={self.eps}"
 
 
 class ExpertAttention(nn.Module):
@@ -86,10 +35,6 @@ class ExpertAttention(nn.Module):
         with sdpa_kernel(SDPBackend.MATH) if inside_transform() else nullcontext():  # which alone has a forward mode
             h = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # [N, heads, T, d]
         return over_tokens(self.proj, recomputed(_heads_together, h), offsets)
-
-
-def _scaled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x * weight + bias
 
 
 def _heads_together(h: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_kernels import _checks as check
 from moe_kernels import backends
 from moe_kernels._library import define
+from moe_kernels._torch import inside_transform
 
 
 def combine(y: Tensor, weights: Tensor, position: Tensor, *, backend: str | None = None) -> Tensor:
@@ -107,3 +108,24 @@ combine_weight_grad = define(
     setup_context=_weight_grad_setup_context,
     backward=_weight_grad_backward,
 )
+
+
+def gather_rows(x: Tensor, rows: Tensor, position: Tensor) -> Tensor:
+    """x[rows]: for sorted slot j the row rows[j] = order[j] // k of x [T, ...] -> [T * k, ...].
+
+    Its gradient is a `combine` with weights of 1, which sums a row's slots in a fixed order.
+    """
+    return x.index_select(0, rows) if inside_transform() else _GatherRows.apply(x, rows, position)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (position,) = ctx.saved_tensors
+        ones = grad.new_ones(position.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+        return combine(grad, ones, position), None, None
