@@ -52,14 +52,14 @@ ifneq ($(filter bench-all,$(MAKECMDGOALS)),)
 endif
 
 gpu-static: $(READY)  ## every GPU kernel compiled for every architecture: registers, shared memory, spills, tensor cores
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_static.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python checks/gpu_static.py
 
 versions: $(READY)  ## build, load, test and compile with each supported torch, into docs/versions.md
-	$(BIN)/python benchmarks/versions.py --environments $(ENVIRONMENTS)
+	$(BIN)/python checks/versions.py --environments $(ENVIRONMENTS)
 
 # On the machine's own Python, which has a CUDA torch, setuptools, ninja and pybind11; RESULTS=DIR says where to.
 gpu:  ## on a machine with a GPU, in six minutes: build, smoke test, speed, all cases, graphs, compute-sanitizer
-	$(PYTHON) benchmarks/gpu.py $(if $(RESULTS),--results $(RESULTS))
+	$(PYTHON) checks/gpu.py $(if $(RESULTS),--results $(RESULTS))
 
 install: $(READY)
 

@@ -1,10 +1,10 @@
-"""Kernels that benchmarks/gpu_static.py must object to, and their sound siblings; prints what it says of each."""
+"""Kernels that checks/gpu_static.py must object to, and their sound siblings; prints what it says of each."""
 
 import dataclasses
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "checks"))
 
 import gpu_static
 import torch

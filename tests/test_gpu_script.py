@@ -15,13 +15,14 @@ import torch
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = [sys.executable, str(ROOT / "benchmarks/gpu.py")]
+SCRIPT = [sys.executable, str(ROOT / "checks/gpu.py")]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "TRITON_INTERPRET": "1"}
 
 
 @pytest.fixture(autouse=True)
 def script_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "checks")
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

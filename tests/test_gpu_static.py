@@ -31,7 +31,7 @@ def run(*script: str | Path) -> list[str]:
 
 
 def test_gemms_compile_to_tensor_cores_and_wide_loads_without_spills() -> None:
-    script = ROOT / "benchmarks/gpu_static.py", "--arch", *map(str, EXPECTED), "--match", "|".join(GEMMS)
+    script = ROOT / "checks/gpu_static.py", "--arch", *map(str, EXPECTED), "--match", "|".join(GEMMS)
     lines = [line for line in run(*script) if " sm_" in line]
     assert len(lines) == 5 * len(EXPECTED)
     for line in lines:

@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "python/rter": ("moe_kernels", "rter"),
 }
 EXTENSIONS = {"moe_kernels._C"}  # modules that no file of Python makes
-OURS = ("moe_kernels", "rter", "tests", "benchmarks")
+OURS = ("moe_kernels", "rter", "tests", "benchmarks", "checks")
 
 
 def imported(path: Path) -> set[str]:
@@ -178,13 +178,14 @@ def test_private_names_of_torch_stand_in_one_file() -> None:
     assert not {path: names for path, names in found.items() if names}
 
 
-def test_nothing_imports_tests_or_benchmarks() -> None:
+def test_nothing_imports_tests_benchmarks_or_checks() -> None:
     testing = ROOT / "moe_kernels/testing"
     for path in [*(ROOT / "moe_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")]:
         if testing in path.parents:
             continue
         for name in imported(path):
-            forbidden = name.split(".")[0] in ("tests", "benchmarks") or name.startswith("moe_kernels.testing")
+            outside = name.split(".")[0] in ("tests", "benchmarks", "checks")
+            forbidden = outside or name.startswith("moe_kernels.testing")
             assert not forbidden, f"{path.relative_to(ROOT)} must not import {name}"
 
 

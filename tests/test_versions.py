@@ -5,7 +5,7 @@ import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-VERSIONS = runpy.run_path(str(ROOT / "benchmarks/versions.py"))
+VERSIONS = runpy.run_path(str(ROOT / "checks/versions.py"))
 
 
 def test_every_version_was_tried_and_none_failed() -> None:

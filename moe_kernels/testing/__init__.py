@@ -1,4 +1,4 @@
-"""Cases of every operator and the one tolerance rule, shared by tests/ and benchmarks/.
+"""Cases of every operator and the one tolerance rule, shared by tests/, benchmarks/ and checks/.
 
 A case is a set of arguments that an operator must handle. Values, gradients, opcheck and bitwise repetition are all
 checked on the same cases against moe_kernels.reference.

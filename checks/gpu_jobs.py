@@ -17,7 +17,7 @@ from typing import NamedTuple
 from gpu_report import Report
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "benchmarks/gpu.py"
+SCRIPT = ROOT / "checks/gpu.py"
 LIMIT = 360.0  # seconds, of a machine that is held for 15 minutes at most, its start included
 SECTIONS = ("RT-ER step", "attack step", "grouped GEMMs", "convolutions", "layer", "passes")
 SANITIZERS = ("memcheck", "racecheck")

@@ -27,6 +27,8 @@ import torch
 from gpu_jobs import ROOT, Job
 from gpu_report import Report, summary, table
 
+sys.path.append(str(ROOT / "benchmarks"))  # where the bounds of the kernels and their rivals are
+
 PARTS = {
     "warm": "gpu_checks",
     "smoke": "gpu_checks",

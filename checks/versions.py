@@ -1,7 +1,7 @@
 """Tries the supported versions of torch, each in an environment of its own, and writes docs/versions.md.
 
-    python benchmarks/versions.py                          # all of it; a torch built with CUDA is 5 GB on disk
-    python benchmarks/versions.py 2.11.0 --steps build     # a part, whose results join those of earlier parts
+    python checks/versions.py                          # all of it; a torch built with CUDA is 5 GB on disk
+    python checks/versions.py 2.11.0 --steps build     # a part, whose results join those of earlier parts
 
 The library is built from source with each torch (build), loaded by every other (load), tested on the CPU (test), and
 every GPU kernel is compiled with the Triton that belongs to it (compile).
@@ -127,7 +127,7 @@ class Environment:
 
     def compile(self) -> str:
         """Every GPU kernel for every architecture, without spills."""
-        text = self.run("compile", "benchmarks/gpu_static.py", "--arch", *ARCHITECTURES)
+        text = self.run("compile", "checks/gpu_static.py", "--arch", *ARCHITECTURES)
         return f"{sum(' sm_' in line for line in text.splitlines())} without a spill"
 
 

@@ -92,7 +92,7 @@ def cell(code: str) -> str:
 
 HEADER = """# Kernels broken on purpose
 
-Written by `python benchmarks/mutations.py > docs/mutations.md`: each mutation alone, in a copy of the tree; its gate
+Written by `python checks/mutations.py > docs/mutations.md`: each mutation alone, in a copy of the tree; its gate
 passes before it and fails after it.
 
 | mutation | file | from | to | gate (`pytest`) | what it printed |
