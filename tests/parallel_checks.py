@@ -187,14 +187,14 @@ def attacks_under_fsdp_on_another_dimension(p: Processes) -> None:
 @contextmanager
 def exchanges() -> Iterator[list[int]]:
     """The number of collectives, and how many of them are of counts."""
-    seen, exchange = [0, 0], dispatch._all_to_all
+    seen, exchange = [0, 0], dispatch.all_to_all
 
     def counted(x: Tensor, *args: Any) -> Tensor:
         seen[0] += 1
         seen[1] += not x.is_floating_point()
         return exchange(x, *args)
 
-    with mock.patch.object(dispatch, "_all_to_all", counted):
+    with mock.patch.object(dispatch, "all_to_all", counted):
         yield seen
 
 
