@@ -26,7 +26,7 @@ class Latest:
 
 
 class Recipe:
-    """How to compute y again: function(*inputs), each input a LEAF, a Part of another recipe's result or a constant."""
+    """How to compute y again: function(*inputs), each input a LEAF, a View of another recipe's result or a constant."""
 
     def __init__(
         self, y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Any], latest: Latest | None
@@ -34,18 +34,18 @@ class Recipe:
         self.function, self.inputs, self.latest = function, inputs, latest
         self.shape, self.stride, self.dtype, self.device = y.shape, y.stride(), y.dtype, y.device
         self.autocast = capture_autocast(y.device.type)
-        self.parts = [i.recipe for i in inputs if isinstance(i, Part)]
-        self.steps: int = 1 + sum(recipe.steps for recipe in self.parts)
-        self.num_leaves: int = sum(i is LEAF for i in inputs) + sum(recipe.num_leaves for recipe in self.parts)
-        self.askers = 0  # recipes and backwards that will ask for the result
+        self.origins = [i.recipe for i in inputs if isinstance(i, View)]
+        self.steps: int = 1 + sum(recipe.steps for recipe in self.origins)
+        self.num_leaves: int = sum(i is LEAF for i in inputs) + sum(recipe.num_leaves for recipe in self.origins)
+        self.uses = 0  # recipes and backwards that will ask for the result
         self.result: StorageWeakRef | None = None
 
-    def will_be_asked(self) -> None:
-        """By one more, and from the first on all that it begins with will be, too."""
-        if self.askers == 0:
-            for recipe in self.parts:
-                recipe.will_be_asked()
-        self.askers += 1
+    def add_use(self) -> None:
+        """One more will ask for the result; the first asks for the results that it is computed from, too."""
+        if self.uses == 0:
+            for recipe in self.origins:
+                recipe.add_use()
+        self.uses += 1
 
     def compute(self, leaves: Leaves) -> Tensor:
         """The result, computed once for all that hold it at the same time."""
@@ -53,7 +53,7 @@ class Recipe:
         if storage is not None:
             deque(islice(leaves, self.num_leaves), maxlen=0)  # are not needed
             return torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, 0, self.shape, self.stride)
-        inputs = [i.compute(leaves) if isinstance(i, Part) else next(leaves)() if i is LEAF else i for i in self.inputs]
+        inputs = [i.compute(leaves) if isinstance(i, View) else next(leaves)() if i is LEAF else i for i in self.inputs]
         with self.autocast():
             y = self.function(*inputs)
         y = y if y.stride() == self.stride else y.new_empty_strided(self.shape, self.stride).copy_(y)
@@ -61,7 +61,7 @@ class Recipe:
         return y
 
 
-class Part(NamedTuple):
+class View(NamedTuple):
     """A view of a recipe's result."""
 
     recipe: Recipe
@@ -71,7 +71,7 @@ class Part(NamedTuple):
 
     def compute(self, leaves: Leaves) -> Tensor:
         y = self.recipe.compute(leaves)
-        if self.recipe.latest and self.recipe.askers > 1:
+        if self.recipe.latest and self.recipe.uses > 1:
             self.recipe.latest.result = y
         return self.of(y)
 
@@ -79,14 +79,14 @@ class Part(NamedTuple):
         return y.as_strided(self.shape, self.stride, self.offset)
 
 
-class Kept(NamedTuple):
-    """What is kept instead of a tensor: how to compute it, and from what."""
+class Saved(NamedTuple):
+    """What a backward saves instead of a tensor: how to compute it, and from what."""
 
-    part: Part
+    view: View
     leaves: list[Any]
 
 
-class _Known(NamedTuple):
+class _Entry(NamedTuple):
     """The recipe of a living storage and its leaves, with the versions at which it holds."""
 
     storage: StorageWeakRef
@@ -106,26 +106,26 @@ class Recipes:
 
     def __init__(self, during: AbstractContextManager[Any] | None = None, latest: Latest | None = None) -> None:
         self.during = nullcontext() if during is None else during
-        self._known: dict[int, _Known] = {}
-        self._held: dict[int, StorageWeakRef] = {}
+        self._entries: dict[int, _Entry] = {}
+        self._sources: dict[int, StorageWeakRef] = {}
         self._latest = latest
 
     def __bool__(self) -> bool:
-        return bool(self._known or self._held)
+        return bool(self._entries or self._sources)
 
     def clear(self) -> None:
-        self._known.clear()
-        self._held.clear()
+        self._entries.clear()
+        self._sources.clear()
 
-    def hold(self, x: Tensor) -> None:
+    def add_source(self, x: Tensor) -> None:
         """x is kept anyway, or under autocast wider than it is, so that a recipe may begin at it."""
-        self._known.pop(storage_key(x), None)
-        self._held = {key: held for key, held in self._held.items() if not held.expired()}
-        self._held[storage_key(x)] = StorageWeakRef(x.untyped_storage())
+        self._entries.pop(storage_key(x), None)
+        self._sources = {key: source for key, source in self._sources.items() if not source.expired()}
+        self._sources[storage_key(x)] = StorageWeakRef(x.untyped_storage())
 
-    def holds(self, x: Tensor) -> bool:
-        held = self._held.get(storage_key(x))
-        return held is not None and not held.expired()
+    def is_source(self, x: Tensor) -> bool:
+        source = self._sources.get(storage_key(x))
+        return source is not None and not source.expired()
 
     def record(self, y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Any]) -> None:
         """y = function(*inputs), which gives the same again; tensors without a recipe are its leaves."""
@@ -135,50 +135,55 @@ class Recipes:
         steps: list[Any] = []
         leaves: list[Tensor] = []
         for i in inputs:
-            kept = self.find(i) if isinstance(i, Tensor) else None
-            steps.append(kept.part if kept else LEAF if isinstance(i, Tensor) else i)
-            leaves += kept.leaves if kept else [i.detach()] if isinstance(i, Tensor) else []  # a grad_fn: a cycle
+            if not isinstance(i, Tensor):
+                steps.append(i)
+            elif saved := self.find(i):
+                steps.append(saved.view)
+                leaves += saved.leaves
+            else:
+                steps.append(LEAF)
+                leaves.append(i.detach())  # its grad_fn would close a cycle
         recipe = Recipe(y, function, steps, self._latest)
-        known = _Known(StorageWeakRef(storage), version(y), recipe, leaves, [*map(version, leaves)])
-        self._known = {key: other for key, other in self._known.items() if not other.storage.expired()}
-        self._known[storage_key(y)] = known
+        entry = _Entry(StorageWeakRef(storage), version(y), recipe, leaves, [*map(version, leaves)])
+        self._entries = {key: other for key, other in self._entries.items() if not other.storage.expired()}
+        self._entries[storage_key(y)] = entry
 
-    def find(self, x: Tensor) -> Kept | None:
-        """What to keep instead of x, if it is known and would still give x."""
-        known = self._known.get(storage_key(x)) if x.layout == torch.strided else None
-        if known is None or known.storage.expired() or known.version != version(x) or known.recipe.dtype != x.dtype:
+    def find(self, x: Tensor) -> Saved | None:
+        """What to keep instead of x, if its recipe is known and would still give x."""
+        entry = self._entries.get(storage_key(x)) if x.layout == torch.strided else None
+        if entry is None or entry.storage.expired() or entry.version != version(x) or entry.recipe.dtype != x.dtype:
             return None
-        if known.versions != [*map(version, known.leaves)]:
+        if entry.versions != [*map(version, entry.leaves)]:
             return None
-        return Kept(Part(known.recipe, x.shape, x.stride(), int(x.storage_offset())), known.leaves)
+        return Saved(View(entry.recipe, x.shape, x.stride(), int(x.storage_offset())), entry.leaves)
 
     def hooks(self) -> saved_tensors_hooks:
         outer = saved_tensor_hooks()
-        outer_pack, outer_unpack = outer or (_hold, _release)
+        outer_pack, outer_unpack = outer or (_pack, _unpack)
         during = self.during
 
         def pack(x: Tensor) -> Any:
-            kept = self.find(x)
-            if kept is None:
+            saved = self.find(x)
+            if saved is None:
                 return outer_pack(x)
-            kept.part.recipe.will_be_asked()
-            return Kept(kept.part, [outer_pack(leaf) for leaf in kept.leaves])
+            saved.view.recipe.add_use()
+            return Saved(saved.view, [outer_pack(leaf) for leaf in saved.leaves])
 
-        def unpack(kept: Any) -> Tensor:
-            if not isinstance(kept, Kept):
-                return outer_unpack(kept)
+        def unpack(saved: Any) -> Tensor:
+            if not isinstance(saved, Saved):
+                return outer_unpack(saved)
             with torch.no_grad(), during:
-                return kept.part.of(kept.part.recipe.compute(partial(outer_unpack, leaf) for leaf in kept.leaves))
+                return saved.view.of(saved.view.recipe.compute(partial(outer_unpack, leaf) for leaf in saved.leaves))
 
         return saved_tensors_hooks(pack, unpack)
 
 
-def _hold(x: Tensor) -> tuple[Tensor, int]:
+def _pack(x: Tensor) -> tuple[Tensor, int]:
     return x.detach(), version(x)
 
 
-def _release(held: tuple[Tensor, int]) -> Tensor:
-    x, at = held
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    x, at = packed
     if version(x) != at:
         raise RuntimeError("one of the tensors needed for a gradient has been modified by an inplace operation")
     if x.numel() and not x.untyped_storage().nbytes():

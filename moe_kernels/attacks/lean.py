@@ -117,13 +117,13 @@ class RecomputingMode(LeanMode):
         if not (_is_plain(out) and out.requires_grad and all(map(_is_plain, tensors))):
             return
         if func in ATTENTION:
-            recipes.hold(out)
-        if recipes.find(out) or recipes.holds(out):
+            recipes.add_source(out)
+        if recipes.find(out) or recipes.is_source(out):
             return
         if func in NORMS and _only_first_needs_grad(tensors):
             source = recipes.find(tensors[0])
-            if source is None or source.part.recipe.steps > MOST_STEPS // 2:
-                recipes.hold(tensors[0])
+            if source is None or source.view.recipe.steps > MOST_STEPS // 2:
+                recipes.add_source(tensors[0])
 
         others = tensors[1 + (func in PRODUCTS) :]  # which may change before the backward
         others = [t for t in others if t.is_floating_point() and not (t.requires_grad or isinstance(t, nn.Parameter))]
@@ -133,17 +133,17 @@ class RecomputingMode(LeanMode):
             return
         moving = [t for t in tensors if t.requires_grad]
         sources = [recipes.find(t) for t in moving]
-        reached = all(source or recipes.holds(t) for source, t in zip(sources, moving, strict=True))
-        if reached and sum(source.part.recipe.steps for source in sources if source) < MOST_STEPS:
+        reached = all(source or recipes.is_source(t) for source, t in zip(sources, moving, strict=True))
+        if reached and sum(source.view.recipe.steps for source in sources if source) < MOST_STEPS:
             copies = {id(t): t.clone() for t in others}
             values, form = tree_flatten((args, kwargs))
             values = [copies.get(id(value), value) for value in values]
 
-            def again(*values: Any) -> Tensor:
+            def call(*values: Any) -> Tensor:
                 args, kwargs = tree_unflatten(values, form)
                 return func(*args, **kwargs)
 
-            recipes.record(out, again, values)
+            recipes.record(out, call, values)
 
 
 def _by_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

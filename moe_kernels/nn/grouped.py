@@ -37,9 +37,9 @@ class GroupedNetwork(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
         check.ndim("x", x, 4)
-        again = self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        again = again and not inside_transform()
-        if not again or len(x) == 0 or not any(p.requires_grad for p in self.parameters()):
+        one_by_one = self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        one_by_one = one_by_one and not inside_transform()
+        if not one_by_one or len(x) == 0 or not any(p.requires_grad for p in self.parameters()):
             return self.keeping_little(x, offsets)
         check.offsets(offsets, self.num_experts, x)
         if fsdp.units(self):

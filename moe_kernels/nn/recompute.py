@@ -31,7 +31,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tenso
     forward = None if torch.compiler.is_compiling() else getattr(_THREAD, "forward", None)
     y = function(*inputs)
     if forward is not None and y.requires_grad:
-        forward.recipes.record(y, forward.whole(function), inputs)
+        forward.recipes.record(y, forward.unsharding(function), inputs)
     return y
 
 
@@ -46,21 +46,21 @@ class Recomputing:
     def __init__(self, module: nn.Module, active: bool = True) -> None:
         self.active = active and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.active = self.active and not inside_checkpoint() and not inside_transform()
-        self.recipes = Recipes(AsNow(module) if self.active else nullcontext())
+        self.recipes = Recipes(ModuleSnapshot(module) if self.active else nullcontext())
         self.owners = fsdp.owners(module) if self.active else {}
 
-    def whole(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def unsharding(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The same function, before which FSDP2 makes the parameters whole of the module that it is, or is of."""
         module = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
         unit = self.owners.get(module) if isinstance(module, nn.Module) else None
         if unit is None:
             return function
 
-        def again(*inputs: Tensor) -> Tensor:
+        def unsharded(*inputs: Tensor) -> Tensor:
             unit.unshard()  # until its own backward, which comes next
             return function(*inputs)
 
-        return again
+        return unsharded
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():
@@ -78,21 +78,22 @@ class Recomputing:
         self.recipes.clear()
 
 
-class AsNow:
-    """Context in which a module has the mode, parameters and buffers of now, and its running statistics stand still:
-    a batch that is computed again does not count again. FSDP2 itself brings the parameters of a unit back."""
+class ModuleSnapshot:
+    """Context in which a module's mode, parameters and buffers are what they were when the snapshot was taken, and
+    running statistics stand still: a batch that is computed again does not count again. FSDP2 itself brings the
+    parameters of a unit back."""
 
     def __init__(self, module: nn.Module) -> None:
         sharded = fsdp.owners(module)
-        self.now = [(m, _state(m, m not in sharded)) for m in module.modules()]
+        self.taken = [(m, _state(m, m not in sharded)) for m in module.modules()]
 
     def __enter__(self) -> None:
-        self.before = [{name: getattr(m, name) for name in now} for m, now in self.now]
-        for m, now in self.now:
-            vars(m).update(now)
+        self.before = [{name: getattr(m, name) for name in state} for m, state in self.taken]
+        for m, state in self.taken:
+            vars(m).update(state)
 
     def __exit__(self, *exception: object) -> None:
-        for (m, _), before in zip(self.now, self.before, strict=True):
+        for (m, _), before in zip(self.taken, self.before, strict=True):
             vars(m).update(before)
 
 
