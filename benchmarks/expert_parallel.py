@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_kernels import RobustMoE, attack_mode
 from moe_kernels.distributed import ExpertParallel
 from moe_kernels.distributed.dispatch import Once
-from moe_kernels.distributed.expert_parallel import _local_tensors
+from moe_kernels.distributed.expert_parallel import local_tensors
 from moe_kernels.nn.routing import Routing
 from moe_kernels.ops import group_by_expert
 from moe_kernels.ops.expert_sum import index_sum
@@ -55,7 +55,7 @@ class GatheringAll(nn.Module):
         rows = collectives.all_gather_tensor_autograd(x, 0, self.group)
         weights = collectives.all_gather_tensor_autograd(routing.weights, 0, self.group)
         experts: Any = self.moe.experts
-        with _local_tensors(experts):
+        with local_tensors(experts):
             y = experts.own_experts(rows.index_select(0, source), offsets)
         y = y * weights.flatten().index_select(0, slots)[:, None]
         return collectives.reduce_scatter_tensor_autograd(index_sum(y, source, len(rows)), "sum", 0, self.group)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_kernels import RobustMoE, Routing, attack_mode, reference
+from moe_kernels import ExpertMLP, RobustMoE, Routing, attack_mode, reference
 from moe_kernels.ops import expert_mlp, expert_mlp_output, group_by_expert
 from moe_kernels.testing import Source, check_threads
 from moe_kernels.testing.saved import saved_bytes
@@ -106,6 +106,27 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), wanted) for y in (compiled, eager)))
 
 
+def test_the_former_name_of_gates_goes_on_working() -> None:
+    s = Source(torch.float32)
+    z, weight, offsets, gates = s.randn(4, 3), s.randn(2, 5, 3), s.offsets([1, 3]), torch.rand(4, 1)
+    order, position, _ = group_by_expert(torch.tensor([[0], [1], [1], [1]]), 2)
+    indices = {"position": position, "rows": order}
+    expected = expert_mlp_output(z, weight, None, offsets, "gelu", gates=gates, **indices)
+    mlp = ExpertMLP(2, 5, 3)
+    for function, args in ((expert_mlp_output, (z, weight, None, offsets, "gelu")), (mlp.down, (z, offsets))):
+        options = indices if function is expert_mlp_output else indices | {"activation": "gelu"}
+        with pytest.warns(DeprecationWarning, match="weights is called gates"):
+            found = function(*args, weights=gates, **options)
+        assert torch.equal(found, function(*args, gates=gates, **options))
+        with pytest.raises(TypeError, match="got both gates and weights"):
+            function(*args, weights=gates, gates=gates, **options)
+    assert torch.equal(expected, expert_mlp_output(z, weight, None, offsets, "gelu", gates, position, order))
+    x = s.randn(4, 5)
+    with pytest.warns(DeprecationWarning, match="weights is called gates"):
+        found = mlp(x, offsets, order, weights=gates, position=position)
+    assert torch.equal(found, mlp(x, offsets, order, gates, position))
+
+
 def test_bad_input_says_what_was_expected() -> None:
     s = Source(torch.float32)
     z, weight, offsets = s.randn(4, 6), s.randn(2, 3, 6), s.offsets([1, 3])
@@ -116,9 +137,9 @@ def test_bad_input_says_what_was_expected() -> None:
         r"weight must be \[E, d, n\] .* here \['\*', '\*', 3\], got": (z, weight, None, offsets, "swiglu"),
         r"bias must be \[E, d\], here \[2, 3\]": (z, weight, weights, offsets, "gelu"),
         r"offsets must be int32 of shape \[3\]": (z, weight, None, offsets[1:], "gelu"),
-        "position and rows must be given with weights": (z, weight, None, offsets, "gelu", weights, position),
-        "weights must be given with position": (z, weight, None, offsets, "gelu", None, position, order),
-        r"weights must be \[T, k\] like position": (z, weight, None, offsets, "gelu", weights[:3], position, order),
+        "position and rows must be given with gates": (z, weight, None, offsets, "gelu", weights, position),
+        "gates must be given with position": (z, weight, None, offsets, "gelu", None, position, order),
+        r"gates must be \[T, k\] like position": (z, weight, None, offsets, "gelu", weights[:3], position, order),
         "rows must have one index for each of the 4 rows of z, got 3": (
             *(z, weight, None, offsets, "gelu", weights, position),
             order[:3],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_kernels.ops import group_by_expert
+from moe_kernels.ops import Groups, group_by_expert
 from moe_kernels.testing import check_threads
 
 
@@ -14,6 +14,14 @@ def test_sorts_stably(dtype: torch.dtype) -> None:
     assert position.tolist() == [[3, 0], [1, 5], [4, 2]]
     assert offsets.tolist() == [0, 3, 3, 5, 6, 6]
     assert {order.dtype, position.dtype, offsets.dtype} == {torch.int32}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_result_has_names(compiled: bool) -> None:
+    function = torch.compile(group_by_expert, fullgraph=True, backend="eager") if compiled else group_by_expert
+    groups = function(torch.tensor([[2, 0], [0, 3]]), 5)
+    assert isinstance(groups, Groups) and groups._fields == ("order", "position", "offsets")
+    assert [t.tolist() for t in groups] == [[1, 2, 0, 3], [[2, 0], [1, 3]], [0, 2, 2, 3, 4, 4]]
 
 
 @pytest.mark.parametrize("num_experts", [1, 3, 256, 5000])

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "moe_kernels/triton_kernels": ("moe_kernels._layout", "moe_kernels.triton_kernels"),
     "moe_kernels/ops": (
         "moe_kernels._checks",
+        "moe_kernels._deprecated",
         "moe_kernels._layout",
         "moe_kernels._library",
         "moe_kernels._recipes",
@@ -28,6 +29,7 @@ MAY_IMPORT = {
     ),
     "moe_kernels/nn": (
         "moe_kernels._checks",
+        "moe_kernels._deprecated",
         "moe_kernels._fsdp",
         "moe_kernels._layout",
         "moe_kernels._library",
@@ -176,6 +178,16 @@ def test_private_names_of_torch_stand_in_one_file() -> None:
     assert len(private_to_torch(allowed, own)) > 20
     found = {str(path.relative_to(ROOT)): private_to_torch(path, own) for path in paths if path != allowed}
     assert not {path: names for path, names in found.items() if names}
+
+
+def test_names_imported_across_files_have_no_underscore() -> None:
+    folders = ("moe_kernels", "python", "tests", "benchmarks", "checks")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("moe_kernels.", "rter.")):
+                names = [alias.name for alias in node.names]
+                private = [name for name in names if name.startswith("_") and not name.endswith("__")]
+                assert not private, f"{path.relative_to(ROOT)} imports {private} from {node.module}"
 
 
 def test_nothing_imports_tests_benchmarks_or_checks() -> None:

@@ -133,13 +133,13 @@ def test_every_activation(act: str, dtype: torch.dtype) -> None:
 
 
 def test_known_activations_are_the_operators_own() -> None:
-    from moe_kernels.integrations.transformers import _activation
+    from moe_kernels.integrations.transformers import activation_of
 
-    names = {act: _activation(experts_of(*QWEN, torch.float32, hidden_act=act)) for act in ("silu", "gelu", "swish")}
+    names = {act: activation_of(experts_of(*QWEN, torch.float32, hidden_act=act)) for act in ("silu", "gelu", "swish")}
     assert names == {"silu": "swiglu", "gelu": "geglu", "swish": "swiglu"}
-    assert _activation(experts_of(*NEMOTRON, torch.float32)) == "relu2"
-    assert callable(_activation(experts_of(*GPT_OSS, torch.float32)))
-    assert callable(_activation(experts_of(*QWEN, torch.float32, hidden_act="relu")))
+    assert activation_of(experts_of(*NEMOTRON, torch.float32)) == "relu2"
+    assert callable(activation_of(experts_of(*GPT_OSS, torch.float32)))
+    assert callable(activation_of(experts_of(*QWEN, torch.float32, hidden_act="relu")))
 
 
 @pytest.mark.parametrize("registered", ["activations", "all"], indirect=True)

@@ -16,9 +16,9 @@ from moe_kernels.testing import Source
 from moe_kernels.triton_kernels.configs import Tile
 from moe_kernels.triton_kernels.expert_conv2d import expert_conv2d, expert_conv2d_input_grad
 from moe_kernels.triton_kernels.expert_conv2d_weight_grad import expert_conv2d_weight_grad
-from moe_kernels.triton_kernels.expert_linear import _forward, expert_linear
+from moe_kernels.triton_kernels.expert_linear import expert_linear, forward_launch
 from moe_kernels.triton_kernels.expert_linear_weight_grad import expert_linear_weight_grad
-from moe_kernels.triton_kernels.expert_mlp import _hidden_grad, expert_mlp_hidden_grad
+from moe_kernels.triton_kernels.expert_mlp import expert_mlp_hidden_grad, hidden_grad_launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the memory is a file's")
 
@@ -116,7 +116,7 @@ def test_of_rows(activation: str | None, sparse: Callable[[int, torch.dtype], Te
     rows, offsets = sparse(num_rows, torch.int32), OFFSETS[:2] + num_rows - 3
     rows[-3:] = torch.arange(3, dtype=torch.int32)
     y, far_z = sparse(num_rows * width, DTYPE).view(num_rows, width), sparse(num_rows * 40, DTYPE).view(num_rows, 40)
-    launch = _forward(*args[:3], offsets, rows, y, far_z, activation, TILE)
+    launch = forward_launch(*args[:3], offsets, rows, y, far_z, activation, TILE)
     dataclasses.replace(launch, grid=(1,)).run()
     assert torch.equal(y[-3:], expected)
     assert activation is None or torch.equal(far_z[-3:], z)
@@ -135,7 +135,7 @@ def test_of_rows_of_the_hidden_gradient(
     far = [sparse(num_rows * x[0].numel(), x.dtype).view(num_rows, *x.shape[1:]) for x in (*packed, *expected)]
     for x, values in zip(far, packed, strict=False):
         x[-height:] = values
-    launch = _hidden_grad(*far[:3], "swiglu", far[3:], (height, n))
+    launch = hidden_grad_launch(*far[:3], "swiglu", far[3:], (height, n))
     last = launch.grid[0] - 1, 0, 0
     monkeypatch.setattr(builder, "set_grid_idx", lambda *index: setattr(builder, "grid_idx", last))
     dataclasses.replace(launch, grid=(1,)).run()

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_kernels._torch import all_to_all, version
-from moe_kernels.ops import group_by_expert
+from moe_kernels.ops import Groups, group_by_expert
 
 T = TypeVar("T")
 
@@ -57,13 +57,11 @@ class Once(Generic[T]):
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """Rows sent to and received from each process, and the sorting of those received, as of `group_by_expert`."""
+    """Rows sent to and received from each process, and those received sorted by expert."""
 
     sent: list[int]
     received: list[int]
-    order: Tensor
-    position: Tensor
-    offsets: Tensor
+    groups: Groups
 
 
 class AllToAll:
@@ -87,10 +85,11 @@ class AllToAll:
     def dispatch(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, _Plan]:
         plan = self._plan(offsets)
         rows = _Exchange.apply(x, plan.received, plan.sent, self.group)
-        return _Permute.apply(rows, plan.order, plan.position), plan.offsets, plan
+        groups = plan.groups
+        return _Permute.apply(rows, groups.order, groups.position), groups.offsets, plan
 
     def combine(self, y: Tensor, sent: _Plan) -> Tensor:
-        rows = _Permute.apply(y, sent.position, sent.order)
+        rows = _Permute.apply(y, sent.groups.position, sent.groups.order)
         return _Exchange.apply(rows, sent.sent, sent.received, self.group)
 
     @torch.no_grad()
@@ -101,7 +100,7 @@ class AllToAll:
         sent, received = torch.stack([counts, theirs]).view(2, len(each), -1).sum(2).tolist()
         experts = torch.arange(self.local_experts, device=offsets.device).repeat(len(each))
         experts = experts.repeat_interleave(theirs, output_size=sum(received))
-        return _Plan(sent, received, *group_by_expert(experts, self.local_experts))
+        return _Plan(sent, received, group_by_expert(experts, self.local_experts))
 
 
 class _Exchange(torch.autograd.Function):

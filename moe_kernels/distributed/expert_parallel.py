@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from moe_kernels._torch import buffers_of, ddp_ignores, parameters_of
 from moe_kernels.distributed.dispatch import AllToAll, Dispatcher, Once
 from moe_kernels.nn.robust_moe import ExpertList, RobustMoE
-from moe_kernels.ops import combine, group_by_expert
+from moe_kernels.ops import Groups, combine, group_by_expert
 from moe_kernels.ops.combine import gather_rows
 from moe_kernels.ops.expert_sum import expert_of_row
 
@@ -84,7 +84,7 @@ class _Parallel(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, ...] sorted by expert, offsets int32 [E + 1] of all experts -> [N, ...]."""
         x, offsets, sent = self.dispatcher.dispatch(x, offsets)
-        with _local_tensors(self):
+        with local_tensors(self):
             y = self.own_experts(x, offsets)
         return self.dispatcher.combine(y, sent)
 
@@ -95,7 +95,7 @@ class _Parallel(nn.Module):
 class _ParallelOfTransformers(_Parallel):
     """The class before that of a transformers mixture's experts."""
 
-    groups: Once[tuple[Tensor, Tensor, Tensor]]
+    groups: Once[Groups]
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -113,7 +113,7 @@ class _ParallelOfTransformers(_Parallel):
 
 
 @contextmanager
-def _local_tensors(experts: Any) -> Iterator[None]:
+def local_tensors(experts: Any) -> Iterator[None]:
     """Inside, every parameter and buffer is this process's part, as a plain tensor."""
     places = [
         (place, name, t)

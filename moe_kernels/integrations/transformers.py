@@ -189,7 +189,7 @@ def _mixture(self: Any, x: Tensor, experts: Tensor, weights: Tensor, rows: Tenso
     up, up_bias = _map(self, "gate_up_proj" if self.has_gate else "up_proj")
     down, down_bias = _map(self, "down_proj")
     z = recomputed(lambda x, up, up_bias: expert_linear(x, up, up_bias, offsets, source), x, up, up_bias)
-    activation = _activation(self)
+    activation = activation_of(self)
     if self.has_post_expert_norm or _learns(self, activation):
         y = expert_linear(activate(z, activation), down, down_bias, offsets)
         return combine(self.post_expert_norm(y) if self.has_post_expert_norm else y, weights, position)
@@ -203,7 +203,7 @@ def _map(self: Any, name: str) -> tuple[Tensor, Tensor | None]:
     return weight.transpose(1, 2) if self.is_transposed else weight, bias
 
 
-def _activation(self: Any) -> str | Callable[[Tensor], Tensor]:
+def activation_of(self: Any) -> str | Callable[[Tensor], Tensor]:
     """What stands between the two linear maps: an operator's name for it, or the model's own function."""
     from transformers import activations
     from transformers.integrations.moe import _default_apply_gate

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import _checks as check
+from moe_kernels._deprecated import renamed_argument
 from moe_kernels.nn.layers import ExpertLinear
 from moe_kernels.nn.recompute import RECOMPUTE, Recomputing, recomputed
 from moe_kernels.ops import combine, mask_relu
@@ -14,19 +15,20 @@ from moe_kernels.ops.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp_
 class ExpertOutput(ExpertLinear):
     """The second layer of an expert MLP."""
 
+    @renamed_argument("weights", "gates")
     def forward(
         self,
         x: Tensor,
         offsets: Tensor,
         rows: Tensor | None = None,
         activation: str | None = None,
-        weights: Tensor | None = None,
+        gates: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
         """As of `ExpertLinear`; with an activation, as `moe_kernels.ops.expert_mlp_output`."""
         if activation is None:
             return super().forward(x, offsets, rows)
-        return expert_mlp_output(x, self.weight, self.bias, offsets, activation, weights, position, rows)
+        return expert_mlp_output(x, self.weight, self.bias, offsets, activation, gates, position, rows)
 
 
 class ExpertMLP(nn.Module):
@@ -70,36 +72,37 @@ class ExpertMLP(nn.Module):
         self.up = ExpertLinear(num_experts, dim, hidden_dim * (1 + (activation in GATED)), bias, device, dtype)
         self.down = ExpertOutput(num_experts, hidden_dim, dim, bias, device, dtype)
 
+    @renamed_argument("weights", "gates")
     def forward(
         self,
         x: Tensor,
         offsets: Tensor,
         rows: Tensor | None = None,
-        weights: Tensor | None = None,
+        gates: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
         """x [N, dim] sorted by expert -> [N, dim]; with `rows` [N], slot j reads x[rows[j]].
 
-        With the gate's `weights` and the slots' `position`, [T, k] with T * k = N, the slots of each of x's T rows are
+        With `gates` and the slots' `position`, [T, k] with T * k = N, the slots of each of x's T rows are
         combined -> [T, dim].
         """
-        arguments = (x, offsets, rows, weights, position)
+        arguments = (x, offsets, rows, gates, position)
         if self.recompute == "all" and torch.is_grad_enabled() and torch.compiler.is_compiling():
             return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
         with Recomputing(self, self.recompute == "all"):
             return self._forward(*arguments)
 
     def _forward(
-        self, x: Tensor, offsets: Tensor, rows: Tensor | None, weights: Tensor | None, position: Tensor | None
+        self, x: Tensor, offsets: Tensor, rows: Tensor | None, gates: Tensor | None, position: Tensor | None
     ) -> Tensor:
         hidden = recomputed(self.up, x, offsets, rows)
-        learns = self.down.weight.requires_grad or (weights is not None and weights.requires_grad)
+        learns = self.down.weight.requires_grad or (gates is not None and gates.requires_grad)
         if self.recompute == "none" or (self.activation == "relu" and not learns):  # whose gradient needs one bit
             a = mask_relu(hidden) if self.activation == "relu" else activate(hidden, self.activation)
             y = self.down(a, offsets)
-            return y if weights is None or position is None else combine(y, weights, position)
-        rows = None if weights is None else rows
-        return self.down(hidden, offsets, rows, self.activation, weights, position)
+            return y if gates is None or position is None else combine(y, gates, position)
+        rows = None if gates is None else rows
+        return self.down(hidden, offsets, rows, self.activation, gates, position)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, recompute={self.recompute!r}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_kernels import _checks as check
 from moe_kernels._torch import inside_transform
-from moe_kernels.ops.group_by_expert import group_by_expert
+from moe_kernels.ops.group_by_expert import Groups, group_by_expert
 from moe_kernels.ops.topk_route import topk_route
 
 
@@ -62,21 +62,20 @@ class Routing:
         return self.logits.shape[-1]
 
     @property
-    def groups(self) -> tuple[Tensor, Tensor, Tensor]:
-        """order, position and offsets of `moe_kernels.group_by_expert`, made once for all forwards under this route."""
+    def groups(self) -> Groups:
+        """`moe_kernels.group_by_expert` of the experts, made once for all forwards under this route."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or inside_transform():
             return group_by_expert(self.experts, self.num_experts)
         return self._groups
 
     @cached_property
-    def _groups(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _groups(self) -> Groups:
         return group_by_expert(self.experts, self.num_experts)
 
     @property
     def load(self) -> Tensor:
         """[E]: the fraction of slots that each expert gets; sums to 1, or to 0 without rows."""
-        offsets = self.groups[2]
-        return offsets.diff().to(self.weights.dtype) / max(self.experts.numel(), 1)
+        return self.groups.offsets.diff().to(self.weights.dtype) / max(self.experts.numel(), 1)
 
     def balance_loss(self, load: Tensor | None = None) -> Tensor:
         """E * sum of load * mean probability over the experts: 1 even, E collapsed (Switch Transformer, eq. 4).

@@ -7,7 +7,7 @@ from moe_kernels.ops.expert_conv2d import expert_conv2d
 from moe_kernels.ops.expert_linear import expert_linear
 from moe_kernels.ops.expert_mlp import expert_mlp_hidden_grad, expert_mlp_output
 from moe_kernels.ops.expert_sum import expert_sum, index_sum
-from moe_kernels.ops.group_by_expert import group_by_expert
+from moe_kernels.ops.group_by_expert import Groups, group_by_expert
 from moe_kernels.ops.kl_divergence import kl_divergence
 from moe_kernels.ops.mask_relu import mask_relu
 from moe_kernels.ops.pgd_step_ import pgd_step_, pgd_step_normalized_
@@ -17,6 +17,7 @@ from moe_kernels.ops.winograd_conv2d import winograd_conv2d
 load()
 
 __all__ = [
+    "Groups",
     "combine",
     "combine_input_grad",
     "combine_weight_grad",

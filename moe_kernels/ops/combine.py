@@ -56,7 +56,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dy, dweights, None
 
 
-_combine = define(
+combine_unchecked = define(
     "combine(Tensor y, Tensor weights, Tensor position) -> Tensor",
     lambda y, weights, position: y.new_empty(position.shape[0], *y.shape[1:]),
     setup_context=_setup_context,
@@ -68,7 +68,7 @@ def _input_grad_backward(ctx: Any, ddy: Tensor) -> tuple[Tensor | None, ...]:
     grad, weights, position = ctx.saved_tensors
     dgrad = dweights = None
     if ctx.needs_input_grad[0]:
-        dgrad = _combine(ddy, weights, position)
+        dgrad = combine_unchecked(ddy, weights, position)
     if ctx.needs_input_grad[1]:
         dweights = combine_weight_grad(grad, ddy, position).to(ctx.weights_dtype)
     return dgrad, dweights, None
@@ -96,7 +96,7 @@ def _weight_grad_backward(ctx: Any, ddweights: Tensor) -> tuple[Tensor | None, .
     grad, y, position = ctx.saved_tensors
     dgrad = dy = None
     if ctx.needs_input_grad[0]:
-        dgrad = _combine(y, ddweights, position)
+        dgrad = combine_unchecked(y, ddweights, position)
     if ctx.needs_input_grad[1]:
         dy = combine_input_grad(grad, ddweights, position)
     return dgrad, dy, None

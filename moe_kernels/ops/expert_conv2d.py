@@ -70,10 +70,10 @@ def _fake(
         (size + 2 * p - kernel) // s + 1
         for size, kernel, s, p in zip(x.shape[2:], weight.shape[3:], stride, padding, strict=True)
     )
-    return _empty(x, x.shape[0], weight.shape[1], height, width)
+    return empty_images(x, x.shape[0], weight.shape[1], height, width)
 
 
-def _empty(like: Tensor, *shape: int) -> Tensor:
+def empty_images(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 
@@ -109,7 +109,7 @@ _expert_conv2d = define(
 def _input_grad_fake(
     grad: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, stride: list[int], padding: list[int]
 ) -> Tensor:
-    return _empty(grad, grad.shape[0], weight.shape[2], height, width)
+    return empty_images(grad, grad.shape[0], weight.shape[2], height, width)
 
 
 def _input_grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -66,17 +66,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x_needs, weight_needs, bias_needs = ctx.needs_input_grad[:3]
     dx = dweight = dbias = None
     if x_needs:
-        dx = _expert_linear(grad, weight.transpose(1, 2), None, offsets, None)
+        dx = expert_linear_unchecked(grad, weight.transpose(1, 2), None, offsets, None)
         if rows is not None:
             dx = index_sum(dx, rows, ctx.num_rows)
     if weight_needs:
-        dweight = _weight_grad(grad, x, offsets, rows)
+        dweight = expert_linear_weight_grad(grad, x, offsets, rows)
     if bias_needs:
         dbias = expert_sum(grad, offsets)
     return dx, dweight, dbias, None, None
 
 
-_expert_linear = define(
+expert_linear_unchecked = define(
     "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, Tensor? rows) -> Tensor",
     _fake,
     setup_context=_setup_context,
@@ -100,15 +100,15 @@ def _weight_grad_backward(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ..
     grad, x, offsets, rows = ctx.saved_tensors
     dgrad = dx = None
     if ctx.needs_input_grad[0]:
-        dgrad = _expert_linear(x, ddweight, None, offsets, rows)
+        dgrad = expert_linear_unchecked(x, ddweight, None, offsets, rows)
     if ctx.needs_input_grad[1]:
-        dx = _expert_linear(grad, ddweight.transpose(1, 2), None, offsets, None)
+        dx = expert_linear_unchecked(grad, ddweight.transpose(1, 2), None, offsets, None)
         if rows is not None:
             dx = index_sum(dx, rows, ctx.num_rows)
     return dgrad, dx, None, None
 
 
-_weight_grad = define(
+expert_linear_weight_grad = define(
     "expert_linear_weight_grad(Tensor grad, Tensor x, Tensor offsets, Tensor? rows) -> Tensor",
     _weight_grad_fake,
     setup_context=_weight_grad_setup_context,

@@ -1,4 +1,4 @@
-"""The second half of an expert MLP: out[t] = sum over i of weights[t, i] * (weight[e] @ act(z[j]) + bias[e]).
+"""The second half of an expert MLP: out[t] = sum over i of gates[t, i] * (weight[e] @ act(z[j]) + bias[e]).
 
 j = position[t, i] is a sorted row of expert e. The backward keeps z and the indices, and nothing else of a row's size:
 act(z) is computed again, and the gate's gradient is <weight[e].T @ dout[t], act(z[j])>, so y[j] is not needed.
@@ -12,29 +12,31 @@ from torch import Tensor
 
 from moe_kernels import _checks as check
 from moe_kernels import backends, reference
+from moe_kernels._deprecated import renamed_argument
 from moe_kernels._library import define
 from moe_kernels._torch import capture_autocast, cast_for_autocast, inside_transform, vjp
-from moe_kernels.ops.combine import _combine, combine_input_grad, combine_weight_grad
-from moe_kernels.ops.expert_linear import _expert_linear, _weight_grad
+from moe_kernels.ops.combine import combine_input_grad, combine_unchecked, combine_weight_grad
+from moe_kernels.ops.expert_linear import expert_linear_unchecked, expert_linear_weight_grad
 from moe_kernels.reference.expert_mlp import GATED, activate
 
 ACTIVATIONS = ("relu", "gelu", "silu", "relu2", *GATED)
 CHUNK = 1 << 16  # sorted rows whose activations exist at a time on a GPU
 
 
+@renamed_argument("weights", "gates")
 def expert_mlp_output(
     z: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     offsets: Tensor,
     activation: str | Callable[[Tensor], Tensor],
-    weights: Tensor | None = None,
+    gates: Tensor | None = None,
     position: Tensor | None = None,
     rows: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Activates a batch sorted by expert, applies expert e's linear map to its rows and, with `weights`, combines them.
+    """Activates a batch sorted by expert, applies expert e's linear map to its rows and, with `gates`, combines them.
 
     Args:
         z: [N, n] pre-activations, rows sorted by expert; [N, 2 n] of a gated activation; [N, m] of a function.
@@ -44,13 +46,13 @@ def expert_mlp_output(
         activation: relu, gelu (exact), silu, relu2 (squared relu), or gated: swiglu, geglu, which multiply the
             activation of z's first half by its second half; or any differentiable function of z, row by row, that has
             no parameters, which the backward calls again.
-        weights: [T, k] with T * k = N, or None for sorted rows as the result.
-        position: int32 [T, k], the sorted place of each slot; with weights.
-        rows: int32 [N], the row t that sorted row j belongs to: position's inverse divided by k; with weights.
+        gates: [T, k] with T * k = N, or None for sorted rows as the result.
+        position: int32 [T, k], the sorted place of each slot; with gates.
+        rows: int32 [N], the row t that sorted row j belongs to: position's inverse divided by k; with gates.
         backend: None for the fastest on z's device, or "reference".
 
     Returns:
-        [T, d]; without weights [N, d].
+        [T, d]; without gates [N, d].
 
     Raises:
         ValueError: if the activation is unknown, or a shape, dtype or device does not match.
@@ -70,24 +72,24 @@ def expert_mlp_output(
         check.shape("bias", bias, tuple(weight.shape[:2]), "[E, d]")
         check.same_kind("bias", bias, "z", z)
     check.offsets(offsets, weight.shape[0], z)
-    if weights is not None:
+    if gates is not None:
         if position is None or rows is None:
-            raise ValueError("position and rows must be given with weights, got None")
-        check.floating("weights", weights)
-        check.shape("weights", weights, tuple(position.shape), "[T, k] like position")
-        check.same_device("weights", weights, "z", z)
+            raise ValueError("position and rows must be given with gates, got None")
+        check.floating("gates", gates)
+        check.shape("gates", gates, tuple(position.shape), "[T, k] like position")
+        check.same_device("gates", gates, "z", z)
         check.indices("position", position, z, ndim=2, like_name="z")
         check.indices("rows", rows, z, ndim=1, like_name="z")
         for name, count in (("position", position.numel()), ("rows", rows.numel())):
             if count != z.shape[0]:
                 raise ValueError(f"{name} must have one index for each of the {z.shape[0]} rows of z, got {count}")
     elif position is not None or rows is not None:
-        raise ValueError("weights must be given with position and rows, got None")
+        raise ValueError("gates must be given with position and rows, got None")
     z, weight, bias = cast_for_autocast(z, weight, bias)
     function = backends.choose("expert_mlp_output", backend, z)
     if callable(activation) and backend is None:
         function = _output if inside_transform() else _OutputOfFunction.apply
-    return function(z, weight, bias, offsets, activation, weights, position, rows)
+    return function(z, weight, bias, offsets, activation, gates, position, rows)
 
 
 def _output(
@@ -96,12 +98,12 @@ def _output(
     bias: Tensor | None,
     offsets: Tensor,
     activation: str | Callable[[Tensor], Tensor],
-    weights: Tensor | None,
+    gates: Tensor | None,
     position: Tensor | None,
     rows: Tensor | None,
 ) -> Tensor:
     parts = [
-        _expert_linear(
+        expert_linear_unchecked(
             activate(z[first : first + CHUNK], activation),
             weight,
             bias,
@@ -111,7 +113,7 @@ def _output(
         for first in range(0, max(z.shape[0], 1), CHUNK)
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y if weights is None else _combine(y, weights, position)
+    return y if gates is None else combine_unchecked(y, gates, position)
 
 
 def _output_fake(
@@ -120,67 +122,67 @@ def _output_fake(
     bias: Tensor | None,
     offsets: Tensor,
     activation: str,
-    weights: Tensor | None,
+    gates: Tensor | None,
     position: Tensor | None,
     rows: Tensor | None,
 ) -> Tensor:
-    return z.new_empty((z if weights is None else weights).shape[0], weight.shape[1])
+    return z.new_empty((z if gates is None else gates).shape[0], weight.shape[1])
 
 
 def _output_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, weight, bias, offsets, ctx.activation, weights, position, rows = inputs
-    z_needs, weight_needs, _, _, _, weights_needs = ctx.needs_input_grad[:6]
-    through = z_needs or weight_needs or weights_needs
+    z, weight, bias, offsets, ctx.activation, gates, position, rows = inputs
+    z_needs, weight_needs, _, _, _, gates_needs = ctx.needs_input_grad[:6]
+    through = z_needs or weight_needs or gates_needs
     ctx.save_for_backward(
         z if through else None,
         weight if through else None,
-        bias if weights_needs else None,
+        bias if gates_needs else None,
         offsets,
-        weights,
+        gates,
         position,
         rows,
     )
 
 
 def _output_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    z, weight, bias, offsets, weights, position, rows = ctx.saved_tensors
-    z_needs, weight_needs, bias_needs, _, _, weights_needs = ctx.needs_input_grad[:6]
-    dz = dweight = dbias = dweights = None
+    z, weight, bias, offsets, gates, position, rows = ctx.saved_tensors
+    z_needs, weight_needs, bias_needs, _, _, gates_needs = ctx.needs_input_grad[:6]
+    dz = dweight = dbias = dgates = None
     wide = torch.promote_types(grad.dtype, torch.float32)
-    if weights is None:
+    if gates is None:
         s = grad.new_ones(grad.shape[0], dtype=wide)
     else:
         one = grad.new_ones(grad.shape[0], dtype=wide)
-        s = combine_input_grad(one, weights, position)  # [N], the weights in sorted order
-    if z_needs or weight_needs or weights_needs:
-        da = _expert_linear(grad, weight.transpose(1, 2), None, offsets, rows)
-        needed = (z_needs, weight_needs, weights_needs)
+        s = combine_input_grad(one, gates, position)  # [N], the gates in sorted order
+    if z_needs or weight_needs or gates_needs:
+        da = expert_linear_unchecked(grad, weight.transpose(1, 2), None, offsets, rows)
+        needed = (z_needs, weight_needs, gates_needs)
         hidden_grad = _hidden_grad_of_function if callable(ctx.activation) else expert_mlp_hidden_grad
         dz, weighted_a, ds = hidden_grad(da, z, s, ctx.activation, *needed)
         if weight_needs:
-            dweight = _weight_grad(weighted_a, grad, offsets, rows).transpose(1, 2)
-        if weights_needs:
+            dweight = expert_linear_weight_grad(weighted_a, grad, offsets, rows).transpose(1, 2)
+        if gates_needs:
             if bias is not None:
-                ds = ds + _expert_linear(grad, bias.unsqueeze(1), None, offsets, rows).squeeze(1)
-            dweights = combine_weight_grad(one, ds, position).to(weights.dtype)
+                ds = ds + expert_linear_unchecked(grad, bias.unsqueeze(1), None, offsets, rows).squeeze(1)
+            dgates = combine_weight_grad(one, ds, position).to(gates.dtype)
     if bias_needs:
-        dbias = _weight_grad(s.unsqueeze(1).to(grad.dtype), grad, offsets, rows).squeeze(1)
-    return dz if z_needs else None, dweight, dbias, None, None, dweights, None, None
+        dbias = expert_linear_weight_grad(s.unsqueeze(1).to(grad.dtype), grad, offsets, rows).squeeze(1)
+    return dz if z_needs else None, dweight, dbias, None, None, dgates, None, None
 
 
 def _hidden_grad_of_function(
-    da: Tensor, z: Tensor, weights: Tensor, activation: Any, z_needs: bool, weight_needs: bool, weights_needs: bool
+    da: Tensor, z: Tensor, gates: Tensor, activation: Any, z_needs: bool, weight_needs: bool, gates_needs: bool
 ) -> tuple[Tensor | None, ...]:
     """As `expert_mlp_hidden_grad`, by autograd."""
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
         leaf = z if twice and z.requires_grad else z.detach().requires_grad_()
         a = activation(leaf)
-    s = weights[:, None].to(da.dtype)
+    s = gates[:, None].to(da.dtype)
     dz = torch.autograd.grad(a, leaf, s * da, create_graph=twice)[0] if z_needs else None
     a = a if twice else a.detach()
     weighted = s * a if weight_needs else None
-    return dz, weighted, (da.to(weights.dtype) * a.to(weights.dtype)).sum(1) if weights_needs else None
+    return dz, weighted, (da.to(gates.dtype) * a.to(gates.dtype)).sum(1) if gates_needs else None
 
 
 class _OutputOfFunction(torch.autograd.Function):
@@ -205,7 +207,7 @@ class _OutputOfFunction(torch.autograd.Function):
 
 
 _expert_mlp_output = define(
-    "expert_mlp_output(Tensor z, Tensor weight, Tensor? bias, Tensor offsets, str activation, Tensor? weights, "
+    "expert_mlp_output(Tensor z, Tensor weight, Tensor? bias, Tensor offsets, str activation, Tensor? gates, "
     "Tensor? position, Tensor? rows) -> Tensor",
     _output_fake,
     setup_context=_output_setup_context,
@@ -215,9 +217,9 @@ _expert_mlp_output = define(
 
 
 def _hidden_grad_fake(
-    da: Tensor, z: Tensor, weights: Tensor, activation: str, z_needs: bool, weight_needs: bool, weights_needs: bool
+    da: Tensor, z: Tensor, gates: Tensor, activation: str, z_needs: bool, weight_needs: bool, gates_needs: bool
 ) -> tuple[Tensor, ...]:
-    pairs = ((z, z_needs), (da, weight_needs), (weights, weights_needs))
+    pairs = ((z, z_needs), (da, weight_needs), (gates, gates_needs))
     return tuple(x.new_empty(x.shape if needs else (0,)) for x, needs in pairs)
 
 
@@ -233,8 +235,8 @@ def _hidden_grad_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
 
 
 expert_mlp_hidden_grad = define(
-    "expert_mlp_hidden_grad(Tensor da, Tensor z, Tensor weights, str activation, bool z_needs, bool weight_needs, "
-    "bool weights_needs) -> (Tensor, Tensor, Tensor)",
+    "expert_mlp_hidden_grad(Tensor da, Tensor z, Tensor gates, str activation, bool z_needs, bool weight_needs, "
+    "bool gates_needs) -> (Tensor, Tensor, Tensor)",
     _hidden_grad_fake,
     setup_context=_hidden_grad_setup_context,
     backward=_hidden_grad_backward,

@@ -1,5 +1,7 @@
 """Sorts slots by expert: order[j] is the slot at sorted place j, position its inverse, offsets where experts begin."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,21 @@ from moe_kernels import backends
 from moe_kernels._library import define
 
 
-def group_by_expert(experts: Tensor, num_experts: int, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+class Groups(NamedTuple):
+    """Slots sorted by expert, int32: the slots of expert e are order[offsets[e]:offsets[e + 1]].
+
+    Attributes:
+        order: [T * k], the slot t * k + i at each sorted place.
+        position: [T, k] or [T], the sorted place of each slot: order[position[t, i]] == t * k + i.
+        offsets: [E + 1], where each expert's slots begin, and their number.
+    """
+
+    order: Tensor
+    position: Tensor
+    offsets: Tensor
+
+
+def group_by_expert(experts: Tensor, num_experts: int, *, backend: str | None = None) -> Groups:
     """Sorts the slots t * k + i by experts[t, i], slots of one expert in rising order.
 
     Args:
@@ -17,8 +33,7 @@ def group_by_expert(experts: Tensor, num_experts: int, *, backend: str | None = 
         backend: None for the fastest on experts' device, or "reference".
 
     Returns:
-        int32 order [T * k], position with the shape of experts, and offsets [E + 1]: the slots of expert e are
-        order[offsets[e]:offsets[e + 1]], and order[position[t, i]] == t * k + i.
+        `Groups`, which unpacks into order [T * k], position with the shape of experts, and offsets [E + 1], all int32.
 
     Raises:
         ValueError: if a shape or dtype does not match or, on the CPU, an expert is out of range.
@@ -30,7 +45,7 @@ def group_by_expert(experts: Tensor, num_experts: int, *, backend: str | None = 
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     check.not_mapped("experts", experts)
-    return backends.choose("group_by_expert", backend, experts)(experts, num_experts)
+    return Groups(*backends.choose("group_by_expert", backend, experts)(experts, num_experts))
 
 
 def _fake(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

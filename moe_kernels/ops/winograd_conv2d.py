@@ -10,7 +10,7 @@ from moe_kernels import _checks as check
 from moe_kernels import _library, backends
 from moe_kernels._library import define
 from moe_kernels._torch import autocast_dtype, cast_for_autocast, cpu_multiplies_bf16
-from moe_kernels.ops.expert_conv2d import _empty
+from moe_kernels.ops.expert_conv2d import empty_images
 from moe_kernels.ops.expert_sum import expert_sum
 
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,7 +97,7 @@ def is_emulated(x: Tensor) -> bool:
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, padding: list[int], turned: bool) -> Tensor:
     height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
-    return _empty(x, x.shape[0], weight.shape[2 if turned else 1], height, width)
+    return empty_images(x, x.shape[0], weight.shape[2 if turned else 1], height, width)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -37,23 +37,23 @@ def expert_mlp_output(
     bias: Tensor | None,
     offsets: Tensor,
     activation: str | Callable[[Tensor], Tensor],
-    weights: Tensor | None = None,
+    gates: Tensor | None = None,
     position: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
     y = expert_linear(activate(z, activation), weight, bias, offsets)
-    return y if weights is None or position is None else combine(y, weights, position)
+    return y if gates is None or position is None else combine(y, gates, position)
 
 
 def expert_mlp_hidden_grad(
-    da: Tensor, z: Tensor, weights: Tensor, activation: str, z_needs: bool, weight_needs: bool, weights_needs: bool
+    da: Tensor, z: Tensor, gates: Tensor, activation: str, z_needs: bool, weight_needs: bool, gates_needs: bool
 ) -> tuple[Tensor, ...]:
     """dz = s da act'(z), s act(z) and <da, act(z)>; empty where not needed."""
-    s, a = weights[:, None].to(da.dtype), activate(z, activation)
+    s, a = gates[:, None].to(da.dtype), activate(z, activation)
     if activation in GATED:
         (first, second), name = z.chunk(2, dim=1), GATED[activation]
         dz = s * torch.cat([da * second * _slope(first, name), da * activate(first, name)], 1)
     else:
         dz = s * da * _slope(z, activation)
-    results = (dz, z_needs), (s * a, weight_needs), ((da.to(weights.dtype) * a.to(weights.dtype)).sum(1), weights_needs)
+    results = (dz, z_needs), (s * a, weight_needs), ((da.to(gates.dtype) * a.to(gates.dtype)).sum(1), gates_needs)
     return tuple(r if needs else r.new_empty(0) for r, needs in results)

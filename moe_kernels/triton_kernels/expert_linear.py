@@ -177,7 +177,7 @@ def expert_linear(
     gated = activation in GATED
     y = x.new_empty(num_rows, weight.shape[1] // (2 if gated else 1))
     if y.numel() > 0:
-        make = partial(_forward, x, weight, bias, offsets, rows, y, z, activation)
+        make = partial(forward_launch, x, weight, bias, offsets, rows, y, z, activation)
         if tile is None:
             table = configs.choose(configs.EXPERT_LINEAR_GATED if gated else configs.EXPERT_LINEAR, x.device)
             tile = tuning.choose(make, table[x.element_size()][configs.size(num_rows, weight.shape[0])])
@@ -185,7 +185,7 @@ def expert_linear(
     return y
 
 
-def _forward(
+def forward_launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -249,7 +249,7 @@ def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
     for activation in (None, "swiglu"):
         weight = one.new_empty(1, 2, 1) if activation else one
         arguments = one[0], weight, weight[..., 0], one.new_empty(2, dtype=torch.int32), None, one[0], weight[..., 0]
-        launch = _forward(*arguments, activation, configs.EXPERT_LINEAR_GATED[90][4]["few"])
+        launch = forward_launch(*arguments, activation, configs.EXPERT_LINEAR_GATED[90][4]["few"])
         yield 90, f"expert_linear {activation or 'forward'} of ones", launch
     num_rows, d, hidden, experts = 8192, 2048, 1024, 8
     for dtype, table, activation in [
@@ -270,10 +270,14 @@ def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
         for arch, by_bytes in table.items():
             for size, tile in by_bytes[x.element_size()].items():
                 shown = f"{dtype.itemsize * 8}-bit {size} {tile.m}x{tile.n}x{tile.k}"
-                gathered = _forward(x, weight, bias, offsets, rows, y, z, activation, tile)
+                gathered = forward_launch(x, weight, bias, offsets, rows, y, z, activation, tile)
                 yield arch, f"{name} gather {shown}", gathered
                 if activation is None or tile.tma:
-                    yield arch, f"{name} {shown}", _forward(x, weight, bias, offsets, None, y, z, activation, tile)
+                    yield (
+                        arch,
+                        f"{name} {shown}",
+                        forward_launch(x, weight, bias, offsets, None, y, z, activation, tile),
+                    )
                 if activation is None:
                     dx, back = x.new_empty(num_rows, d), weight.transpose(1, 2)
-                    yield arch, f"{name} dX {shown}", _forward(y, back, None, offsets, None, dx, None, None, tile)
+                    yield arch, f"{name} dX {shown}", forward_launch(y, back, None, offsets, None, dx, None, None, tile)

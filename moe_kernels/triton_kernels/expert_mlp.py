@@ -19,16 +19,16 @@ from moe_kernels.triton_kernels.launch import Launch
 def _expert_mlp_hidden_grad_kernel(
     da,  # [N, n]
     z,  # [N, n], or [N, 2 n] where GATED
-    weights,  # [N] fp32
+    gates,  # [N] fp32
     dz,  # like z, or None
     weighted_a,  # [N, n] or None
-    dweights,  # [N] fp32, or None
+    dgates,  # [N] fp32, or None
     num_rows, n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = row < num_rows
-    s = tl.load(weights + row, mask=real, other=0.0)[:, None]
+    s = tl.load(gates + row, mask=real, other=0.0)[:, None]
     wide = row.to(tl.int64)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for col in range(0, n, BLOCK_N):
@@ -54,18 +54,18 @@ def _expert_mlp_hidden_grad_kernel(
         total += g * a
         if weighted_a is not None:
             tl.store(weighted_a + wide * n + cols, (s * a).to(weighted_a.dtype.element_ty), mask=mask)
-    if dweights is not None:
-        tl.store(dweights + row, tl.sum(total, 1), mask=real)
+    if dgates is not None:
+        tl.store(dgates + row, tl.sum(total, 1), mask=real)
 
 
 def expert_mlp_hidden_grad(
     da: Tensor,
     z: Tensor,
-    weights: Tensor,
+    gates: Tensor,
     activation: str,
     z_needs: bool = True,
     weight_needs: bool = True,
-    weights_needs: bool = True,
+    gates_needs: bool = True,
     *,
     block: tuple[int, int] = (4, 512),
 ) -> tuple[Tensor, ...]:
@@ -74,20 +74,20 @@ def expert_mlp_hidden_grad(
     Args:
         da: [N, n], the gradient of the hidden activation before the gate weight: dO[row] @ W2.
         z: [N, n], or [N, 2 n] of a gated activation: the saved pre-activation.
-        weights: fp32 [N], the gate weight of each row.
+        gates: fp32 [N], the gate weight of each row.
         activation: one of `activations.ACTIVATIONS`.
-        z_needs, weight_needs, weights_needs: which of the results are computed; the others are empty.
+        z_needs, weight_needs, gates_needs: which of the results are computed; the others are empty.
         block: rows and columns that a program holds at a time.
 
     Returns:
-        dz like z, the weighted activation [N, n], and the gate weights' gradient fp32 [N]. A bias of the second linear
+        dz like z, the weighted activation [N, n], and the gate gates' gradient fp32 [N]. A bias of the second linear
         map adds <dO[row], bias[e]> to the last.
     """
-    da, z, weights = da.contiguous(), z.contiguous(), weights.contiguous()
-    pairs = ((z, z_needs), (da, weight_needs), (weights, weights_needs))
+    da, z, gates = da.contiguous(), z.contiguous(), gates.contiguous()
+    pairs = ((z, z_needs), (da, weight_needs), (gates, gates_needs))
     wanted = [torch.empty_like(like) if needs else None for like, needs in pairs]
     if da.numel() > 0:
-        _hidden_grad(da, z, weights, activation, wanted, block).run()
+        hidden_grad_launch(da, z, gates, activation, wanted, block).run()
     elif wanted[2] is not None:
         wanted[2].zero_()
     return tuple(
@@ -95,18 +95,18 @@ def expert_mlp_hidden_grad(
     )
 
 
-def _hidden_grad(
+def hidden_grad_launch(
     da: Tensor,
     z: Tensor,
-    weights: Tensor,
+    gates: Tensor,
     activation: str,
     results: list[Tensor | None],
     block: tuple[int, int],
 ) -> Launch:
     num_rows, n = da.shape
     assert activation in ACTIVATIONS, activation
-    assert all(t is None or t.is_contiguous() for t in (da, z, weights, *results))
-    assert z.shape == (num_rows, n * (2 if activation in GATED else 1)) and weights.dtype == torch.float32
+    assert all(t is None or t.is_contiguous() for t in (da, z, gates, *results))
+    assert z.shape == (num_rows, n * (2 if activation in GATED else 1)) and gates.dtype == torch.float32
     block_m, block_n = block[0], min(block[1], triton.next_power_of_2(n))
     return Launch(
         _expert_mlp_hidden_grad_kernel,
@@ -114,10 +114,10 @@ def _hidden_grad(
         {
             "da": da,
             "z": z,
-            "weights": weights,
+            "gates": gates,
             "dz": results[0],
             "weighted_a": results[1],
-            "dweights": results[2],
+            "dgates": results[2],
             "num_rows": num_rows,
             "n": n,
             "BLOCK_M": block_m,
@@ -132,11 +132,15 @@ def _hidden_grad(
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
     """(architecture, name, launch on meta tensors) of the one configuration, to be compiled."""
     one = torch.empty(1, 1, device="meta")  # integers of value 1 are constants to the compiler
-    yield 90, "expert_mlp hidden grad of ones", _hidden_grad(one, one, one[0], "relu", [one, one, one[0]], (4, 512))
+    yield (
+        90,
+        "expert_mlp hidden grad of ones",
+        hidden_grad_launch(one, one, one[0], "relu", [one, one, one[0]], (4, 512)),
+    )
     for activation in ("gelu", "geglu"):
         da = torch.empty(8192, 1024, dtype=torch.bfloat16, device="meta")
         z = da.new_empty(8192, 2048 if activation in GATED else 1024)
-        weights = da.new_empty(8192, dtype=torch.float32)
-        launch = _hidden_grad(da, z, weights, activation, [z, da, weights], (4, 512))
+        gates = da.new_empty(8192, dtype=torch.float32)
+        launch = hidden_grad_launch(da, z, gates, activation, [z, da, gates], (4, 512))
         for arch in (80, 90, 100, "default"):
             yield arch, f"expert_mlp hidden grad {activation}", launch
