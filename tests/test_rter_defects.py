@@ -103,7 +103,7 @@ def test_4_the_router_has_a_gradient_path(gate: str) -> None:
     run = tiny(batch, gate=gate, balance_weight=0)
     router = run.model.moe.router[1].weight
     before = router.clone()
-    loss = METHODS["rt-er"].passes[0].terms(run, batch.x, batch.y)()["adversarial"]
+    loss = METHODS["rt-er"].passes[0].make_loss(run, batch.x, batch.y)()["adversarial"]
     (grad,) = torch.autograd.grad(loss, [router], allow_unused=True)
     route = run.model.route(batch.x)
     every = torch.stack([run.model(batch.x, routing=route.fixed(e)) for e in range(3)], 1)

@@ -118,7 +118,7 @@ def routed(step: Step) -> Step:
 def assert_terms(step: Step, batch: Split, expected: dict[str, Tensor], number: int = 0) -> None:
     """Values and gradients of one pass of the step's method."""
     run = METHODS[step.config.method].passes[number]
-    terms = run.terms(step, batch.x, batch.y)()
+    terms = run.make_loss(step, batch.x, batch.y)()
     assert terms.keys() == expected.keys()
     for name in terms:
         torch.testing.assert_close(terms[name], expected[name])
@@ -184,7 +184,7 @@ def test_advmoe_stays_finite_where_softmax_underflows(batch: Split) -> None:
         model.moe.experts.head.weight.mul_(1e5)
         model.moe.router[1].weight.mul_(1e5)
     step = routed(Step(model, config, 0, epoch=0))
-    terms = METHODS["advmoe"].passes[0].terms(step, batch.x, batch.y)()
+    terms = METHODS["advmoe"].passes[0].make_loss(step, batch.x, batch.y)()
     grads = torch.autograd.grad(sum(terms.values()), list(model.moe.parameters()))
     assert all(grad.isfinite().all() for grad in grads)
 
@@ -275,7 +275,7 @@ def test_nine_experts_apart_train_as_if_each_were_alone(batch: Split, plain_atta
 
     each = [loss_of(e) for e in range(9)]
     assert_terms(step, batch, {"benign": each[0], "fgsm": sum(each[1:5]), "pgd": sum(each[5:])})
-    together = METHODS["nine-experts"].passes[0].terms(step, x, y)()
+    together = METHODS["nine-experts"].passes[0].make_loss(step, x, y)()
     experts = list(model.moe.experts.parameters())
     for e in range(9):
         retained = torch.autograd.grad(sum(together.values()), experts, retain_graph=True)

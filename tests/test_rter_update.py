@@ -97,7 +97,7 @@ def test_awp_takes_the_gradient_at_the_perturbed_weights_and_restores_them(batch
     batch = Split(batch.x.double(), batch.y)
     moved_by_hand, before = copy.deepcopy(model), values(model)
     step = Step(moved_by_hand, config, 0, epoch=50)
-    sum(METHODS["standard"].passes[0].terms(step, batch.x, batch.y)().values()).backward()
+    sum(METHODS["standard"].passes[0].make_loss(step, batch.x, batch.y)().values()).backward()
     with torch.no_grad():
         for name, parameter in moved_by_hand.named_parameters():
             if name == "moe.router.1.weight":
@@ -105,7 +105,7 @@ def test_awp_takes_the_gradient_at_the_perturbed_weights_and_restores_them(batch
             elif name.endswith("weight"):
                 for w, g in zip(parameter, parameter.grad, strict=True):  # an expert's own matrix or kernel
                     w += 0.05 * w.norm() * g / g.norm() if g.any() else 0
-    expected = METHODS["standard"].passes[0].terms(step, batch.x, batch.y)()
+    expected = METHODS["standard"].passes[0].make_loss(step, batch.x, batch.y)()
     gradients = torch.autograd.grad(sum(expected.values()), list(moved_by_hand.parameters()))
 
     lr = 1e-3

@@ -20,7 +20,7 @@ from rter.methods.step import Step
 from rter.models.classifier import RobustClassifier, View
 
 
-def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
+def make_loss(step: Step, x: Tensor, y: Tensor) -> Loss:
     own = step.own_route(x)
 
     def joint(model: RobustClassifier, x: Tensor) -> Tensor:
@@ -44,6 +44,6 @@ def _pairs(logits: Tensor, route: Routing) -> Tensor:
 
 
 PASSES = (
-    Pass(terms, part=attrgetter("moe.experts"), name="experts"),
-    Pass(terms, part=attrgetter("moe.router"), name="router"),
+    Pass(make_loss, part=attrgetter("moe.experts"), name="experts"),
+    Pass(make_loss, part=attrgetter("moe.router"), name="router"),
 )

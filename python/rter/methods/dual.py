@@ -18,11 +18,11 @@ from rter.methods.step import Step
 
 
 def _standard(step: Step, x: Tensor, y: Tensor) -> Loss:
-    return standard.terms(replace(step, model=step.dual.standard), x, y)
+    return standard.make_loss(replace(step, model=step.dual.standard), x, y)
 
 
 def _robust(step: Step, x: Tensor, y: Tensor) -> Loss:
-    return rt_er.terms(replace(step, model=step.dual.robust), x, y)
+    return rt_er.make_loss(replace(step, model=step.dual.robust), x, y)
 
 
 PASSES = (

@@ -8,6 +8,6 @@ Source: Wong, Rice and Kolter, Fast is better than free, ICLR 2020.
 """
 
 from rter.methods.passes import Pass
-from rter.methods.pgd_at import terms
+from rter.methods.pgd_at import make_loss
 
-PASSES = (Pass(terms),)
+PASSES = (Pass(make_loss),)

@@ -13,7 +13,7 @@ from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
 
 
-def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
+def make_loss(step: Step, x: Tensor, y: Tensor) -> Loss:
     route = step.own_route(x)
     x1 = step.attack(step.model)(x, y, routing=route)
     routing = step.routing(x)
@@ -32,4 +32,4 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     return loss
 
 
-PASSES = (Pass(terms),)
+PASSES = (Pass(make_loss),)

@@ -27,7 +27,7 @@ from rter.methods.step import Step
 FGSM_EXPERTS, PGD_EXPERTS = range(1, 5), range(5, 9)
 
 
-def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
+def make_loss(step: Step, x: Tensor, y: Tensor) -> Loss:
     return _apart(step, x, y) if step.exploring else _together(step, x, y)
 
 
@@ -64,4 +64,4 @@ def _together(step: Step, x: Tensor, y: Tensor) -> Loss:
     return loss
 
 
-PASSES = (Pass(terms),)
+PASSES = (Pass(make_loss),)

@@ -16,12 +16,12 @@ class Pass:
     """One step of the optimiser.
 
     Args:
-        terms: `terms(step, x, y)` attacks the batch and gives the loss as a function of the weights: called, it returns
-            the named terms whose sum is descended.
+        make_loss: `make_loss(step, x, y)` attacks the batch and gives the loss as a function of the weights: called, it
+            returns the named terms whose sum is descended.
         part: the part of the model that is trained, and which alone gets a gradient.
         name: put before the names of the terms, where a method has several passes.
     """
 
-    terms: Callable[[Step, Tensor, Tensor], Loss]
+    make_loss: Callable[[Step, Tensor, Tensor], Loss]
     part: Callable[[Any], nn.Module] = lambda model: model
     name: str = ""

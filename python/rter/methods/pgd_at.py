@@ -9,11 +9,11 @@ from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
 
 
-def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
+def make_loss(step: Step, x: Tensor, y: Tensor) -> Loss:
     route = step.own_route(x)
     x1 = step.attack(step.model)(x, y, routing=route)
     routing = step.routing(x)
     return lambda: {"adversarial": step.cross_entropy(step.model(x1, routing=route), y), **routing()}
 
 
-PASSES = (Pass(terms),)
+PASSES = (Pass(make_loss),)

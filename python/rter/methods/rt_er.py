@@ -25,7 +25,7 @@ from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step, partly_forced
 
 
-def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
+def make_loss(step: Step, x: Tensor, y: Tensor) -> Loss:
     model, config = step.model, step.config
     own = step.own_route(x)
     second = step.ranked_route(x, range(1, model.num_experts if config.second == "random" else 2), "second")
@@ -46,4 +46,4 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     return loss
 
 
-PASSES = (Pass(terms),)
+PASSES = (Pass(make_loss),)

@@ -6,9 +6,9 @@ from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
 
 
-def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
+def make_loss(step: Step, x: Tensor, y: Tensor) -> Loss:
     route = step.own_route(x)
     return lambda: {"clean": step.cross_entropy(step.model(x, routing=route), y), **step.balance(x)}
 
 
-PASSES = (Pass(terms),)
+PASSES = (Pass(make_loss),)

@@ -13,7 +13,7 @@ from rter.methods.passes import Loss, Pass
 from rter.methods.step import Step
 
 
-def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
+def make_loss(step: Step, x: Tensor, y: Tensor) -> Loss:
     route = step.own_route(x)
     x1 = step.attack(step.model, loss="kl", random_start=False)(x, y, routing=route)
     routing = step.routing(x)
@@ -26,4 +26,4 @@ def terms(step: Step, x: Tensor, y: Tensor) -> Loss:
     return loss
 
 
-PASSES = (Pass(terms),)
+PASSES = (Pass(make_loss),)

@@ -1,4 +1,4 @@
-"""One update of the parameters: for each pass of a method its terms, their gradient, a step of the optimiser."""
+"""One update of the parameters: for each pass of a method its loss, the gradient, a step of the optimiser."""
 
 import torch
 from torch import Tensor
@@ -19,33 +19,33 @@ def update(step: Step, optimizer: torch.optim.Optimizer, batch: Split) -> dict[s
 
     A parameter that no gradient reaches has .grad None and stands still: neither momentum nor weight decay moves it.
     """
-    for run in METHODS[step.config.method].passes:
+    for pass_ in METHODS[step.config.method].passes:
         with step.arithmetic():
-            terms = run.terms(step, batch.x, batch.y)
+            loss = pass_.make_loss(step, batch.x, batch.y)
         if step.awp_gamma:
             with kept_buffers(step.model):
-                _gradient(run, terms, step)
-            with perturbed_weights(run.part(step.model), step.awp_gamma):
-                _gradient(run, terms, step)
+                _gradient(pass_, loss, step)
+            with perturbed_weights(pass_.part(step.model), step.awp_gamma):
+                _gradient(pass_, loss, step)
         else:
-            _gradient(run, terms, step)
+            _gradient(pass_, loss, step)
         optimizer.step()
         optimizer.zero_grad()
     return {"loss": torch.stack(list(step.terms.values())).sum(), **step.terms}
 
 
-def _gradient(run: Pass, terms: Loss, step: Step) -> None:
+def _gradient(pass_: Pass, loss: Loss, step: Step) -> None:
     """Puts the gradient of the terms' sum into .grad of the pass's parameters, and the terms into step.terms."""
     with step.arithmetic():
-        values = terms()
-    prefix = f"{run.name}_" if run.name else ""
-    step.terms.update({prefix + name: value.detach() for name, value in values.items()})
-    loss = torch.stack(list(values.values())).sum()
-    if not loss.isfinite():
-        raise NonFiniteError("the loss", loss.item())
-    parameters = list(run.part(step.model).parameters())
+        terms = loss()
+    prefix = f"{pass_.name}_" if pass_.name else ""
+    step.terms.update({prefix + name: value.detach() for name, value in terms.items()})
+    total = torch.stack(list(terms.values())).sum()
+    if not total.isfinite():
+        raise NonFiniteError("the loss", total.item())
+    parameters = list(pass_.part(step.model).parameters())
     for parameter in parameters:
         parameter.grad = None
     part = step.share.part if step.share else 1.0
-    (loss * part).backward(inputs=parameters)
+    (total * part).backward(inputs=parameters)
     finish_gradients(parameters, step.share, step.config.clip_norm)
