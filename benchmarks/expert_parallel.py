@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import RobustMoE, attack_mode
 from moe_kernels.distributed import ExpertParallel
-from moe_kernels.distributed.dispatch import Once
+from moe_kernels.distributed.dispatch import CachedByTensor
 from moe_kernels.distributed.expert_parallel import local_tensors
 from moe_kernels.nn.routing import Routing
 from moe_kernels.ops import group_by_expert
@@ -47,7 +47,7 @@ class GatheringAll(nn.Module):
     def __init__(self, moe: RobustMoE, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.moe, self.group = moe, group
-        self.own_slots = Once(self._own_slots)
+        self.own_slots = CachedByTensor(self._own_slots)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         routing = self.moe.route(x) if routing is None else routing

@@ -11,7 +11,7 @@ import torch
 from parallel_checks import read_checkpoint
 from processes import CHECKS, mixture
 
-from moe_kernels.distributed.dispatch import Once
+from moe_kernels.distributed.dispatch import CachedByTensor
 
 SCRIPT = Path(__file__).parent / "parallel_checks.py"
 ROOT = SCRIPT.parent.parent
@@ -66,7 +66,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
 
 def test_what_is_known_of_a_tensor_ends_when_it_is_written_to() -> None:
     calls = []
-    once, x = Once(lambda x: calls.append(1) or x.sum().item()), torch.ones(3)
-    assert [once(x), once(x), once(x.clone())] == [3, 3, 3] and len(calls) == 2
+    cached, x = CachedByTensor(lambda x: calls.append(1) or x.sum().item()), torch.ones(3)
+    assert [cached(x), cached(x), cached(x.clone())] == [3, 3, 3] and len(calls) == 2
     x.add_(1)
-    assert once(x) == 6
+    assert cached(x) == 6

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_kernels import ExpertLayerNorm, ExpertPreActResNet, ExpertViT, attack_mode
 from moe_kernels.nn.grouped import GroupedNetwork
-from moe_kernels.nn.layers import for_each_row
+from moe_kernels.nn.layers import parameter_of_each_row
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import PreActResNet, ViT, randomize_statistics
 
@@ -116,8 +116,8 @@ def test_a_nan_stays_with_its_expert(pair: tuple[GroupedNetwork, nn.ModuleList])
 
 def test_the_part_of_each_row_is_differentiable_twice() -> None:
     parameter = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(for_each_row(parameter, OFFSETS, 5), parameter[[0, 0, 0, 2, 2]])
-    assert torch.autograd.gradgradcheck(lambda p: for_each_row(p, OFFSETS, 5).pow(3), parameter)
+    assert torch.equal(parameter_of_each_row(parameter, OFFSETS, 5), parameter[[0, 0, 0, 2, 2]])
+    assert torch.autograd.gradgradcheck(lambda p: parameter_of_each_row(p, OFFSETS, 5).pow(3), parameter)
 
 
 def test_layer_norm_starts_as_torchs() -> None:

@@ -15,7 +15,8 @@ from moe_kernels.attacks.apgd import APGD, Goal
 from moe_kernels.attacks.attack import Best
 from moe_kernels.attacks.losses import margin
 
-ENOUGH = 0.05  # a margin that is won; on the digits 1 left 236 images of 360 standing, 0.3 235, 0.1 to 0.01 230 to 233
+# A margin beyond this is won: on the digits 1 left 236 images of 360 standing, 0.3 235, 0.1 to 0.01 230 to 233.
+MARGIN_CAP = 0.05
 
 
 def check_mixture(model: Any) -> None:
@@ -124,10 +125,10 @@ class ExpertAttack(APGD):
         def goal(x: Tensor) -> tuple[Tensor, Tensor]:
             with self._in_model:
                 route = self.model.route(x)
-            objective = self.weight * _won(-margin(_standard(route.logits), expert))
+            objective = self.weight * _capped(-margin(_standardised(route.logits), expert))
             if not route_only:
                 forced = dataclasses.replace(route.fixed(0), experts=expert[:, None].to(route.experts.dtype))
-                objective = objective + _won(margin(_standard(self._logits(x, {"routing": forced})), y))
+                objective = objective + _capped(margin(_standardised(self._logits(x, {"routing": forced})), y))
             with torch.no_grad():
                 success = self._logits(x, {"routing": route}).argmax(1) != y
             return objective, success
@@ -145,7 +146,7 @@ class JointAttack(ExpertAttack):
 
     def _goals(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Iterator[Callable[[Tensor], Any]]:
         with torch.no_grad():
-            weakest = torch.stack([margin(_standard(alone), y) for alone in every_expert(self.model, x)]).argmax(0)
+            weakest = torch.stack([margin(_standardised(alone), y) for alone in every_expert(self.model, x)]).argmax(0)
         for _ in range(self.restarts):
             yield lambda rows: (
                 self._towards(weakest[rows], y[rows], route_only=True),
@@ -159,10 +160,10 @@ class JointAttack(ExpertAttack):
         return best
 
 
-def _standard(logits: Tensor) -> Tensor:
+def _standardised(logits: Tensor) -> Tensor:
     """Each row divided by its standard deviation, which is taken as a constant."""
     return logits / logits.detach().std(1, keepdim=True, correction=0).clamp(min=1e-12)
 
 
-def _won(margin: Tensor) -> Tensor:
-    return margin.clamp(max=ENOUGH)
+def _capped(margin: Tensor) -> Tensor:
+    return margin.clamp(max=MARGIN_CAP)

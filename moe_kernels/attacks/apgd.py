@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_kernels import _checks as check
 from moe_kernels.attacks.attack import Attack, Best, per_sample
 from moe_kernels.attacks.losses import Loss, check_classes, cross_entropy, dlr, dlr_towards, margin
-from moe_kernels.ops.pgd_step_ import spelled
+from moe_kernels.ops.pgd_step_ import norm_name
 
 Goal = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [B, ...] -> objective to ascend [B], success [B]
 
@@ -75,7 +75,7 @@ class APGD(Attack):
         attack_misclassified: bool = False,
         recompute: str = "none",
     ) -> None:
-        if spelled(norm) not in ("Linf", "L2"):
+        if norm_name(norm) not in ("Linf", "L2"):
             raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}")
         if not callable(loss) and loss not in (*LOSSES, "dlr_targeted"):
             expected = "'ce', 'dlr', 'dlr_targeted', 'margin' or a callable (logits, y) -> [B]"

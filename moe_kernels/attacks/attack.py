@@ -17,7 +17,7 @@ from moe_kernels import _checks as check
 from moe_kernels import _fsdp as fsdp
 from moe_kernels.attacks.attack_mode import MODES, frozen, mode_of
 from moe_kernels.attacks.losses import Loss
-from moe_kernels.ops.pgd_step_ import spelled, step_unchecked_
+from moe_kernels.ops.pgd_step_ import norm_name, step_unchecked_
 
 _IDLE = WeakIdKeyDictionary()  # by model, the elements of an input so small that no rule was worth its time
 
@@ -58,7 +58,7 @@ class Attack(ABC):
             raise ValueError(f"model must be a module or a function from x to logits, got {model!r}")
         self.model = model
         self.eps = magnitude("eps", eps)
-        self.norm = spelled(norm)
+        self.norm = norm_name(norm)
         self.random_start = random_start
         self.attack_misclassified = True
         self.recompute = recompute

@@ -11,7 +11,7 @@ from moe_kernels.attacks.attack import Attack, Best, magnitude
 from moe_kernels.attacks.capture import repeat
 from moe_kernels.attacks.losses import Loss, cross_entropy, margin
 from moe_kernels.ops.kl_divergence import kl_divergence
-from moe_kernels.ops.pgd_step_ import NORMS, spelled
+from moe_kernels.ops.pgd_step_ import NORMS, norm_name
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
 
@@ -82,7 +82,7 @@ class PGD(Attack):
         freeze_routing: bool = False,
         recompute: str = "none",
     ) -> None:
-        if spelled(norm) not in NORMS:
+        if norm_name(norm) not in NORMS:
             raise ValueError(f"norm must be 'Linf', 'L2' or 'L1', got {norm!r}")
         if not callable(loss) and loss not in (*LOSSES, "kl"):
             raise ValueError(f"loss must be 'ce', 'kl', 'margin' or a callable (logits, y) -> [B], got {loss!r}")

@@ -40,7 +40,7 @@ class Dispatcher(Protocol):
         ...
 
 
-class Once(Generic[T]):
+class CachedByTensor(Generic[T]):
     """A function of a tensor, computed once for as long as the tensor lives and is not written to."""
 
     def __init__(self, function: Callable[[Tensor], T]) -> None:
@@ -77,7 +77,7 @@ class AllToAll:
     def __init__(self, mesh: DeviceMesh, num_experts: int) -> None:
         self.group = mesh.get_group()
         self.local_experts = num_experts // mesh.size()
-        self._plan = Once(self._exchange_counts)
+        self._plan = CachedByTensor(self._exchange_counts)
 
     def __deepcopy__(self, memo: Any) -> "AllToAll":
         return self  # whose group cannot be copied

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from moe_kernels._torch import buffers_of, ddp_ignores, parameters_of
-from moe_kernels.distributed.dispatch import AllToAll, Dispatcher, Once
+from moe_kernels.distributed.dispatch import AllToAll, CachedByTensor, Dispatcher
 from moe_kernels.nn.robust_moe import ExpertList, RobustMoE
 from moe_kernels.ops import Groups, combine, group_by_expert
 from moe_kernels.ops.combine import gather_rows
@@ -70,7 +70,7 @@ class ExpertParallel(ParallelStyle):
         experts.dispatcher = self.dispatcher(device_mesh, num_experts)  # type: ignore[assignment]
         experts.gradient_scale = 1 / device_mesh.size() if self.average else 1.0  # type: ignore[assignment]
         if isinstance(experts, _ParallelOfTransformers):
-            experts.groups = Once(lambda index: group_by_expert(index, num_experts))
+            experts.groups = CachedByTensor(lambda index: group_by_expert(index, num_experts))
         return module
 
 
@@ -95,7 +95,7 @@ class _Parallel(nn.Module):
 class _ParallelOfTransformers(_Parallel):
     """The class before that of a transformers mixture's experts."""
 
-    groups: Once[Groups]
+    groups: CachedByTensor[Groups]
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor

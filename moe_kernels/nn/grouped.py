@@ -40,7 +40,7 @@ class GroupedNetwork(nn.Module):
         one_by_one = self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         one_by_one = one_by_one and not inside_transform()
         if not one_by_one or len(x) == 0 or not any(p.requires_grad for p in self.parameters()):
-            return self.keeping_little(x, offsets)
+            return self.recomputing_logits(x, offsets)
         check.offsets(offsets, self.num_experts, x)
         if fsdp.units(self):
             raise ValueError(
@@ -49,7 +49,7 @@ class GroupedNetwork(nn.Module):
             )
         return _ExpertByExpert.apply(self, offsets, x, *self.parameters())
 
-    def keeping_little(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def recomputing_logits(self, x: Tensor, offsets: Tensor) -> Tensor:
         """The logits of all experts at once, with what `recompute` says kept for the backward."""
         trained = any(p.requires_grad for p in self.parameters())  # else no layer keeps an activation
         with Recomputing(self, trained and self.recompute != "none"):
@@ -114,7 +114,7 @@ class _ExpertByExpert(torch.autograd.Function):
         check.ranges(bounds := offsets.tolist(), len(x))
         ctx.parts = [(slice(a, b), slice(e, e + 1)) for e, (a, b) in enumerate(pairwise(bounds)) if a < b]
         experts = ((x[rows], network.with_tensors(itemgetter(own))) for rows, own in ctx.parts)
-        return torch.cat([expert.keeping_little(rows, _offsets_of_one(rows)) for rows, expert in experts])
+        return torch.cat([expert.recomputing_logits(rows, _offsets_of_one(rows)) for rows, expert in experts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,7 +125,7 @@ class _ExpertByExpert(torch.autograd.Function):
             given = dict(zip(parameters, values, strict=True))
             with ctx.autocast():  # on copies of running statistics, which have moved already
                 network = ctx.network.with_tensors(lambda t: given[t] if t in given else t[own].clone())
-                return network.keeping_little(x, offsets)
+                return network.recomputing_logits(x, offsets)
 
         if torch.is_grad_enabled():
             return None, None, *vjp(partial(logits, ctx.offsets, slice(None)), inputs, (grad,), needed)

@@ -10,7 +10,7 @@ from moe_kernels import _checks as check
 from moe_kernels._torch import cast_for_autocast
 from moe_kernels.nn.recompute import WithStatistics, recomputed
 from moe_kernels.ops import expert_batch_norm, expert_conv2d, expert_linear, winograd_conv2d
-from moe_kernels.ops.expert_sum import of_each_row
+from moe_kernels.ops.expert_sum import expand_to_rows
 from moe_kernels.ops.winograd_conv2d import saves_work
 
 
@@ -216,7 +216,7 @@ class ExpertLayerNorm(nn.Module):
         check.offsets(offsets, num_experts, x)
         if check.may_read(offsets):
             check.ranges(offsets.tolist(), len(x))
-        weight, bias = (for_each_row(p, offsets, len(x))[:, None] for p in (self.weight, self.bias))
+        weight, bias = (parameter_of_each_row(p, offsets, len(x))[:, None] for p in (self.weight, self.bias))
         return recomputed(_scaled, recomputed(self._normalised, x), weight, bias)
 
     def _normalised(self, x: Tensor) -> Tensor:
@@ -235,10 +235,10 @@ def reset_like_torch(weight: Tensor, bias: Tensor | None) -> None:
         nn.init.uniform_(bias, -bound, bound)
 
 
-def for_each_row(parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
+def parameter_of_each_row(parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """The part of parameter [E, ...] that belongs to each row's expert, [rows, ...]."""
     (parameter,) = cast_for_autocast(parameter)
-    return of_each_row(parameter.flatten(1), offsets, rows).unflatten(1, parameter.shape[1:])
+    return expand_to_rows(parameter.flatten(1), offsets, rows).unflatten(1, parameter.shape[1:])
 
 
 def _scaled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

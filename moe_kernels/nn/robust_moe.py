@@ -40,9 +40,9 @@ class ExpertList(nn.ModuleList):
         run = [e for e, own in enumerate(rows) if together or own.stop > own.start] or [0]
         outputs = {e: self[e](x[rows[e]]) for e in run}
         _check_outputs(outputs, rows)
-        return torch.cat([*outputs.values(), *self._nothing_of_the_idle(outputs)])
+        return torch.cat([*outputs.values(), *self._empty_rows_of_idle_experts(outputs)])
 
-    def _nothing_of_the_idle(self, outputs: dict[int, Tensor]) -> list[Tensor]:
+    def _empty_rows_of_idle_experts(self, outputs: dict[int, Tensor]) -> list[Tensor]:
         """Where DDP waits for a gradient of every parameter, no rows [0, ...] of each that belongs to no output."""
         ddp = active_ddp()
         if ddp is None or ddp.find_unused_parameters or not torch.is_grad_enabled():

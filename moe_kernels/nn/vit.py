@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from moe_kernels import _checks as check
 from moe_kernels._torch import inside_transform
 from moe_kernels.nn.grouped import GroupedNetwork
-from moe_kernels.nn.layers import ExpertConv2d, ExpertLayerNorm, ExpertLinear, for_each_row
+from moe_kernels.nn.layers import ExpertConv2d, ExpertLayerNorm, ExpertLinear, parameter_of_each_row
 from moe_kernels.nn.recompute import RECOMPUTE, recomputed
 
 
@@ -34,10 +34,10 @@ class ExpertAttention(nn.Module):
         qkv = over_tokens(self.qkv, x, offsets).unflatten(2, (3, self.heads, -1))  # [N, T, 3, heads, d]
         with sdpa_kernel(SDPBackend.MATH) if inside_transform() else nullcontext():  # which alone has a forward mode
             h = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # [N, heads, T, d]
-        return over_tokens(self.proj, recomputed(_heads_together, h), offsets)
+        return over_tokens(self.proj, recomputed(_merge_heads, h), offsets)
 
 
-def _heads_together(h: Tensor) -> Tensor:
+def _merge_heads(h: Tensor) -> Tensor:
     """[N, heads, T, d] -> [N, T, heads d]"""
     return h.transpose(1, 2).flatten(2)
 
@@ -136,8 +136,8 @@ class ExpertViT(GroupedNetwork):
         if x.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(f"x must be [N, C, {self.image_size}, {self.image_size}], got {list(x.shape)}")
         h = self.patch_embed["proj"](x, offsets).flatten(2).transpose(1, 2)
-        first = for_each_row(self.cls_token, offsets, len(x)).squeeze(1)  # [N, 1, width]
-        h = torch.cat([first, h], 1) + for_each_row(self.pos_embed, offsets, len(x)).squeeze(1)
+        first = parameter_of_each_row(self.cls_token, offsets, len(x)).squeeze(1)  # [N, 1, width]
+        h = torch.cat([first, h], 1) + parameter_of_each_row(self.pos_embed, offsets, len(x)).squeeze(1)
         for block in self.blocks:
             h = block(h, offsets)
         return self.head(self.norm(h[:, :1], offsets)[:, 0], offsets)

@@ -29,7 +29,7 @@ class _Gather(torch.autograd.Function):
         return index_sum(grad, *ctx.saved_tensors, ctx.num_rows), None
 
 
-class _OfEachRow(torch.autograd.Function):
+class _ExpandToRows(torch.autograd.Function):
     """As `_Gather`, of indices that are sorted; a one-hot product would spread a NaN."""
 
     @staticmethod
@@ -42,11 +42,11 @@ class _OfEachRow(torch.autograd.Function):
         return expert_sum(grad, *ctx.saved_tensors), None, None
 
 
-def of_each_row(x: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+def expand_to_rows(x: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     """[num_rows, D]: the row of x [E, D] that belongs to the expert of each sorted row."""
     if inside_transform():
         return x.index_select(0, expert_of_row(offsets, num_rows))
-    return _OfEachRow.apply(x, offsets, num_rows)
+    return _ExpandToRows.apply(x, offsets, num_rows)
 
 
 def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -57,7 +57,7 @@ def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (offsets,) = ctx.saved_tensors
-    return of_each_row(grad, offsets, ctx.num_rows), None
+    return expand_to_rows(grad, offsets, ctx.num_rows), None
 
 
 expert_sum = define(

@@ -77,9 +77,9 @@ def pgd_step_(
         check.floating(name, tensor)
     if x.dtype != x_adv.dtype:
         raise ValueError(f"x must have the dtype of x_adv, {x_adv.dtype}, got {x.dtype}")
-    if spelled(norm) not in NORMS:
+    if norm_name(norm) not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    norm = spelled(norm)
+    norm = norm_name(norm)
     check.bounds(bounds, equal=True)
     low, high = bounds
     eps, alpha = _radius("eps", eps, x_adv), _radius("alpha", alpha, x_adv)
@@ -115,7 +115,7 @@ def step_unchecked_(
         return x_adv
 
 
-def spelled(norm: object) -> Any:
+def norm_name(norm: object) -> Any:
     """The name of a norm that is written otherwise: "linf", "l2", 2, float("inf") ...; an unknown name as it is."""
     known = isinstance(norm, str | Real) and not isinstance(norm, bool)
     return SPELLINGS.get(norm.lower() if isinstance(norm, str) else norm, norm) if known else None

@@ -18,8 +18,8 @@ DTYPES = WIDE[:1] if cpu_multiplies_bf16() else WIDE  # in which float32 is the 
 TILE = 4  # results per side
 # By the level of the CPU library, where Winograd's algorithm was measured to be faster than oneDNN (docs/facts.md): the
 # fewest tiles of an expert with less than 64 channels, and with more, and the largest share of the usual products.
-PAYS = {"x86-64-v4": (8, 4, 0.5)}
-PAYS_ELSEWHERE = (9, 9, 0.35)
+LIMITS = {"x86-64-v4": (8, 4, 0.5)}
+DEFAULT_LIMITS = (9, 9, 0.35)
 
 
 def winograd_conv2d(
@@ -80,7 +80,7 @@ def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: 
     height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], paddings, strict=True))
     tiles, channels = -(-height // TILE) * -(-width // TILE), min(weight.shape[-4:-2])
     experts = len(weight) if weight.ndim == 5 else 1
-    few_channels, many_channels, most_products = PAYS.get(_library.level, PAYS_ELSEWHERE)
+    few_channels, many_channels, most_products = LIMITS.get(_library.level, DEFAULT_LIMITS)
     return (
         (*weight.shape[-2:], *strides) == (3, 3, 1, 1)
         and max(paddings) <= 2
