@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_kernels.ops import combine, group_by_expert
+from moe_kernels.ops.combine import gather_rows
 from moe_kernels.testing import check_threads
 
 POSITION = torch.tensor([[0, 2], [3, 1]], dtype=torch.int32)
@@ -72,3 +73,16 @@ def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
 def test_errors_name_the_argument(y: torch.Tensor, weights: torch.Tensor, position: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         combine(y, weights, position)
+
+
+def test_rows_are_gathered_with_a_gradient() -> None:
+    groups = group_by_expert(torch.randint(5, (7, 3)), 5)
+    x, rows = torch.randn(7, 2, dtype=torch.float64, requires_grad=True), groups.order // 3
+    assert torch.equal(gather_rows(x, rows, groups.position), x[rows.long()])
+
+    def squares(x: torch.Tensor) -> torch.Tensor:
+        return gather_rows(x, rows, groups.position).square()
+
+    assert torch.autograd.gradcheck(squares, x) and torch.autograd.gradgradcheck(squares, x)
+    tangents = torch.func.jvp(squares, (x.detach(),), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangents, 2 * x.detach()[rows.long()])
