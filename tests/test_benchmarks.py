@@ -1,6 +1,7 @@
 """The scripts of `make bench` at toy size: what they print follows from what they measured."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -138,6 +139,23 @@ def test_images_agree() -> None:
     moe, x = RobustMoE.from_experts(experts, router, gate="hard"), s.rand(6, 3, 32, 32)
     assert moe.route(x, top_k=1).experts.unique().numel() > 1
     torch.testing.assert_close(OneImageAtATime.of(experts, router)(x), moe(x), rtol=1e-4, atol=1e-5)
+
+
+def test_tuned_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every constant is where the table says; the values of one are compiled, agree and are timed."""
+    import tuned_constants
+
+    assert all(t.value() not in t.others for t in tuned_constants.table())
+    monkeypatch.setattr(tuned_constants, "BUILD", tmp_path)
+    monkeypatch.setattr(tuned_constants, "FLAGS", ["-O1", *tuned_constants.FLAGS[1:]])
+    monkeypatch.setattr(tuned_constants, "SECONDS", 0.0)
+    monkeypatch.setattr(sys, "argv", ["tuned_constants.py", "--match", "kl_divergence"])
+    tuned_constants.main()
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"\| `kGrain` \| cpu/kl_divergence.cpp \| 256 x 100 \| 1 << 12 \| [\d.e-]+ \| 512: .*, 32768: .* \|", row
+    )
+    assert len(list(tmp_path.glob("*.so"))) == 3
 
 
 def test_saved_bytes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

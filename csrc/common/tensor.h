@@ -102,7 +102,8 @@ inline void store(T& to, acc_t<T> value) {
   }
 }
 
-// Operations on elements that are worth a thread.
+// Operations on elements that are worth a thread. A `combine` of 256 x 2 x 256 takes 0.70 of the time with 4096
+// and 1.10 with 262144 where threads spin between calls, 0.97 and 0.32 where they sleep (tuned-constants.md).
 constexpr int64_t kTaskWork = 32768;
 
 // The fewest items of a parallel_for's task, where an item takes `work` operations on elements.

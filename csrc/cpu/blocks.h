@@ -9,11 +9,12 @@
 namespace moe {
 
 // Rows of a GEMM's block. Every block packs the weight anew, so there should be few; threads share them, so there
-// should be several. With 256 rows instead of 128 `expert_linear` was a tenth faster (MKL's GEMM, AVX2, docs/facts.md).
+// should be several. With 256 rows instead of 128 `expert_linear` was a tenth faster with MKL's GEMM (AVX2,
+// docs/facts.md); with ours 128 and 512 take 1.01 and 0.99 of the time (tuned-constants.md).
 constexpr int64_t kGemmRows = 256;
 
-// Rows of a block of a weight gradient [out, in], each of them a sum over the batch. 512 instead of 256 was predicted
-// from a profile to save 2 % of an MLP layer's step (AVX2, docs/facts.md).
+// Rows of a block of a weight gradient [out, in], each of them a sum over the batch. 256 and 1024 take 1.04 and 0.97 of
+// the time (tuned-constants.md).
 constexpr int64_t kWeightGradRows = 512;
 
 // A view [sizes] of t's memory with the given strides, from element `offset` of t on. It does not keep t alive. Made

@@ -12,7 +12,7 @@ Tensor slot_rows(const Tensor& x, const OptionalTensor& rows, int64_t begin, int
 }
 
 // y[j] = weight[e] x[rows[j]] + bias[e] for the rows j of expert e.
-//   x: [T, in], weight: [E, out, in], bias: [E, out] or none, offsets: [E + 1], rows: [N] or none, where N = T
+//   x: [T, in], weight: [E, out, in], bias: [E, out] or none, offsets: [E + 1], rows: [N], or none and N = T
 //   returns [N, out]
 Tensor expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& offsets,
                      const OptionalTensor& rows) {
@@ -41,7 +41,7 @@ Tensor expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
 }
 
 // The gradient of the weight; an expert without rows gets zeros. A block is some rows of an expert's [out, in].
-//   grad: [N, out], x: [T, in], offsets: [E + 1], rows: [N] or none, where N = T
+//   grad: [N, out], x: [T, in], offsets: [E + 1], rows: [N], or none and N = T
 //   returns [E, out, in]
 Tensor expert_linear_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& offsets,
                                  const OptionalTensor& rows) {

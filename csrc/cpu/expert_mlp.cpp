@@ -6,7 +6,9 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kSums = 64;  // sums that an inner product is spread over: rounding errors grow with n / 64
+// Sums that an inner product is spread over, so that rounding errors grow with n / 64. 16 and 256 take 0.98 and 1.01 of
+// the time (tuned-constants.md).
+constexpr int64_t kSums = 64;
 
 // Calls f(activation, gated) for an activation's name. Gated (swiglu, geglu), the activation of the first half of a row
 // of z is multiplied by the second half.
@@ -141,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_hidden_grad(const Tensor& da, cons
       const A* s = data<A>(scale);
       T *to_dz = mutable_data<T>(dz), *to_weighted = mutable_data<T>(weighted);
       A* to_dgates = mutable_data<A>(dgates);
+      // An activation and its derivative are counted as 16 operations; not measured.
       torch::stable::parallel_for(0, count, grain(16 * n), [&](int64_t first, int64_t last) {
         std::vector<T> unwanted(width);  // receives what nobody needs
         for (int64_t i = first; i < last; ++i) {

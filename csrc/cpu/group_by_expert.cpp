@@ -7,7 +7,9 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kSlots = 4096;  // fewest slots of a block, which has a histogram of its own
+// Fewest slots of a block, which has a histogram of its own. For 16384 slots 1024 and 16384 take 1.43 and 1.18 of the
+// time where threads spin between calls, 1.00 and 0.33 where they sleep (tuned-constants.md).
+constexpr int64_t kSlots = 4096;
 
 // Checks that every id lies in [0, num_experts).
 //   ids: [slots]

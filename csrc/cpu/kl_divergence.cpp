@@ -6,7 +6,8 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kGrain = 1 << 12;  // fewest logits of a task
+// Fewest logits of a task. For 25600 logits 512 and 32768 take 1.00 and 1.97 of the time (tuned-constants.md).
+constexpr int64_t kGrain = 1 << 12;
 
 // log(softmax) of one row. In double, since differences of logarithms cancel, and since short rows make that cheap.
 //   row: [classes]

@@ -75,8 +75,7 @@ MOE_INLINE Lanes8 shuffle(Lanes8 a, Lanes8 b) {
 #endif
 }
 
-// r: [8, 8] = its transpose, row i in r[i]. Rows are interleaved in pairs, these again in pairs, and halves then
-// joined.
+// r: [8, 8] = its transpose, row i in r[i]. Rows are interleaved in pairs, then pairs of rows, then halves are joined.
 MOE_INLINE void transpose(Lanes8 r[8]) {
   Lanes8 pairs[8], fours[8];
   for (int i = 0; i < 8; i += 2) {

@@ -7,8 +7,11 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kBlock = 512;  // elements whose flags are a byte each before they are packed, so that loops vectorise
-constexpr int64_t kGrain = 64;   // fewest blocks of a task
+// Elements whose flags are a byte each before they are packed, so that loops vectorise. 128 and 2048 take 0.96 and 1.07
+// of the time (tuned-constants.md).
+constexpr int64_t kBlock = 512;
+// Fewest blocks of a task. For half a million elements 8 and 512 take 1.00 of the time (tuned-constants.md).
+constexpr int64_t kGrain = 64;
 
 // Calls f(first_element, elements, first_byte, bytes) for every block, in parallel.
 template <class F>

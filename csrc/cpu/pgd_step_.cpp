@@ -5,7 +5,9 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // fewest elements of a task
+// Fewest elements of a task. For 98304 elements 2^12 and 2^18 take 0.96 and 1.51 of the time where threads spin between
+// calls, 1.00 and 0.38 where they sleep (tuned-constants.md).
+constexpr int64_t kGrain = 1 << 15;
 
 // The elements of one sample, or some neighbouring ones of them; the Loop of sample_step.
 //   x_adv, grad, x: [size]

@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// out[t, i] = <grad[t], y[position[t, i]]>, by one warp per slot; the slots of a row are neighbouring warps'. Unrolled
-// by 2: not measured.
+// out[t, i] = <grad[t], y[position[t, i]]>, by one warp per slot, those of a row side by side. Unrolled by 2: not
+// measured.
 //   grad: [rows, width], y: [rows * k, width] -> out: [rows, k]
 template <class T, int V>
 __global__ void __launch_bounds__(kRowThreads)

@@ -1,6 +1,5 @@
 // Stable sort of the slots by expert on a GPU: a radix sort, least significant digit first, of one pass for up to 1024
-// experts. Only counts, which are integers, are added atomically; places follow from prefix sums, so the sort is
-// stable.
+// experts. Only counts, which are integers, are added atomically; places come from prefix sums, so the sort is stable.
 #pragma once
 
 #include <algorithm>
