@@ -34,7 +34,7 @@ def winograd_conv2d(
     """`expert_conv2d` with 3 x 3 kernels and stride 1 by F(4 x 4, 3 x 3) of Lavin and Gray, "Fast Algorithms for
     Convolutional Neural Networks", CVPR 2016, with the points 0, +-2/3, +-3/2 and infinity.
 
-    16-bit input is computed in fp32. A pixel that is no number makes none of the results in the tiles of 4 x 4 that it
+    16-bit input is computed in fp32. A pixel that is NaN or infinite makes all results NaN in those 4 x 4 tiles that it
     has a part in. Gradients are computed in the same way.
 
     Args:
