@@ -1,4 +1,4 @@
-"""FSDP, which swaps a module's parameters: between forwards a process has a shard of each, during them the whole."""
+"""FSDP swaps a module's parameters: a process has a shard of each between forwards, and the whole during them."""
 
 import sys
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def _found(model: object, kind: str) -> list[Any]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # half a second to import
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # an import would take half a second
     if fsdp is None or not isinstance(model, nn.Module):
         return []
     return [m for m in model.modules() if isinstance(m, getattr(fsdp, kind))]
@@ -19,7 +19,7 @@ def units(model: object) -> list[Any]:
 
 
 def owners(model: nn.Module) -> dict[nn.Module, Any]:
-    """For each module in the model whose parameters a unit in it swaps, that unit."""
+    """For each module in the model whose parameters FSDP2 swaps, the innermost unit that it belongs to."""
     return {m: unit for unit in units(model) for m in unit.modules()}
 
 
@@ -29,11 +29,11 @@ def parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts the shards in the places of the whole parameters."""
+    """Replaces whole parameters with their shards."""
     for unit in units(model):
         unit.reshard()
 
 
-def entering(model: object, x: Tensor) -> Tensor:
-    """x as the model can take it: FSDP1 cannot have torch.autograd.grad reach a leaf that it is given."""
+def as_input(model: object, x: Tensor) -> Tensor:
+    """x, for FSDP1 as a view: torch.autograd.grad cannot reach a leaf that is passed to FSDP1 itself."""
     return x.view_as(x) if _found(model, "FullyShardedDataParallel") else x

@@ -120,9 +120,9 @@ def test_targets_are_the_likeliest_other_classes() -> None:
     model.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
     APGD(model, 1e-9, steps=2, loss="dlr_targeted", n_target_classes=2)(x, model(x).argmax(1))
     assert len(rows) == 1 + 2 + 2 * 3  # ours, two of the clean x, and steps + 1 for each target
-    with pytest.raises(ValueError, match=r"^loss='dlr_targeted' must meet logits of at least 4 classes, got 3$"):
+    with pytest.raises(ValueError, match=r"^loss='dlr_targeted' needs logits of at least 4 classes, got 3$"):
         APGD(lambda x: x[:, :3], loss="dlr_targeted")(torch.rand(2, 5), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"^loss='dlr' must meet logits of at least 3 classes, got 2$"):
+    with pytest.raises(ValueError, match=r"^loss='dlr' needs logits of at least 3 classes, got 2$"):
         APGD(lambda x: x[:, :2], loss="dlr")(torch.rand(2, 5), torch.zeros(2, dtype=torch.int64))
 
 

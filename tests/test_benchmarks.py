@@ -161,7 +161,7 @@ def test_tuned_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_saved_bytes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import saved_bytes
 
-    monkeypatch.setattr(rules, "FEW", 0)
+    monkeypatch.setattr(rules, "MIN_ELEMENTS", 0)
     resnet, vit = partial(ResNet18, width=4), partial(ViT, 32, 8, 32, 2, 2)
     networks = {"met": (resnet, 32, "<= 0.0045 MB"), "missed": (resnet, 32, "<= 0.0043 MB"), "ratio": (vit, 32, ">= 6")}
     monkeypatch.setattr(saved_bytes, "NETWORKS", networks)
@@ -229,7 +229,7 @@ def test_bf16_gradients_leave_the_logits() -> None:
 def test_plot_saved_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import plot_saved_bytes
 
-    monkeypatch.setattr(rules, "FEW", 0)
+    monkeypatch.setattr(rules, "MIN_ELEMENTS", 0)
     from moe_kernels.testing.saved import saved_bytes
 
     bars: list[dict[str, Any]] = []

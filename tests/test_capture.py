@@ -205,7 +205,7 @@ def test_a_frozen_route_gives_the_gradients_and_the_live_one_judges() -> None:
     ("match", "options"),
     [
         ("capture must be 'auto' or False, got True", {"capture": True}),
-        ("freeze_routing must be False for a model without a method route, Linear", {"freeze_routing": True}),
+        ("freeze_routing needs a model with a method route, got Linear", {"freeze_routing": True}),
     ],
 )
 def test_bad_settings(match: str, options: dict[str, Any]) -> None:

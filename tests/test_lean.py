@@ -62,7 +62,7 @@ class Alone(nn.Module):
 
 @pytest.fixture(autouse=True)
 def rules_for_few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "FEW", 0)
+    monkeypatch.setattr(rules, "MIN_ELEMENTS", 0)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

@@ -80,7 +80,9 @@ def test_arguments_behind_eps_have_names() -> None:
 
 
 def test_step_sizes_in_pixels_of_255() -> None:
-    with pytest.warns(UserWarning, match=r"alpha=2 crosses bounds \(0, 1\) and eps=0.03.*; is 2/255 meant by 2\?"):
+    with pytest.warns(
+        UserWarning, match=r"alpha=2 spans bounds \(0, 1\) and the ball of eps=0.03.*; write 2/255, not 2"
+    ):
         PGD(nn.Linear(3, 3), alpha=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -301,7 +301,7 @@ def test_a_model_that_is_always_wrong() -> None:
     [
         ({"eps": 0}, "eps must be a number above 0 or a fraction such as 8/255, got 0"),
         ({"eps": "8/x"}, "eps must be a number above 0 or a fraction such as 8/255, got '8/x'"),
-        ({"eps": 8}, "eps must be at most 1, the width of bounds (0, 1), got 8: is 8/255 meant by 8?"),
+        ({"eps": 8}, "eps must be at most 1, the width of bounds (0, 1), got 8; write 8/255, not 8"),
         ({"norm": "L0"}, "norm must be one of Linf, L2, L1, got 'L0'"),
         ({"suite": "all"}, "suite must be one of quick, full, got 'all'"),
         ({"bounds": (1, 0)}, "bounds must be (low, high) with low < high, got (1, 0)"),

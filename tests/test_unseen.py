@@ -16,8 +16,8 @@ from moe_kernels.testing.networks import ResNet18, randomize_statistics
 
 @pytest.fixture(autouse=True)
 def rules_for_few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "FEW", 0)
-    monkeypatch.setattr(rules, "LITTLE", 0)
+    monkeypatch.setattr(rules, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(rules, "MIN_PRODUCTS", 0)
 
 
 class Net(nn.Module):

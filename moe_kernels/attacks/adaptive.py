@@ -1,7 +1,7 @@
-"""Attacks made for mixtures of experts, whose route is piecewise constant and hides gradients from ordinary attacks.
+"""Attacks on mixtures of experts, whose route is piecewise constant and so hides gradients from ordinary attacks.
 
-They need of a model only `num_experts`, `route(x, top_k=None)` and `forward(x, routing=None)`, as `RobustMoE` has them,
-and judge their success by what the whole model says.
+A model needs only `num_experts`, `route(x, top_k=None)` and `forward(x, routing=None)`, as `RobustMoE` has them. An
+attack succeeds when it fools the whole model.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def check_mixture(model: Any) -> None:
 
 
 def every_expert(model: Any, x: Tensor) -> Tensor:
-    """[E, B, C]: the logits of each expert alone, with weight 1, computed as one batch of E * B rows."""
+    """[E, B, C]: the logits of each expert alone, with gate 1, on x [B, ...], computed as one batch of E * B rows."""
     route = model.route(x)
     forced = type(route).cat([route.fixed(e) for e in range(model.num_experts)])
     logits = model(x.repeat(model.num_experts, *[1] * (x.ndim - 1)), routing=forced)
@@ -34,15 +34,18 @@ def every_expert(model: Any, x: Tensor) -> Tensor:
 
 
 class SoftBackward(nn.Module):
-    """A view of a mixture, for any attack: its own logits, with the gradient of the soft mixture of all experts,
+    """Wraps a mixture for any attack: returns its own logits, but with the gradient of the soft mixture of all experts,
 
         sum_e softmax(g / temperature)_e f_e(x),
 
-    which sees through the choice of the route (backward pass differentiable approximation, Athalye et al. 2018).
+    which is not cut off by the choice of the route (backward pass differentiable approximation, Athalye et al. 2018).
 
     Args:
         model: a mixture of experts.
-        temperature: of the softmax; the higher, the more the experts that were not chosen count.
+        temperature: of the softmax, above 0; the higher, the more the experts that were not chosen count.
+
+    Raises:
+        ValueError: if model is not a mixture or temperature is not above 0.
 
     Example:
         x_adv = APGD(SoftBackward(model, temperature=4.0), "8/255", loss="margin", seed=0)(x, y)
@@ -66,8 +69,11 @@ class SoftBackward(nn.Module):
 
 
 class RouterLogits(nn.Module):
-    """A view of a mixture, for any attack: the router's logits [B, E]; with the chosen experts as labels, the attack is
-    on the route alone.
+    """Wraps a mixture for any attack: returns the router's logits [B, E]. With the chosen experts as labels, the attack
+    is on the route alone.
+
+    Raises:
+        ValueError: if model is not a mixture.
 
     Example:
         chosen = model.route(x).experts[:, 0].long()
@@ -85,18 +91,21 @@ class RouterLogits(nn.Module):
 
 
 class ExpertAttack(APGD):
-    """APGD on each expert e in turn together with the route to it, which is sent or kept there while f_e is fooled:
+    """APGD on each expert e in turn, which fools f_e and at the same time steers the route to e. It ascends
 
         min(margin of f_e, 0.05) + weight * min(g_e - max_{j != e} g_j, 0.05),
 
-    with each row of logits divided by its standard deviation, which makes the two margins comparable; neither is
-    pursued once it is won.
+    with each row of logits divided by its standard deviation, so that the two margins are comparable. A margin of 0.05
+    counts as won and is pushed no further.
 
     Args:
         model: a mixture of experts.
-        eps, steps: as of `APGD`; `steps` for each expert.
+        eps, steps: as in `APGD`; each expert gets `steps` steps.
         weight: of the route's term.
-        options: the arguments of `APGD` but for loss.
+        options: any other argument of `APGD`, except loss.
+
+    Raises:
+        ValueError: if model is not a mixture, or an argument is not as `APGD` describes it.
 
     Example:
         x_adv = ExpertAttack(model, "8/255", steps=100, seed=0)(x, y)
@@ -137,8 +146,9 @@ class ExpertAttack(APGD):
 
 
 class JointAttack(ExpertAttack):
-    """Pushes each sample's route to its weakest expert, whose margin on the clean sample is least, and then attacks
-    that expert from there, holding the route: `steps` for each of the two. Arguments as of `ExpertAttack`.
+    """Moves each sample's route to its weakest expert, the one that prefers the true class least on the clean sample,
+    then attacks that expert from there while holding the route. Each phase takes `steps` steps. Arguments and errors
+    are those of `ExpertAttack`.
 
     Example:
         x_adv = JointAttack(model, "8/255", steps=100, seed=0)(x, y)
@@ -161,7 +171,7 @@ class JointAttack(ExpertAttack):
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """Each row divided by its standard deviation, which is taken as a constant."""
+    """Each row divided by its standard deviation, through which no gradient flows."""
     return logits / logits.detach().std(1, keepdim=True, correction=0).clamp(min=1e-12)
 
 

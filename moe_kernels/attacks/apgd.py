@@ -1,4 +1,4 @@
-"""Auto-PGD: momentum, and a step that is halved, back at the best point, wherever the ascent has stalled.
+"""Auto-PGD: momentum, and a step size that is halved whenever the ascent stalls, which then restarts at its best point.
 
 z_k = P(x_k + eta_k direction(grad_k));  x_{k+1} = P(x_k + 3/4 (z_k - x_k) + 1/4 (x_k - x_{k-1})),  eta_0 = 2 eps
 """
@@ -18,18 +18,19 @@ Goal = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [B, ...] -> objective to a
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
 MOMENTUM = 0.25
-IMPROVING = 0.75  # part of the steps that must raise the loss, or the step is halved
+IMPROVING = 0.75  # the step size is halved unless this fraction of the steps raised the loss
 
 
 class APGD(Attack):
     """Auto-PGD (Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks", 2020, algorithm 1) on any torch model that returns logits.
 
-    There is no step size to choose: each sample halves its own at fixed checkpoints where its loss has stalled, and
-    goes on from its best point. The model is attacked in `attack_mode` and treated as by `PGD`; the host waits for the
-    device before and after a run of steps, never between them. A sample that is misread as it is, or fooled, takes no
-    part in further runs, unless keywords or a callable loss are given, which may belong to the whole batch. The
-    processes of FSDP, which must make the same forwards, need one run with attack_misclassified=True.
+    There is no step size to choose: at fixed checkpoints, a sample whose loss has stalled halves its own and goes on
+    from its best point. The model is attacked in `attack_mode`, as by `PGD`; the host waits for the device before and
+    after a run of steps, never between them. A sample that is misclassified without an attack, or has been fooled,
+    takes no part in further runs, unless keywords or a callable loss are given, since these may refer to the whole
+    batch. The processes of FSDP must all make the same forwards, so they need a single run with
+    attack_misclassified=True.
 
     Args:
         model: maps x to logits [B, C].
@@ -38,21 +39,21 @@ class APGD(Attack):
         loss: "ce"; "dlr" (at least 3 classes); "dlr_targeted" (at least 4), one run towards each of the
             n_target_classes likeliest other classes; "margin", max_{j != y} z_j - z_y; or a callable
             (logits, y) -> [B].
-        norm: "Linf" or "L2"; "linf", float("inf"), "l2" and 2 are the same.
+        norm: "Linf" or "L2", also spelled "linf", float("inf"), "l2" or 2.
         random_start: start uniformly in the ball, clamped to bounds; otherwise at x.
-        restarts: random starts, of which each sample keeps its best.
-        n_target_classes: of "dlr_targeted"; no more than there are other classes are taken.
-        bounds: the least and the greatest value of x.
-        seed: None starts from fresh entropy; a number makes every call repeat itself. The global random state is
-            neither read nor advanced.
-        draws: forwards of a model that is random in eval mode, over which loss and gradient are averaged (expectation
-            over transformation, Athalye et al. 2018); an attack succeeds where it does in most of them.
-        attack_misclassified: whether samples that are misread as they are take part in the first run, or are returned
-            unchanged; which samples withstand does not depend on it.
-        recompute: "none" or "activations", which holds less of a transformer and takes longer; see `attack_mode`.
+        restarts: number of random starts; each sample keeps its best result.
+        n_target_classes: for "dlr_targeted"; capped at the number of other classes, C - 1.
+        bounds: the smallest and largest valid value of x.
+        seed: a number makes every call draw the same; None draws fresh entropy. The global random state is neither
+            read nor advanced.
+        draws: forwards per gradient, for a model that is random in eval mode; loss and gradient are averaged over them
+            (expectation over transformation, Athalye et al. 2018), and an attack succeeds if it does in most of them.
+        attack_misclassified: whether samples that are misclassified without an attack take part in the first run; if
+            not, they are returned unchanged. Which samples withstand does not depend on it.
+        recompute: "none", or "activations", which saves memory in a transformer and takes longer; see `attack_mode`.
 
     Attributes:
-        nan_gradients, zero_gradients: as of `PGD`.
+        nan_gradients, zero_gradients: as in `PGD`.
 
     Raises:
         ValueError: if an argument, here or in the call, is not as described.
@@ -100,7 +101,7 @@ class APGD(Attack):
         return self._best_of(map(ascent, self._goals(x, y, kwargs)), x, y, kwargs)
 
     def _goals(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Iterator[Callable[[Tensor], Goal]]:
-        """For each run, what the given rows of the batch ascend."""
+        """Yields one function per run, from rows of the batch to the goal that they ascend."""
         if self.loss != "dlr_targeted":
             loss = LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
             for _ in range(self.restarts):
@@ -163,9 +164,9 @@ def _pick(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 def _checkpoints(steps: int) -> Iterator[tuple[int, int]]:
-    """(step, steps since the last checkpoint), at parts p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06) of all steps.
+    """Pairs (step, steps since the last checkpoint), at the fractions p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06).
 
-    Widths are whole steps, at least one: 22, 19, 16, ... of 100.
+    Each interval is a whole number of steps, at least one: 22, 19, 16, ... for 100 steps.
     """
     width, least, less = (max(int(part * steps), 1) for part in (0.22, 0.06, 0.03))
     last = 0

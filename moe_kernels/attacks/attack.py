@@ -19,15 +19,15 @@ from moe_kernels.attacks.attack_mode import MODES, frozen, mode_of
 from moe_kernels.attacks.losses import Loss
 from moe_kernels.ops.pgd_step_ import norm_name, step_unchecked_
 
-_IDLE = WeakIdKeyDictionary()  # by model, the elements of an input so small that no rule was worth its time
+_IDLE = WeakIdKeyDictionary()  # model -> elements of an input for which no rule of the lean mode was worth its time
 
 
 class Attack(ABC):
-    """Base of `PGD` and `APGD`, which say how the iterates move (`_attack`).
+    """Base class of `PGD` and `APGD`, which define how the iterates move (`_attack`).
 
     Attributes:
-        nan_gradients, zero_gradients: how many gradients of single samples, in the last call, held a NaN, and were zero
-            everywhere.
+        nan_gradients, zero_gradients: how many per-sample gradients of the last call held a NaN, and how many were
+            zero everywhere.
     """
 
     targeted = False
@@ -66,10 +66,10 @@ class Attack(ABC):
         self.bounds = low, high
         self.seed = None if seed is None else int(seed)
         self._counts = torch.zeros(3, dtype=torch.int64)
-        self._probabilities: Tensor | None = None  # whether the first logits of the last call looked like such
+        self._probabilities: Tensor | None = None  # whether the first logits of a call look like probabilities
         if self.norm == "Linf" and not isinstance(self.eps, Tensor):
             if self.eps > bounds[1] - bounds[0]:
-                warnings.warn(f"eps={self.eps} is wider than bounds {bounds}; is 8/255 meant by 8?", stacklevel=3)
+                warnings.warn(f"eps={self.eps} is wider than bounds {bounds}; write 8/255, not 8", stacklevel=3)
             if self.eps == 0.031:
                 warnings.warn("eps=0.031 is not 8/255 = 0.03137..., which published results use", stacklevel=3)
 
@@ -85,8 +85,8 @@ class Attack(ABC):
         """Attacks a batch.
 
         Args:
-            x: float32 or float64 [B, ...] within bounds. 16-bit images are refused, since an eps ball is finer than
-                they are; run the model under autocast instead, which the attack follows.
+            x: float32 or float64 [B, ...] within bounds. 16-bit images are refused, since they are too coarse for an
+                eps ball; to run the model in 16 bits, call the attack under autocast.
             y: integer [B], true classes, or target classes if targeted.
             kwargs: passed on to the model, e.g. routing=... to attack under a forced route.
 
@@ -94,12 +94,12 @@ class Attack(ABC):
             x_adv, detached, with the dtype, shape and memory format of x; x itself if the batch is empty.
 
         Raises:
-            ValueError: if x, y, a magnitude, the logits or the losses do not match, or if the logits do not depend on
-                x through differentiable operations.
+            ValueError: if x, y, eps, alpha, the logits or the losses have a wrong shape, dtype or value, or if the
+                logits do not depend on x through differentiable operations.
         """
         _check_shapes(x, y, **self._magnitudes())
         with torch.inference_mode(False):
-            self._counts = torch.zeros(3, dtype=torch.int64, device=x.device)  # with a NaN, zero, all
+            self._counts = torch.zeros(3, dtype=torch.int64, device=x.device)  # NaN, zero, all
         if x.numel() == 0:
             return x.detach()
         labels = y.to(torch.int64)
@@ -122,12 +122,12 @@ class Attack(ABC):
 
     @abstractmethod
     def _attack(self, x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The images that the attack finds for checked x and y, with the model frozen."""
+        """x_adv for x and y that have been checked, with the model frozen."""
 
     def _best_of(self, runs: Iterable[Callable[[Any], "Best"]], x: Tensor, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Each sample's best of several runs, each of which is given the rows of x that withstand so far.
+        """Each sample's best result of several runs. A run gets only the rows of x that have not been fooled before.
 
-        Keywords and a callable loss may belong to the whole batch, so with them every run is given all rows.
+        Keywords and a callable loss may refer to the whole batch, so with them every run gets all rows.
         """
         whole = bool(kwargs) or callable(self.loss)
         best = Best(x)
@@ -155,7 +155,7 @@ class Attack(ABC):
 
     def _logits(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         with self._in_model as mode:
-            logits = self.model(fsdp.entering(self.model, x), **kwargs)
+            logits = self.model(fsdp.as_input(self.model, x), **kwargs)
         if x.requires_grad and mode is not None and not mode.applied:
             self._in_model = nullcontext()
             if isinstance(self.model, nn.Module):
@@ -178,7 +178,7 @@ class Attack(ABC):
         grad = torch.autograd.grad(objective.sum(), [leaf], allow_unused=True)[0] if objective.requires_grad else None
         if grad is None:
             raise ValueError("model must return logits that depend on x through differentiable operations, got none")
-        largest = grad.reshape(len(grad), -1).abs().amax(1)  # NaN where there is one; a fifteenth of vector_norm's time
+        largest = grad.reshape(len(grad), -1).abs().amax(1)  # keeps NaN; takes a fifteenth of vector_norm's time
         self._counts += torch.stack([largest.isnan(), largest == 0, torch.ones_like(largest, dtype=torch.bool)]).sum(1)
         return grad
 
@@ -186,16 +186,16 @@ class Attack(ABC):
         return self._projected(x + per_sample(eps, x) * _uniform_in_unit_ball(x, self.norm, generator), x, eps)
 
     def _step(self, x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
-        """`pgd_step_`, whose arguments are checked once for all steps; eps is [B], alpha [B] or [1]."""
+        """`pgd_step_` without its checks, which were made once for all steps; eps [B], alpha [B] or [1]."""
         return step_unchecked_(x_adv, grad, x, eps, alpha, self.norm, (float(self.bounds[0]), float(self.bounds[1])))
 
     def _projected(self, candidate: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-        """The candidate, overwritten, in the ball and within the bounds."""
+        """Projects the candidate onto the ball and the bounds, in place."""
         return self._step(candidate, torch.zeros_like(x), x, eps, eps.new_zeros(1))
 
 
 class Best:
-    """Per sample the strongest candidate offered: a success before a failure, then the greater objective."""
+    """Each sample's strongest candidate so far: a success beats a failure; among equals the greater objective wins."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x.clone()
@@ -203,7 +203,7 @@ class Best:
         self.success = torch.zeros_like(self.objective, dtype=torch.bool)
 
     def offer(self, x: Tensor, objective: Tensor, success: Tensor) -> None:
-        greater = (success == self.success) & (objective > self.objective)  # a NaN objective never is
+        greater = (success == self.success) & (objective > self.objective)  # False for NaN
         better = greater | (success & ~self.success)
         torch.where(per_sample(better, x), x, self.x, out=self.x)
         number = objective.nan_to_num(-math.inf, math.inf, -math.inf).to(self.objective.dtype)
@@ -211,7 +211,7 @@ class Best:
         self.success |= success
 
     def offer_rows(self, rows: Any, found: "Best") -> None:
-        """What was found for some rows, an index or a slice."""
+        """Offers what a run found for some rows, an index tensor or a slice."""
         x, objective, success = self.x.clone(), self.objective.clone(), self.success.clone()
         x[rows], objective[rows], success[rows] = found.x, found.objective, found.success
         self.offer(x, objective, success)
@@ -223,7 +223,7 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _uniform_in_unit_ball(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
-    """One point per sample, in the shape of x [B, ...].
+    """One point per sample, uniformly distributed, in the shape of x [B, ...].
 
     For p = 1, 2: g / (sum |g|^p + z)^(1/p), where g has a density proportional to exp(-|g|^p) and z ~ Exp(1) (Barthe,
     Guedon, Mendelson and Naor, "A probabilistic approach to the geometry of the l_p^n-ball", 2005, theorem 1).
@@ -256,7 +256,7 @@ def _is_magnitude(number: float | Tensor) -> bool:
 
 
 def _are_probabilities(logits: Tensor) -> Tensor:
-    """Whether all rows [B, C] of two classes or more are positive and sum to 1."""
+    """Whether every row of logits [B, C], C > 1, is non-negative and sums to 1."""
     near = (logits.float().sum(1) - 1).abs() < 1e-3
     return (near & (logits >= 0).all(1)).all() & (logits.shape[1] > 1)
 

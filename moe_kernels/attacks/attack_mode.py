@@ -1,4 +1,4 @@
-"""The mode in which a model is attacked: it stands still, only its input gets a gradient, and no trace is left."""
+"""The mode in which a model is attacked: frozen, with a gradient for its input alone, and afterwards as it was."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,22 +24,24 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
     """Context manager that freezes a model and, on exit or exception, puts everything back exactly.
 
     Inside, every module is in eval mode, every parameter has requires_grad False and .grad None, and the model works
-    on copies of its buffers. On exit every module has its own training flag again, every parameter its requires_grad
-    and its very .grad, every buffer name its very tensor, which was never written to, and the global random state (CPU
-    and, once initialised, CUDA) is what it was. The flags are set directly, so an overridden `train` or `eval` does not
-    run. May be nested and reused. Lazy parameters and buffers that are initialised inside stay initialised. Threads
-    attack the same model one after the other; models that share modules are not known to be one. What FSDP2
-    shards is sharded again on entry and on exit; its gradients are left to it. FSDP1 drops the gradients that it holds
-    when it is attacked: take the optimizer's step before. DDP takes rank 0's buffers once, on entry; what the processes
-    do inside, however often, is their own.
+    on copies of its buffers. On exit, all training and requires_grad flags and the global random state (CPU and, once
+    initialised, CUDA) are what they were, and .grad and buffers are the same tensors as before, never written to. The
+    flags are set directly, so an overridden `train` or `eval` does not run. May be nested and reused. Lazy parameters
+    and buffers that are initialised inside stay initialised.
 
-    A forward inside keeps for its backward only what the gradient of its input needs (`moe_kernels.attacks.lean`), and
-    on a CPU computes convolutions by Winograd's algorithm where that is faster, which rounds otherwise.
+    Threads that attack the same model take turns; threads whose models merely share modules do not. FSDP2
+    modules are resharded on entry and on exit, and their gradients are left to FSDP2. FSDP1 drops the gradients that it
+    holds when it is attacked, so step the optimizer first. DDP synchronises buffers with rank 0 once, on entry; inside,
+    its processes are independent and may make unequal numbers of forwards.
+
+    A forward inside keeps for its backward only what the gradient of its input needs (`moe_kernels.attacks.lean`). On
+    a CPU it computes convolutions by Winograd's algorithm where that is faster, which rounds differently.
 
     Args:
-        model: any module; a callable that is no module has nothing to freeze.
-        recompute: what the backward computes again instead of keeping it: "none"; "activations", the results of layer,
-            group and rms norms and what is cheap to compute from them, which costs a transformer time.
+        model: any module; a callable that is not a module is accepted, but has nothing to freeze.
+        recompute: what the backward computes again instead of keeping it: "none", or "activations": the results of
+            layer, group and rms norms and what is cheap to compute from them. Saves memory in a transformer and takes
+            longer.
 
     Raises:
         ValueError: if recompute is unknown, or on entry if the model was made under torch.inference_mode.
@@ -72,7 +74,7 @@ def mode_of(model: Callable[..., Any], recompute: str) -> LeanMode:
 
 @contextmanager
 def frozen(model: Callable[..., Any]) -> Iterator[None]:
-    """attack_mode but for what a forward keeps."""
+    """The part of `attack_mode` that freezes and restores the model; forwards keep what torch keeps."""
     with ExitStack() as stack:
         if isinstance(model, nn.Module):
             stack.enter_context(_LOCKS.setdefault(model, RLock()))
@@ -84,18 +86,18 @@ def frozen(model: Callable[..., Any]) -> Iterator[None]:
 
 
 def _freeze(model: nn.Module, stack: ExitStack) -> None:
-    fsdp.reshard(model)  # what is frozen are the shards, whose flags the whole parameters take at each forward
-    sharded = {id(p) for p in fsdp.parameters(model)}  # into whose gradients FSDP2 may reduce what is left of earlier
+    fsdp.reshard(model)  # to freeze the shards: at each forward the whole parameters take their flags
+    sharded = {id(p) for p in fsdp.parameters(model)}  # FSDP2 may still reduce earlier gradients into theirs
     modules: list[tuple[nn.Module, bool, list[Any], list[Any]]] = []
     parameters: dict[int, tuple[Tensor, bool]] = {}
     gradients: list[tuple[Tensor, Tensor | None]] = []
     stack.callback(_thaw, modules, parameters, gradients)
     stack.callback(fsdp.reshard, model)
-    # A copy instead of saving and restoring values: batch norm writes its statistics without raising their version,
-    # and writing them back would raise it under a graph of the caller's that saved them.
+    # Copies of buffers, not saved values that are written back: a write raises a buffer's version (which batch norm's
+    # own update does not) and would break a graph of the caller's that saved the buffer.
     copies: dict[int, Tensor | None] = {id(None): None}
     wrappers: list[DistributedDataParallel] = []
-    detached: dict[int, Any] = {}  # of what torch.func.functional_call has put there
+    detached: dict[int, Any] = {}  # in place of non-leaf tensors, which torch.func.functional_call has put there
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             wrappers.append(module)
@@ -111,7 +113,7 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
         for name, p in moving:
             parameters_of(module)[name] = detached.setdefault(id(p), p.detach())
         for name, parameter in parameters_of(module).items():
-            if id(parameter) in sharded:  # an exception in a forward may leave the whole one in its place
+            if id(parameter) in sharded:  # an exception in a forward may leave the whole parameter in its place
                 stack.callback(_set_flag, module, name, parameter.requires_grad)
             if parameter is not None and id(parameter) not in parameters:
                 if not is_lazy(parameter) and parameter.is_inference():
@@ -122,7 +124,7 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
                 if id(parameter) not in sharded:
                     gradients.append((parameter, parameter.grad))
                     parameter.grad = None
-    for ddp in wrappers:  # after buffers have been replaced: rank 0's are written to the copies
+    for ddp in wrappers:  # only now that buffers are replaced: rank 0's are written to the copies
         stack.enter_context(without_ddp(ddp))
 
 

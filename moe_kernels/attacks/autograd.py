@@ -1,4 +1,4 @@
-"""An operation that keeps for its input gradient what it is told to keep, in place of what torch would keep."""
+"""An operation that keeps for its input gradient what its caller chooses, in place of what torch would keep."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ Rule = Callable[..., Tensor]
 
 
 class _Lean(torch.autograd.Function):
-    """y, kept = forward(x), whose gradient is backward(grad, *kept) in the dtype of x; `written`: y takes x's place."""
+    """y, kept = forward(x), with the input gradient backward(grad, *kept); `written` overwrites x with y."""
 
     @staticmethod
     def forward(
@@ -34,7 +34,10 @@ class _Lean(torch.autograd.Function):
 
 
 def lean(x: Tensor, forward: Callable[..., Any], backward: Callable[..., Tensor], inplace: bool = False) -> Tensor:
-    """The y of y, kept = forward(x), in place where torch would allow it; dx is backward(grad, *kept)."""
+    """y of y, kept = forward(x), with the input gradient backward(grad, *kept).
+
+    `inplace` overwrites x with y; for a leaf, which torch would refuse, the result is NotImplemented.
+    """
     if inplace and (x.is_leaf or is_view(x)):
         return NotImplemented if x.is_leaf else x.copy_(_Lean.apply(x, forward, backward, False))
     return _Lean.apply(x, forward, backward, inplace)
@@ -43,7 +46,7 @@ def lean(x: Tensor, forward: Callable[..., Any], backward: Callable[..., Tensor]
 def piecewise(
     x: Tensor, function: Callable[[Tensor], Tensor], passes: Callable[[Tensor], Tensor], slope: float, inplace: bool
 ) -> Tensor:
-    """function(x), whose derivative is 1 where passes(x), elsewhere slope; keeps one bit per element."""
+    """function(x), whose derivative is 1 where passes(x) is True and `slope` elsewhere; keeps one bit per element."""
 
     def backward(grad: Tensor, bits: Tensor) -> Tensor:
         shifts = torch.arange(8, device=bits.device)
@@ -60,12 +63,12 @@ def _packed(mask: Tensor) -> Tensor:
 
 
 def blank_like(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """Makes memory in x's shape and layout to stand for x where a backward reads no value of it."""
+    """A function that makes an uninitialised tensor like x, for a backward that needs x's layout but not its values."""
     shape, stride = x.shape, x.stride()
     return lambda grad: torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)
 
 
 def each(size: Any, n: int) -> list[Any]:
-    """One number or n, as n."""
+    """n sizes, given as one number for all or as n numbers."""
     sizes = list(size) if isinstance(size, tuple | list) else [int(size)]
     return sizes * n if len(sizes) == 1 else sizes

@@ -1,4 +1,4 @@
-"""Repeats a step whose tensors stay in place, on a GPU as one recorded CUDA graph."""
+"""Repeats a step whose tensors stay in place; on a GPU, by replaying a CUDA graph of it."""
 
 import pickle
 import random
@@ -15,19 +15,19 @@ import torch
 from moe_kernels._torch import release_graph_pool
 
 TORCH, ATTACKS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
-_failed: list[torch.cuda.CUDAGraph] = []  # torch 2.11's allocator of pinned memory goes on asking them
+_failed: list[torch.cuda.CUDAGraph] = []  # kept alive, since torch 2.11's allocator of pinned memory still queries them
 
 
 class _NotRecordableError(Exception):
-    """Why a step has to be called every time."""
+    """The reason why a step cannot be recorded."""
 
 
 def repeat(step: Callable[[], None], times: int, device: torch.device | None) -> None:
-    """Calls `step` so many times; given a CUDA device, its third call is recorded there and replayed for all others.
+    """Calls `step` the given number of times; on a CUDA device, records the third call and replays it from then on.
 
-    The first call lets libraries choose their algorithms and compiles kernels, and the second is like all later ones.
-    Where it makes the host wait for the device, or draws random numbers on the host, which a recording would repeat,
-    nothing is recorded. Then, and where the recording fails, every step is called, and a warning says why.
+    In the first call libraries choose their algorithms and kernels are compiled; the second is like all later ones. If
+    the second makes the host wait for the device, or draws random numbers on the host, which every replay would repeat,
+    nothing is recorded. Then, or if the recording fails, every step is called and a warning says why.
     """
     if device is None or times < 4:
         for _ in range(times):
@@ -57,11 +57,11 @@ def repeat(step: Callable[[], None], times: int, device: torch.device | None) ->
 
 
 def _call_without_waiting(step: Callable[[], None]) -> None:
-    """Calls the step as far as the host has to wait for the device in it; restores torch's generator if it does."""
+    """Calls the step, up to where it makes the host wait for the device; then restores torch's generator and raises."""
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     state, mode = generator.get_state(), torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
+        warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -78,14 +78,14 @@ def _record(step: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.C
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     fault: BaseException | None = None
     try:
-        # Of this thread alone: another may pin memory or load a module meanwhile.
+        # Errors in this thread only: another may pin memory or load a module meanwhile.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             try:
                 step()
             except BaseException as error:
                 fault = error
                 raise
-    except BaseException as error:  # the end of the recording may have failed for the step's fault
+    except BaseException as error:  # if the step has failed, so may the end of the recording
         fault = fault or error
         _clean_up(graph, pool, stream)
         if not isinstance(fault, RuntimeError):
@@ -95,12 +95,12 @@ def _record(step: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.C
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> None:
-    """After a recording that failed: up to torch 2.11, the allocator and the generator take it to go on for ever."""
-    with suppress(RuntimeError):  # that the allocator has been told
+    """Ends a failed recording, which the allocator and the generator of torch up to 2.11 take to be still running."""
+    with suppress(RuntimeError):  # raised if the allocator has been told already
         release_graph_pool(pool)
         _failed.append(graph)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
-        torch.zeros(1, device="cuda")  # a recording that ends, and with it the generator's
+        torch.zeros(1, device="cuda")  # the end of this recording resets the generator
 
 
 def _host_randomness() -> bytes:
@@ -109,7 +109,7 @@ def _host_randomness() -> bytes:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of the error's traceback in the model, or else, in its backward, of an attack."""
+    """The innermost line of the traceback that belongs to the model or, for an error in its backward, to an attack."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if not f.filename.startswith(TORCH)] or frames
     frame = ([f for f in ours if not f.filename.startswith(ATTACKS)] or ours)[-1]

@@ -21,7 +21,7 @@ from moe_kernels._torch import (
 )
 from moe_kernels.attacks.rules import RULES, is_small
 
-# Norms keep their input, so that their result need not be kept, nor what is computed from it by the functions below it.
+# Norms keep their input, so neither their result nor what CHEAP functions compute from it need be kept.
 NORMS = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.rms_norm, torch.rms_norm}
 CHEAP = {
     *(F.linear, torch.ops.moe_kernels.expert_linear.default),
@@ -32,11 +32,11 @@ CHEAP = {
 ATTENTION = {F.scaled_dot_product_attention}  # which keeps its result
 RECORDED = NORMS | CHEAP | ATTENTION
 PRODUCTS = {F.linear, torch.ops.moe_kernels.expert_linear.default, Tensor.mul, torch.mul}  # which keep their factors
-# In a recipe, so that a chain of norms and linear maps is not computed from its start for each of them. At most half of
-# them lead to a norm's input, so that some are left for what follows the norm.
+# The longest recipe; without a limit, a chain of norms and linear maps would be computed from its start for each of
+# them. At most half of the steps may lead to a norm's input, so that some are left for what follows the norm.
 MOST_STEPS = 8
 
-# Torch hands these to the mode whole; such a copy of the same code does not, and hands over what it calls.
+# Torch hands a call of these to the mode as a whole; these copies of their code hand over the calls inside instead.
 OPENED = {
     f: FunctionType(f.__code__, {**f.__globals__, "has_torch_function": lambda _: False}, f.__name__, f.__defaults__)
     for f in [F.multi_head_attention_forward]
@@ -45,16 +45,17 @@ MATMULS = {torch.matmul, Tensor.matmul}
 
 
 class LeanMode(TorchFunctionMode):
-    """Context manager inside which an operation of RULES whose first argument alone requires grad follows its rule.
+    """Context manager in which an operation in RULES follows its rule if only its first argument requires grad.
 
-    Each call is looked at by itself. Everything else runs as torch alone would run it: arguments that a rule does not
-    take (`out=`), a second argument that requires grad, tensor subclasses, sparse and complex tensors, grad mode off,
-    torch.compile, torch.func transforms, forward-mode differentiation, and the inside of torch.utils.checkpoint, which
-    may recompute on a thread without the mode; and what the mode does not see, TorchScript and other threads.
+    Each call is judged on its own. Everything else runs as in torch alone: calls with arguments that a rule does not
+    take (`out=`) or with a second argument that requires grad; tensor subclasses, sparse and complex tensors; whatever
+    runs without grad mode, or under torch.compile, torch.func transforms or forward-mode differentiation; the inside
+    of torch.utils.checkpoint, which may recompute on a thread without the mode; and what the mode does not see:
+    TorchScript and other threads.
     """
 
     applied = False  # whether any rule has been followed
-    frees_parameters = False  # whether one may be gone when a recipe would need it, as under FSDP2
+    frees_parameters = False  # whether a parameter may be gone when a recipe needs it, as under FSDP2
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = _by_rule(func, args, kwargs or {}) if func in RULES else NotImplemented
@@ -65,9 +66,9 @@ class LeanMode(TorchFunctionMode):
 
 
 class RecomputingMode(LeanMode):
-    """The same, and the results of norms and what is cheap to compute from them are not kept, but computed again.
+    """LeanMode in which the results of norms, and what is cheap to compute from them, are recomputed instead of kept.
 
-    A recipe begins at what is kept anyway, the inputs of norms and the results of attention.
+    A recipe begins at what is kept anyway: the inputs of norms and the results of attention.
     """
 
     applied = True
@@ -80,8 +81,8 @@ class RecomputingMode(LeanMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if isinstance(func, MethodWrapperType):  # an attribute
-            if func.__self__ is Tensor.data:  # through which values may change unnoticed
+        if isinstance(func, MethodWrapperType):  # access to an attribute
+            if func.__self__ is Tensor.data:  # through which values may change without a new version
                 self.recipes.clear()
             return func(*args, **kwargs)
         known = func in RULES or func in RECORDED or func in OPENED
@@ -99,7 +100,7 @@ class RecomputingMode(LeanMode):
         return out
 
     def _opened(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-        """The same function in steps that the mode sees, where it would hide them."""
+        """For a func that hides its steps from the mode, the same in steps that the mode sees."""
         if func not in MATMULS or len(args) != 2 or kwargs or not all(map(_is_plain, args)):
             return OPENED.get(func)
         x, y = args
@@ -112,7 +113,7 @@ class RecomputingMode(LeanMode):
         return func(*args, **kwargs)
 
     def _record(self, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes that out = func(*args, **kwargs), where this can be computed again from what is kept anyway."""
+        """Records that out = func(*args, **kwargs), if this can be computed again from what is kept anyway."""
         recipes, tensors = self.recipes, _tensors(args, kwargs)
         if not (_is_plain(out) and out.requires_grad and all(map(_is_plain, tensors))):
             return
@@ -147,7 +148,7 @@ class RecomputingMode(LeanMode):
 
 
 def _by_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the rule of func gives, or NotImplemented."""
+    """The result of func's rule, or NotImplemented if it does not apply."""
     rule, x = RULES[func], args[0] if args else kwargs.get("input")
     if not isinstance(x, Tensor):
         return NotImplemented
@@ -155,12 +156,12 @@ def _by_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_small(rule, x, args) or not _applies() or not _only_first_needs_grad(_tensors(args, kwargs)):
             return NotImplemented
         return rule(func, *args, **kwargs)
-    except TypeError:  # arguments that func, too, may refuse, in its own words
+    except TypeError:  # arguments that the rule does not take; if func refuses them too, its own error is raised
         return NotImplemented
 
 
 def _matmul(x: Tensor, y: Tensor) -> Tensor:
-    """As torch multiplies batches of matrices."""
+    """x @ y for equal batch dimensions, as torch computes it."""
     z = torch.bmm(x.flatten(0, -3), y.flatten(0, -3))
     return unsafe_view(z, (*x.shape[:-1], y.shape[-1]))
 

@@ -1,7 +1,4 @@
-"""What an attack ascends: one number for each sample, from its logits and its label.
-
-All are computed from logits [B, C] and labels y [B], in fp32 or wider.
-"""
+"""Objectives that attacks ascend: one number per sample, from logits [B, C] in fp32 or wider and labels y [B]."""
 
 import math
 from collections.abc import Callable
@@ -17,13 +14,13 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{j != y} z_j - z_y (Carlini and Wagner 2017): above 0 where y is not predicted."""
+    """max_{j != y} z_j - z_y (Carlini and Wagner 2017), above 0 if y is not predicted."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
     return others - logits.gather(1, y[:, None]).squeeze(1)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """(max_{j != y} z_j - z_y) / (z_(1) - z_(3)), blind to shift and scale (Croce and Hein 2020, eq. 6)."""
+    """(max_{j != y} z_j - z_y) / (z_(1) - z_(3)), invariant to shift and scale (Croce and Hein 2020, eq. 6)."""
     check_classes("dlr", logits, 3)
     first, _, third = logits.topk(3, dim=1).values.unbind(1)
     return margin(logits, y) / (first - third + 1e-12)
@@ -43,4 +40,4 @@ def dlr_towards(target: Tensor) -> Loss:
 
 def check_classes(name: str, logits: Tensor, least: int) -> None:
     if logits.shape[1] < least:
-        raise ValueError(f"loss={name!r} must meet logits of at least {least} classes, got {logits.shape[1]}")
+        raise ValueError(f"loss={name!r} needs logits of at least {least} classes, got {logits.shape[1]}")

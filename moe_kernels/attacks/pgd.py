@@ -19,44 +19,45 @@ LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
 class PGD(Attack):
     """Projected gradient descent (Madry et al. 2018) on any torch model that returns logits.
 
-    The model is attacked in `attack_mode` and is left as it was, in whichever mode and under whichever grad mode the
-    call is made. A callable that is no module (a lambda around one, say) is not frozen: enter `attack_mode(module)`
-    around the call. Losses are per sample, in fp32 under autocast too, and summed, so that gradients do not shrink with
-    the batch and underflow in 16 bits. The host waits for the device to check x and y, to see between restarts which
-    samples withstand, and to read the NaN count at the end, never between steps.
+    The model is attacked in `attack_mode` and left as it was, whatever its own mode and the caller's grad mode. A
+    callable that is not a module (such as a lambda around one) is not frozen: call the attack inside
+    `attack_mode(module)`. Losses are computed per sample, in fp32 even under autocast, and summed, not averaged, so
+    that gradients do not shrink with the batch and underflow in 16 bits. The host waits for the device to check x and
+    y, between restarts to see which samples are left, and at the end to read the NaN count, never between steps.
 
     Args:
         model: maps x to logits [B, C].
         eps: radius of the ball in units of x: a number, a fraction such as "8/255", or a tensor [B].
         alpha: step size, likewise.
         steps: gradient steps; 0 returns the start.
-        norm: "Linf", "L2" or "L1"; "linf", float("inf"), "l2", 2, "l1" and 1 are the same.
+        norm: "Linf", "L2" or "L1", also spelled "linf", float("inf"), "l2", 2, "l1" or 1.
         loss: "ce"; "kl", KL(clean prediction || adversarial prediction) (Zhang et al. 2019); "margin",
             max_{j != y} z_j - z_y (Carlini and Wagner 2017); or a callable (logits, y) -> [B].
-        random_start: start uniformly in the ball, clamped to bounds; otherwise at x ("kl", whose gradient vanishes
-            there, 0.001 N(0, 1) of the bounds' width away from it, within the ball).
-        restarts: random starts, of which each sample keeps its best. A sample that is fooled takes no part in further
-            ones, unless keywords or a callable loss are given, which may belong to the whole batch.
-        targeted: y holds the classes to reach; the loss is descended.
-        bounds: the least and the greatest value of x.
-        seed: None starts from fresh entropy; a number makes every call repeat itself. The global random state is
-            neither read nor advanced.
-        best_iterate: return each sample's best iterate, successful ones before others, then by loss, at the price of
-            one more forward per restart; False returns the last iterate (of its best restart, if there are several).
-        attack_misclassified: whether samples that are misread as they are (with `targeted`, read as the target already)
-            are attacked, or returned unchanged; which samples withstand does not depend on it. None attacks them in a
-            single run, as training needs it, and not with restarts.
-        capture: "auto" records the third step as a CUDA graph and replays it for the others, where x is on a GPU, and
-            does nothing elsewhere; False never does. A model that waits for the device, or draws random numbers on the
-            host, cannot be recorded: its steps run one by one, and a warning says which line it is.
-        freeze_routing: take the gradients under the route of the clean x, which `model.route(x)` gives and
-            `model(x, routing=...)` takes, and judge the last iterate of each restart, alone, under its own route. A
-            weaker attack, since it never aims at the route: for training, not for evaluation.
-        recompute: "none" or "activations", which holds less of a transformer and takes longer; see `attack_mode`.
+        random_start: start uniformly in the ball, clamped to bounds; otherwise at x. For "kl", whose gradient vanishes
+            at x, start instead at x + 0.001 (high - low) N(0, 1), projected onto the ball.
+        restarts: number of random starts; each sample keeps its best result. A sample that has been fooled takes no
+            part in further ones, unless keywords or a callable loss are given, since these may refer to the whole
+            batch.
+        targeted: y holds the target classes, and the loss is descended.
+        bounds: the smallest and largest valid value of x.
+        seed: a number makes every call draw the same; None draws fresh entropy. The global random state is neither
+            read nor advanced.
+        best_iterate: return each sample's best iterate (a success beats a failure, then the loss decides), at the cost
+            of one more forward per restart; False returns the last iterate, with restarts that of the best one.
+        attack_misclassified: whether samples that are misclassified without an attack (with `targeted`, classified as
+            the target) are attacked; if not, they are returned unchanged. Which samples withstand does not depend on
+            it. None attacks them in a single run, as training needs, but not with restarts.
+        capture: "auto" records the third step as a CUDA graph and replays it from then on, if x is on a GPU; False
+            never does. A model that makes the host wait for the device, or draws random numbers on the host, cannot be
+            recorded: its steps run one by one, and a warning says why.
+        freeze_routing: take gradients under the route of the clean x, from `model.route(x)`, passed on as
+            `model(x, routing=...)`, and judge only the last iterate of each restart, under its own route. A weaker
+            attack, since it never aims at the route: for training, not for evaluation.
+        recompute: "none", or "activations", which saves memory in a transformer and takes longer; see `attack_mode`.
 
     Attributes:
-        nan_gradients, zero_gradients: how many (sample, step) pairs of the last call had a gradient with a NaN, and
-            one that was zero everywhere.
+        nan_gradients, zero_gradients: in how many (sample, step) pairs of the last call the gradient held a NaN, and in
+            how many it was zero everywhere.
 
     Raises:
         ValueError: if an argument, here or in the call, is not as described.
@@ -87,18 +88,18 @@ class PGD(Attack):
         if not callable(loss) and loss not in (*LOSSES, "kl"):
             raise ValueError(f"loss must be 'ce', 'kl', 'margin' or a callable (logits, y) -> [B], got {loss!r}")
         if loss == "kl" and targeted:
-            raise ValueError("targeted must be False with loss='kl', which knows no target class, got True")
+            raise ValueError("targeted must be False with loss='kl', which has no target class, got True")
         if capture not in ("auto", False):
             raise ValueError(f"capture must be 'auto' or False, got {capture!r}")
         if freeze_routing and not hasattr(model, "route"):
-            raise ValueError(f"freeze_routing must be False for a model without a method route, {type(model).__name__}")
+            raise ValueError(f"freeze_routing needs a model with a method route, got {type(model).__name__}")
         super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed, recompute)
         self.alpha = magnitude("alpha", alpha)
         if self.norm == "Linf" and not isinstance(self.alpha, Tensor) and not isinstance(self.eps, Tensor):
             width = bounds[1] - bounds[0]
             if self.alpha >= width > 2 * self.eps > 0:
-                message = f"alpha={self.alpha} crosses bounds {bounds} and eps={self.eps}; is 2/255 meant by 2?"
-                warnings.warn(message, stacklevel=2)
+                message = f"alpha={self.alpha} spans bounds {bounds} and the ball of eps={self.eps}"
+                warnings.warn(f"{message}; write 2/255, not 2", stacklevel=2)
         self.loss = loss
         self.targeted = targeted
         self.best_iterate = best_iterate
@@ -144,14 +145,14 @@ class PGD(Attack):
 
         repeat(step, self.steps, x.device if self.capture == "auto" and x.is_cuda else None)
         if self.restarts == 1 and self.attack_misclassified and not self.best_iterate:
-            best.x = x_adv  # which spares a forward
+            best.x = x_adv  # saves a forward
         else:
             with torch.no_grad():
                 best.offer(x_adv, *self._evaluate(x_adv, y, loss, kwargs))
         return best
 
     def start(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
-        """Where a restart begins, eps being [B]; a subclass may begin elsewhere in the ball."""
+        """The starting point of a restart, for eps [B]; a subclass may choose another one in the ball."""
         if self.random_start:
             return self._uniform_start(x, eps, generator)
         if self.loss == "kl":

@@ -1,4 +1,4 @@
-"""The rules of poolings, which keep indices of pixels or nothing."""
+"""Rules for pooling, which keep the indices of pixels or nothing at all."""
 
 import functools
 import inspect
@@ -50,7 +50,7 @@ def _adaptive_max_pool(
 def _keeping_indices(
     x: Tensor, pool: Callable[[Tensor], tuple[Tensor, Tensor]], pool_backward: Callable[..., Tensor]
 ) -> Tensor:
-    """The first of pool(x), of which the second, int64 indices of pixels, is kept as narrow as it can be."""
+    """y of y, indices = pool(x); the indices of pixels, int64, are kept in the narrowest dtype that holds them."""
     dtype = torch.int16 if math.prod(x.shape[2:]) < 2**15 else torch.int32
     blank = blank_like(x)
 
@@ -92,7 +92,7 @@ def _adaptive_avg_pool(func: Any, input: Tensor, output_size: Size | Sequence[in
 
 
 def _of_signals(rule: Rule, pool2d: Any) -> Rule:
-    """The rule of a pooling of signals [B, C, L], which torch, too, takes for images of one row."""
+    """The rule for pooling signals [B, C, L], which it treats, as torch does, as images of one row."""
     signature = inspect.signature(rule)
 
     @functools.wraps(rule)
@@ -107,7 +107,7 @@ def _of_signals(rule: Rule, pool2d: Any) -> Rule:
     return pool1d
 
 
-_OF_A_ROW = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "output_size": 1}  # heights
+_OF_A_ROW = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "output_size": 1}  # their first entry
 _MAX_POOLS = {
     F.max_pool2d: (2, aten.max_pool2d_with_indices, aten.max_pool2d_with_indices_backward),
     torch.max_pool2d: (2, aten.max_pool2d_with_indices, aten.max_pool2d_with_indices_backward),

@@ -1,7 +1,7 @@
 """What operations with frozen weights keep for their input gradient, in place of what torch would keep.
 
-Every rule below belongs to operations that are linear in their input, piece by piece: the input gradient needs to know
-the piece (a bit, an index) but not the input, so that second derivatives are those of the backward, and real.
+Each rule is for an operation that is piecewise linear in its input: the input gradient depends on the piece (a bit, an
+index) but not on the input itself, so differentiating the backward again gives the true second derivatives.
 """
 
 import functools
@@ -23,16 +23,16 @@ from moe_kernels.ops.winograd_conv2d import is_emulated, saves_work
 
 aten = torch.ops.aten
 
-# An input of fewer elements is kept, and a convolution of fewer products left to torch: calls in Python take longer.
-FEW, LITTLE = 2**18, 2**24
+# Smaller inputs are kept as by torch, and convolutions of fewer products left to it: calls in Python would cost more.
+MIN_ELEMENTS, MIN_PRODUCTS = 2**18, 2**24
 
 
 def is_small(rule: Rule, x: Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether a rule would not pay for itself, as far as sizes tell without a look at the other arguments."""
-    if rule is not convolution or len(args) < 2 or x.ndim < 3 or x.numel() >= FEW:
-        return x.numel() < FEW and rule is not convolution
+    """Whether the sizes of x and the weight alone show that the rule would not pay for itself."""
+    if rule is not convolution or len(args) < 2 or x.ndim < 3 or x.numel() >= MIN_ELEMENTS:
+        return x.numel() < MIN_ELEMENTS and rule is not convolution
     of_channel, outputs = x.numel() // max(1, x.shape[1]), len(args[1])
-    return of_channel * outputs < FEW and 9 * x.numel() * outputs < LITTLE
+    return of_channel * outputs < MIN_ELEMENTS and 9 * x.numel() * outputs < MIN_PRODUCTS
 
 
 def convolution(
@@ -50,11 +50,11 @@ def convolution(
         return NotImplemented
     if weight.shape[2:] == (3, 3) and groups == 1 and each(dilation, 2) == [1, 1]:
         height, width = input.shape[2:]
-        much = len(input) * height * width * weight.numel() >= LITTLE
+        much = len(input) * height * width * weight.numel() >= MIN_PRODUCTS
         if much and saves_work(input, weight, stride, pixels) and _fits_winograd(input, weight, bias):
             return _by_winograd(input, weight, bias, each(pixels, 2))
     coming_out = input.numel() // max(1, input.shape[1]) * len(weight) // math.prod(each(stride, input.ndim - 2))
-    if max(input.numel(), coming_out) < FEW:
+    if max(input.numel(), coming_out) < MIN_ELEMENTS:
         return NotImplemented
     settings = (stride, pixels, dilation, False, 0, groups)
     return _lean_convolution(
@@ -63,7 +63,7 @@ def convolution(
 
 
 def _fits_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch, too, would take these tensors, and they are dense."""
+    """Whether torch would accept these tensors, and they are dense."""
     others, dtype = [weight] if bias is None else [weight, bias], autocast_dtype(x)
     return (
         all(t.device == x.device and autocast_dtype(t) == dtype for t in others)
@@ -74,7 +74,7 @@ def _fits_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
-    """The convolution and its gradient, as of a single expert, in channels-last where torch would answer so."""
+    """The convolution and its input gradient as those of one expert, in channels-last if torch's result would be."""
     last = torch.channels_last in (memory_format(x), memory_format(weight))
     layout, dtype = torch.channels_last if last else torch.contiguous_format, autocast_dtype(x)
     convolve, opposite = OPERATORS["winograd_conv2d"], [2 - pixels for pixels in padding]
@@ -93,12 +93,12 @@ def _by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[i
 
 @functools.lru_cache(16)
 def _of_one_expert(rows: int) -> Tensor:
-    """Its offsets, on the CPU."""
+    """Offsets that give all rows to a single expert, on the CPU."""
     return torch.tensor([0, rows], dtype=torch.int32)
 
 
 def _pixels(padding: Size | str, weight: Tensor, dilation: Size) -> Size | None:
-    """The padding of each side in pixels, or None where its two sides differ."""
+    """The padding of a side in pixels, or None if two opposite sides differ."""
     if not isinstance(padding, str):
         return padding
     both = [d * (k - 1) for d, k in zip(each(dilation, weight.ndim - 2), weight.shape[2:], strict=True)]
@@ -141,7 +141,7 @@ def _lean_convolution(
     stride, padding, dilation, output_padding = sizes
     settings = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
     dtype, device = autocast_dtype(x), x.device.type
-    emulated = autocast_is_on(device) and is_emulated(x)  # and slower than fp32, whose result is rounded instead
+    emulated = autocast_is_on(device) and is_emulated(x)  # slower than fp32 with a rounded result
 
     def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
         if not emulated:
@@ -157,7 +157,7 @@ def _lean_convolution(
 
 
 def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # Autocast has torch keep a cast copy of the weight.
+    # Only under autocast does torch keep more than this rule, a cast copy of the weight.
     if weight.ndim != 2 or not autocast_is_on(input.device.type):
         return NotImplemented
 

@@ -95,7 +95,7 @@ def make_strength(
         raise UserError(f"eps must be a number above 0 or a fraction such as 8/255, got {eps!r}")
     if norm == "Linf" and radius > high - low:
         raise UserError(
-            f"eps must be at most {high - low:g}, the width of bounds {bounds}, got {eps}: is 8/255 meant by 8?"
+            f"eps must be at most {high - low:g}, the width of bounds {bounds}, got {eps}; write 8/255, not 8"
         )
     for name, count in (("batch_size", batch_size), ("steps", steps), ("restarts", restarts), ("queries", queries)):
         if count is not None and not (isinstance(count, int) and count > 0):
