@@ -1,4 +1,4 @@
-"""Experts spread over processes, with torch's own parts."""
+"""Expert parallelism: experts spread over processes, by torch's own device meshes and DTensors."""
 
 from moe_kernels.distributed.dispatch import AllToAll, Dispatcher
 from moe_kernels.distributed.expert_parallel import ExpertParallel, ddp_ignores_experts, parallel_experts

@@ -1,4 +1,4 @@
-"""Rows on their way to the processes of their experts, and back."""
+"""Sends rows to the processes of their experts, and the results back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,18 +30,18 @@ class Dispatcher(Protocol):
             offsets: int32 [E + 1].
 
         Returns:
-            The rows of all processes for this one's experts, sorted by expert and then by process, the int32 offsets
-            [E / processes + 1] of these, and what `combine` needs.
+            The rows of all processes for this process's experts, sorted by expert and then by process; their int32
+            offsets [E / processes + 1]; and whatever `combine` needs to send the results back.
         """
         ...
 
     def combine(self, y: Tensor, sent: Any) -> Tensor:
-        """Sends the results y of the rows that came by a `dispatch` back -> [N, ...] in that one's order."""
+        """Sends back the results y of the rows that `dispatch` returned -> [N, ...], in the order of its x."""
         ...
 
 
 class CachedByTensor(Generic[T]):
-    """A function of a tensor, computed once for as long as the tensor lives and is not written to."""
+    """A function of a tensor, whose result is remembered while the tensor is alive and not written to."""
 
     def __init__(self, function: Callable[[Tensor], T]) -> None:
         self.function = function
@@ -57,7 +57,7 @@ class CachedByTensor(Generic[T]):
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """Rows sent to and received from each process, and those received sorted by expert."""
+    """Numbers of rows sent to and received from each process, and `group_by_expert` of the received rows."""
 
     sent: list[int]
     received: list[int]
@@ -65,9 +65,10 @@ class _Plan:
 
 
 class AllToAll:
-    """A dispatcher by one `all_to_all_single` each way, and one of the counts, which the host waits for.
+    """A dispatcher that sends rows by one `all_to_all_single` in each direction.
 
-    Counts are exchanged once for the same offsets tensor: once for an attack under a forced route.
+    Another `all_to_all_single`, which the host waits for, exchanges the counts of rows first; once per offsets tensor,
+    and so once in a whole attack under a forced route.
 
     Args:
         mesh: one-dimensional, of P processes.
@@ -80,7 +81,7 @@ class AllToAll:
         self._plan = CachedByTensor(self._exchange_counts)
 
     def __deepcopy__(self, memo: Any) -> "AllToAll":
-        return self  # whose group cannot be copied
+        return self  # a process group cannot be copied
 
     def dispatch(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, _Plan]:
         plan = self._plan(offsets)
@@ -104,7 +105,7 @@ class AllToAll:
 
 
 class _Exchange(torch.autograd.Function):
-    """sent[p] rows to each process p, received[p] from it; the gradients go the other way."""
+    """Sends sent[p] rows to each process p and receives received[p] from it; gradients go the other way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -117,7 +118,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """x[order], of which `inverse` is the inverse."""
+    """x[order]; `inverse` is the inverse permutation of `order`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

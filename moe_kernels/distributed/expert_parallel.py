@@ -21,23 +21,23 @@ from moe_kernels.ops.expert_sum import expert_of_row
 class ExpertParallel(ParallelStyle):
     """Spreads the experts of a mixture over the processes of a mesh: `parallelize_module(moe, mesh, ExpertParallel())`.
 
-    Process p of P keeps experts p E / P to (p + 1) E / P. Every tensor of theirs becomes a DTensor that is sharded in
-    its first dimension; each process routes its own rows, which travel to their experts and back. All processes must
-    call the mixture the same number of times, in the same order, and a route that one forces they all must force.
+    Process p of P keeps experts p E / P to (p + 1) E / P - 1. Each of the experts' tensors becomes a DTensor sharded in
+    its first dimension. Each process routes its own rows, which travel to their experts and back. All processes must
+    call the mixture the same number of times and in the same order; if one forces a route, all must.
 
-    A loss is one process's own, and gradients are those of the mean of all losses, as in DistributedDataParallel and
-    FSDP, which make the same of the router and the rest.
+    Each process has its own loss, and the experts' gradients are those of the mean of all losses, as
+    DistributedDataParallel and FSDP give them for the router and the rest of the model.
 
     The module is a `RobustMoE` of an `ExpertMLP` or another grouped network, such a network itself, or the experts of a
     transformers mixture.
 
     Args:
-        dispatcher: makes, from the mesh and the number of experts E, what carries the rows.
-        average: False for the gradients of the losses' sum.
+        dispatcher: called with the mesh and the number of experts E, returns the `Dispatcher` that moves the rows.
+        average: False for the gradients of the sum of all losses.
 
     Raises:
-        ValueError: by `parallelize_module`, if the mesh is not one-dimensional, its size does not divide E, or the
-            module has no grouped experts.
+        ValueError: in `parallelize_module`, if the mesh is not one-dimensional, its size does not divide E, or the
+            module has no grouped experts or is parallel already.
     """
 
     def __init__(self, dispatcher: Callable[[DeviceMesh, int], Dispatcher] = AllToAll, *, average: bool = True) -> None:
@@ -75,7 +75,7 @@ class ExpertParallel(ParallelStyle):
 
 
 class _Parallel(nn.Module):
-    """The class before that of a grouped network whose rows come from all processes."""
+    """Base class put before a grouped network's own, whose rows then come from all processes."""
 
     combines = False
     dispatcher: Dispatcher
@@ -93,7 +93,7 @@ class _Parallel(nn.Module):
 
 
 class _ParallelOfTransformers(_Parallel):
-    """The class before that of a transformers mixture's experts."""
+    """Base class put before that of the experts of a transformers mixture."""
 
     groups: CachedByTensor[Groups]
 
@@ -114,7 +114,7 @@ class _ParallelOfTransformers(_Parallel):
 
 @contextmanager
 def local_tensors(experts: Any) -> Iterator[None]:
-    """Inside, every parameter and buffer is this process's part, as a plain tensor."""
+    """Inside, every parameter and buffer is a plain tensor: this process's part of it."""
     places = [
         (place, name, t)
         for m in experts.modules()
@@ -133,7 +133,7 @@ def local_tensors(experts: Any) -> Iterator[None]:
 
 
 class _Scaled(torch.autograd.Function):
-    """x, whose gradient is multiplied."""
+    """x itself; its gradient is multiplied by `scale`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
@@ -155,7 +155,7 @@ def _num_experts(experts: nn.Module) -> int:
     grouped = tensors and all(t.ndim > 0 and len(t) == found for t in tensors)
     if not grouped or isinstance(experts, ExpertList):
         raise ValueError(
-            "module must have grouped experts, each tensor [E, ...], as ExpertMLP or ExpertResNet18 do, "
+            "module must have grouped experts, whose tensors are all [E, ...], such as ExpertMLP or ExpertResNet18, "
             f"got {type(experts).__name__}"
         )
     return int(found)  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def parallel_experts(model: nn.Module) -> list[nn.Module]:
 
 
 def ddp_ignores_experts(model: nn.Module) -> nn.Module:
-    """The model, of which DistributedDataParallel then leaves alone what is spread over processes."""
+    """Tells DistributedDataParallel to ignore the model's tensors that are spread over processes -> the model."""
     names = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if isinstance(t, DTensor)]
     ddp_ignores(model, names)
     return model

@@ -1,1 +1,1 @@
-"""Doors to libraries that are imported only when asked for."""
+"""Integrations with other libraries, each imported only when it is used."""

@@ -1,6 +1,6 @@
-"""The experts of transformers' mixtures through this package's operators: `experts_implementation="moe_kernels"`.
+"""Runs the experts of transformers' mixtures by this package's operators: `experts_implementation="moe_kernels"`.
 
-y[t] = sum over i of weights[t, i] * down[e](gate(up[e](x[t]))), e = experts[t, i]; an id e >= E adds nothing
+y[t] = sum over i of weights[t, i] * down[e](gate(up[e](x[t]))) with e = experts[t, i]; an id e >= E adds nothing.
 """
 
 import functools
@@ -22,9 +22,9 @@ from moe_kernels.ops.expert_mlp import activate, expert_mlp_output
 from moe_kernels.ops.expert_sum import index_sum
 
 NAME = "moe_kernels"
-NEEDED = (5, 24)
+MIN_VERSION = (5, 24)
 RECOMPUTE = ("activations", "all")
-# The operators' own activations, by the class or function that a model calls; any other is called as it is.
+# The class or function that a model calls, and the operators' name for it; any other is called as it is.
 NAMES: dict[Any, str] = {F.silu: "silu", F.gelu: "gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
 GATED: dict[Any, str] = {"silu": "swiglu", "gelu": "geglu"}
 
@@ -32,12 +32,12 @@ GATED: dict[Any, str] = {"silu": "swiglu", "gelu": "geglu"}
 def register(recompute: str = "all") -> None:
     """Makes `experts_implementation="moe_kernels"` known to transformers.
 
-    Weights that are frozen cost no gradient, and nothing is kept for one. From then on `from_pretrained` and
-    `set_experts_implementation` refuse the name for a model without mixtures, where transformers would ignore it.
+    For frozen weights no gradient is computed, and nothing is saved for one. From then on `from_pretrained` and
+    `set_experts_implementation` raise if a model without mixtures is given the name, which transformers would ignore.
 
     Args:
-        recompute: "all" keeps the hidden states of the rows alone and computes each slot's first linear map and its
-            activation again in the backward; "activations" keeps the linear map's result, for a faster backward.
+        recompute: "all" saves only the rows' hidden states, and computes each slot's first linear map and activation
+            again in the backward; "activations" also saves the linear map's result, for a faster backward.
 
     Example:
         register()
@@ -46,7 +46,7 @@ def register(recompute: str = "all") -> None:
 
     Raises:
         ImportError: if transformers is not installed or older than 5.24.
-        ValueError: if recompute is unknown; by the two methods, if the model has no mixture that uses transformers'
+        ValueError: if recompute is unknown; in the two methods, if the model has no mixture that uses transformers'
             interface for experts.
     """
     check.one_of("recompute", recompute, RECOMPUTE)
@@ -54,7 +54,7 @@ def register(recompute: str = "all") -> None:
         import transformers
     except ImportError as error:
         raise ImportError("transformers >= 5.24 must be installed: pip install 'moe_kernels[transformers]'") from error
-    if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < NEEDED:
+    if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < MIN_VERSION:
         raise ImportError(f"transformers must be 5.24 or newer, got {transformers.__version__}")
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -64,7 +64,8 @@ def register(recompute: str = "all") -> None:
 
 @functools.cache
 def _refuse_models_without_mixtures(base: Any) -> None:
-    """Where users name an implementation; parts of a model are made elsewhere, and some of them have no mixture."""
+    """Only in the two methods by which users choose an implementation: transformers also makes a model's parts with
+    that choice, and some parts have no mixture."""
     load, choose = base.from_pretrained.__func__, base.set_experts_implementation
 
     @functools.wraps(load)
@@ -85,12 +86,12 @@ def _refuse_models_without_mixtures(base: Any) -> None:
     base.set_experts_implementation = set_experts_implementation
 
 
-Routes = dict[str, tuple[Tensor, Tensor]]  # by the name of a mixture's experts: experts and weights, both [T, k]
+Routes = dict[str, tuple[Tensor, Tensor]]  # {name of a mixture's experts: (experts, weights), both [T, k]}
 
 
 class SoftPrompt(nn.Module):
-    """A causal language model as a function of a prompt's embeddings, to be attacked: x [B, P, H], then the embeddings
-    of `tokens`, to the logits [B, V] of the next token.
+    """A causal language model as a function of its prompt's embeddings, which can be attacked: maps x [B, P, H],
+    followed by the embeddings of `tokens`, to the logits [B, V] of the next token.
 
     Args:
         model: a causal language model of transformers.
@@ -103,7 +104,7 @@ class SoftPrompt(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
 
     def route(self, x: Tensor) -> Routes:
-        """Where the mixtures of the model send x.
+        """Where the model's mixtures send x: experts and weights of each.
 
         Raises:
             ValueError: if the model has no mixture that uses transformers' interface for experts.
@@ -118,10 +119,10 @@ class SoftPrompt(nn.Module):
         return routes
 
     def forward(self, x: Tensor, routing: Routes | None = None) -> Tensor:
-        """The logits; with `routing`, which `route` gave for as many rows, of mixtures that send their rows there.
+        """The logits [B, V]; with `routing`, a result of `route`, the mixtures send their rows where it says.
 
         Raises:
-            ValueError: if `routing` is for another number of rows, or given to a model without mixtures.
+            ValueError: if `routing` is for another number of rows, or the model has no mixtures.
         """
         embed = self.model.get_input_embeddings()  # type: ignore[operator]
         x = x.to(embed.weight.dtype)
@@ -139,7 +140,7 @@ class SoftPrompt(nn.Module):
 
 
 def _mixtures(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The experts of the mixtures in a model, by their names."""
+    """(name, module) of the experts of every mixture in a model."""
     modules = [(name, module) for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
     if not modules:
         found = type(model).__name__
@@ -149,7 +150,7 @@ def _mixtures(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def _before_experts(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """Inside, hook(name, hidden states, experts, weights) sees, or replaces, what each mixture hands to its experts."""
+    """Inside, hook(name, hidden states, experts, weights) sees, or replaces, what each mixture's experts receive."""
     with ExitStack() as stack:
         for name, module in _mixtures(model):
             handle = module.register_forward_pre_hook(lambda _, args, name=name: hook(name, *args))
@@ -182,7 +183,7 @@ def experts_forward(
 
 
 def _mixture(self: Any, x: Tensor, experts: Tensor, weights: Tensor, rows: Tensor | None = None) -> Tensor:
-    """x [T, H], experts and weights [S, k] -> [S, H], row s reading x[rows[s]], or x[s] where rows is None."""
+    """x [T, H], experts and weights [S, k] -> [S, H]; row s reads x[rows[s]], or x[s] if rows is None."""
     order, position, offsets = group_by_expert(experts, self.num_experts)
     row = order // experts.shape[1]
     source = row if rows is None else rows.index_select(0, row)
@@ -204,7 +205,7 @@ def _map(self: Any, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 def activation_of(self: Any) -> str | Callable[[Tensor], Tensor]:
-    """What stands between the two linear maps: an operator's name for it, or the model's own function."""
+    """The activation between the two linear maps: the operators' name for it, or the model's own function."""
     from transformers import activations
     from transformers.integrations.moe import _default_apply_gate
 
@@ -222,20 +223,22 @@ def activation_of(self: Any) -> str | Callable[[Tensor], Tensor]:
 
 
 def _learns(self: Any, activation: str | Callable[[Tensor], Tensor]) -> bool:
-    """Whether the activation has parameters that are trained."""
+    """Whether the activation is the model's own function and has parameters that are trained."""
     function = getattr(self, "act_fn", None)
     parameters = function.parameters() if isinstance(function, nn.Module) else ()
     return callable(activation) and any(p.requires_grad for p in parameters)
 
 
 def _may_be_foreign(self: Any, experts: Tensor) -> bool:
-    """Whether slots may belong to other processes' experts; on a GPU, which is not waited for, as transformers says."""
+    """Whether slots may belong to other processes' experts. The ids themselves tell, except on a GPU, which is not
+    waited for: there transformers' flag does."""
     if check.may_read(experts):
         return bool((experts >= self.num_experts).any())
     return self._is_expert_parallel
 
 
 def _unsupported(self: Any, x: Tensor) -> str | None:
+    """Why the operators cannot run these experts on x, or None."""
     weight = self.gate_up_proj if self.has_gate else self.up_proj
     if type(weight) not in (Tensor, nn.Parameter):
         return f"the weights are of type {type(weight).__name__}"

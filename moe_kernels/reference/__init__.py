@@ -1,4 +1,4 @@
-"""The one plain-torch meaning of every operator, under the operator's own name and signature."""
+"""The definition of every operator in plain torch, under the operator's own name and signature."""
 
 from moe_kernels.reference.combine import combine, combine_input_grad, combine_weight_grad
 from moe_kernels.reference.expert_batch_norm import (

@@ -1,4 +1,4 @@
-"""out[t] = sum over i of weights[t, i] * y[position[t, i]]; its two adjoints, summed in fp32 or wider like it."""
+"""out[t] = sum over i of weights[t, i] * y[position[t, i]], and its two gradients; all summed in fp32 or wider."""
 
 import torch
 from torch import Tensor

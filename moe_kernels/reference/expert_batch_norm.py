@@ -1,4 +1,4 @@
-"""Per expert e and channel c: y = (x - mean) / sqrt(var + eps) * weight + bias; in training mean and var are of x."""
+"""Per expert and channel: y = (x - mean) / sqrt(var + eps) * weight + bias; in training mean and var are those of x."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Image j of expert e: y[j] = conv2d(x[j], weight[e]) + bias[e]."""
+"""y[j] = conv2d(x[j], weight[e]) + bias[e] for each image j of expert e."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Row j of expert e: y[j] = x[j] @ weight[e].T + bias[e]."""
+"""y[j] = x[j] @ weight[e].T + bias[e] for each row j of expert e."""
 
 import itertools
 

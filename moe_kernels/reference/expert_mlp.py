@@ -1,4 +1,4 @@
-"""Behind an expert MLP's first linear map: y[j] = weight[e] @ act(z[j]) + bias[e]; its gradients at z and the gate."""
+"""An expert MLP after its first linear map: y[j] = weight[e] @ act(z[j]) + bias[e]; gradients of its z and gates."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from moe_kernels.reference.combine import combine
 from moe_kernels.reference.expert_linear import expert_linear
 
-# gated activation: the function of the first half of z that scales the second half
+# {gated activation: the function of the first half of z that scales the second half}
 GATED = {"swiglu": "silu", "geglu": "gelu"}
 
 
@@ -48,7 +48,7 @@ def expert_mlp_output(
 def expert_mlp_hidden_grad(
     da: Tensor, z: Tensor, gates: Tensor, activation: str, z_needs: bool, weight_needs: bool, gates_needs: bool
 ) -> tuple[Tensor, ...]:
-    """dz = s da act'(z), s act(z) and <da, act(z)>; empty where not needed."""
+    """dz = s da act'(z), s act(z) and <da, act(z)>; those not needed are empty."""
     s, a = gates[:, None].to(da.dtype), activate(z, activation)
     if activation in GATED:
         (first, second), name = z.chunk(2, dim=1), GATED[activation]

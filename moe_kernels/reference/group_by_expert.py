@@ -1,4 +1,4 @@
-"""The stable order that sorts slots by expert, its inverse, and where each expert's slots begin."""
+"""The stable order that sorts slots by expert, the inverse of that order, and where each expert's slots begin."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""y = max(x, 0), with the bits that tell where the gradient passes: bit i % 8 of byte i / 8, in storage order."""
+"""y = max(x, 0), and a mask of where the gradient passes: element i, in storage order, is bit i % 8 of byte i // 8."""
 
 import torch
 from torch import Tensor

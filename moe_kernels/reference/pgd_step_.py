@@ -1,4 +1,4 @@
-"""x_adv <- clamp(x + project(x_adv + alpha * direction(grad) - x, eps), bounds), computed in fp64, rounded once."""
+"""x_adv <- clamp(x + project(x_adv + alpha * direction(grad) - x, eps), bounds), in fp64, rounded once at the end."""
 
 import math
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def _project_l1(delta: Tensor, eps: Tensor) -> Tensor:
-    """Each row of [B, n] onto the L1 ball of radius eps [B, 1]: Duchi et al., ICML 2008."""
+    """Projects each row of [B, n] onto the L1 ball of radius eps [B, 1] (Duchi et al., ICML 2008)."""
     size = delta.abs()
     total = size.sort(-1, descending=True).values.cumsum(-1)
     tau = ((total - eps) / torch.arange(1, size.shape[1] + 1, device=size.device)).amax(-1, keepdim=True).clamp(min=0)
     rest = (size - tau).clamp(min=0)
-    rounding = (rest.sum(-1, keepdim=True) - eps) / (rest > 0).sum(-1, keepdim=True).clamp(min=1)  # of cumsum
+    rounding = (rest.sum(-1, keepdim=True) - eps) / (rest > 0).sum(-1, keepdim=True).clamp(min=1)  # by cumsum
     return delta.sign() * (size - (tau + rounding).clamp(min=0)).clamp(min=0)
 
 
@@ -53,7 +53,7 @@ def pgd_step_normalized_(
     mean: Tensor,
     std: Tensor,
 ) -> Tensor:
-    """(x_adv - mean) / std per channel of the x_adv after its step, in the dtype of grad."""
+    """Takes the step, and returns (x_adv - mean) / std per channel, in the dtype of grad."""
     pgd_step_(x_adv, grad, x, eps, alpha, norm, bounds)
     mean, std = (t.view(-1, *[1] * (x.ndim - 2)) for t in (mean, std))
     return ((x_adv - mean) / std).to(grad.dtype)

@@ -1,4 +1,4 @@
-"""The k largest logits of each row; their weights are exp of the gate's log-probabilities, or a softmax of these."""
+"""The k largest logits of each row, weighted by the gate's probabilities, renormalized over the k on request."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ def _weights(wide: Tensor, experts: Tensor, gate: str, renormalize: bool) -> Ten
 
 
 def _choice(wide: Tensor, gate: str, bias: Tensor | None, groups: Sequence[int] | None) -> Tensor:
-    """[T, E], of which the k largest are chosen: the gate's scores plus the bias; -inf outside the row's groups, which
-    are those whose two largest entries have the largest sum (DeepSeek-V3, 2.1.2, for two experts of a row in a group).
-    """
+    """[T, E], whose k largest entries choose the experts: the gate's scores plus the bias, and -inf outside the row's
+    groups. These are the groups[1] groups in which the two largest entries have the largest sum (DeepSeek-V3, section
+    2.1.2, which sums as many entries as a row has experts per group: two there)."""
     scores = torch.sigmoid(wide) if gate == "sigmoid" else wide.softmax(-1)
     scores = scores if bias is None else scores + bias
     choice = scores.masked_fill(wide == -torch.inf, torch.finfo(scores.dtype).min)

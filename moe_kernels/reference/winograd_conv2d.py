@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-POINTS = [(2 / 3, 3 / 2), (-2 / 3, 3 / 2), (3 / 2, 2 / 3), (-3 / 2, 2 / 3)]  # each p beside the q of the other pair
+POINTS = [(2 / 3, 3 / 2), (-2 / 3, 3 / 2), (3 / 2, 2 / 3), (-3 / 2, 2 / 3)]  # (p, q): p is a point, +-q the other two
 NORMS = [2 * p**2 * (p**2 - q**2) for p, q in POINTS]
 G = [[1, 0, 0], *([1 / n, p / n, p**2 / n] for (p, _), n in zip(POINTS, NORMS, strict=True)), [0, 0, 1]]
 B_T = [[1, 0, -97 / 36, 0, 1, 0], *([0, -p * q**2, -(q**2), p, 1, 0] for p, q in POINTS), [0, 1, 0, -97 / 36, 0, 1]]
@@ -31,9 +31,9 @@ def winograd_conv2d(
 def winograd_conv2d_weight_grad(grad: Tensor, x: Tensor, offsets: Tensor, padding: list[int]) -> Tensor:
     _, g, a = _matrices(x)
     grad = F.pad(grad, (0, -grad.shape[3] % 4, 0, -grad.shape[2] % 4))
-    left = a.mT @ grad.unfold(2, 4, 4).unfold(3, 4, 4) @ a  # [N, O, rows, columns, 6, 6]
-    right, parts = _input_points(x, padding), pairwise(offsets.tolist())
-    return g.mT @ torch.stack([torch.einsum("nohwij,nchwij->ocij", left[i:j], right[i:j]) for i, j in parts]) @ g
+    grads = a.mT @ grad.unfold(2, 4, 4).unfold(3, 4, 4) @ a  # [N, O, rows, columns, 6, 6]
+    points, parts = _input_points(x, padding), pairwise(offsets.tolist())
+    return g.mT @ torch.stack([torch.einsum("nohwij,nchwij->ocij", grads[i:j], points[i:j]) for i, j in parts]) @ g
 
 
 def _matrices(x: Tensor) -> list[Tensor]:
@@ -41,7 +41,7 @@ def _matrices(x: Tensor) -> list[Tensor]:
 
 
 def _input_points(x: Tensor, padding: list[int]) -> Tensor:
-    """[N, C, rows, columns, 6, 6]"""
+    """B^T X B of every tile: [N, C, rows, columns, 6, 6]."""
     b, _, _ = _matrices(x)
     right, bottom = (padding[i] + -(x.shape[2 + i] + 2 * padding[i] - 2) % 4 for i in (1, 0))
     x = F.pad(x, (padding[1], right, padding[0], bottom))

@@ -50,15 +50,15 @@ def as_tuple(x: Any) -> tuple[Any, ...]:
 
 
 def to_double(args: Sequence[Any]) -> tuple[Any, ...]:
-    """Copies in fp64 of what is floating-point."""
+    """The arguments with floating-point tensors copied to fp64."""
     return tuple(a.to(torch.float64, copy=True) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 def assert_matches(out: Any, low: Any, exact: Any, dtype: torch.dtype) -> None:
-    """The tolerance rule: max|out - exact| <= 2 max|low - exact| + 2 eps(dtype) max|exact|; integers exactly.
+    """The tolerance rule: max|out - exact| <= 2 max|low - exact| + 2 eps(dtype) max|exact|; integers must be equal.
 
     `exact` is the reference in fp64 and `low` the reference in `dtype`, computed under InOrder so that the bound is the
-    same on every CPU; each a tensor or a tuple of tensors.
+    same on every CPU. Each is a tensor or a tuple of tensors.
     """
     for o, a, e in zip(as_tuple(out), as_tuple(low), as_tuple(exact), strict=True):
         assert o.shape == e.shape, f"shape {list(o.shape)}, expected {list(e.shape)}"
@@ -68,21 +68,21 @@ def assert_matches(out: Any, low: Any, exact: Any, dtype: torch.dtype) -> None:
         if e.numel() == 0:
             continue
         o, a, e = o.double().cpu(), a.double().cpu(), e.double().cpu()
-        assert not o.isnan().any(), "NaN in the result: unwritten or wrongly read memory"
+        assert not o.isnan().any(), "NaN in the result: memory that was not written, or read in the wrong place"
         error, slack = (o - e).abs().max(), (a - e).abs().max()
         bound = 2 * slack + 2 * torch.finfo(dtype).eps * e.abs().max()
         assert error <= bound, f"error {error:.3e} beyond the bound {bound:.3e} (reference's own error {slack:.3e})"
 
 
 def assert_equals(out: Any, function: Callable[..., Any], args: Sequence[Any], dtype: torch.dtype) -> None:
-    """`out` is function(*args), a plain torch function of arguments in `dtype`, by the tolerance rule."""
+    """Asserts that `out` equals function(*args), by the tolerance rule; function is plain torch, args in `dtype`."""
     exact = function(*to_double(args))
     with InOrder():
         assert_matches(out, function(*args), exact, dtype)
 
 
 def _leaves(args: Sequence[Any], needed: Sequence[int]) -> tuple[Any, ...]:
-    """The arguments as autograd leaves, of which `needed` want a gradient."""
+    """The arguments as autograd leaves; those at the positions `needed` require a gradient."""
     return tuple(
         a.detach().requires_grad_(i in needed) if isinstance(a, Tensor) and a.is_floating_point() else a
         for i, a in enumerate(args)
@@ -92,7 +92,7 @@ def _leaves(args: Sequence[Any], needed: Sequence[int]) -> tuple[Any, ...]:
 def gradients(
     function: Callable[..., Any], args: Sequence[Any], needed: Sequence[int], grads: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Gradients of sum(outputs * grads) over the floating outputs that carry one, for the arguments `needed`."""
+    """Gradients of sum(outputs * grads), over the floating-point outputs that have one, for the arguments `needed`."""
     leaves = _leaves(args, needed)
     outputs = [y for y in as_tuple(function(*leaves)) if y.is_floating_point()]
     pairs = [(y, g.to(y)) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
@@ -103,19 +103,19 @@ def gradients(
 
 
 def check_values(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """The operator equals its reference, by the tolerance rule."""
+    """Asserts that the operator equals its reference, by the tolerance rule."""
     function = getattr(reference, case.op)
     out = operator(case)(*case.arguments(dtype, device))
     assert_equals(out, function, case.arguments(dtype, device), dtype)
 
 
 def differentiable(args: Sequence[Any], buffers: Sequence[int] = ()) -> tuple[int, ...]:
-    """The arguments that take a gradient."""
+    """Positions of the arguments that have a gradient: floating-point tensors other than buffers."""
     return tuple(i for i, a in enumerate(args) if i not in buffers and isinstance(a, Tensor) and a.is_floating_point())
 
 
 def check_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """All gradients, and each alone with the other arguments frozen, equal the reference's."""
+    """Asserts that all gradients together, and each alone with the other arguments frozen, equal the reference's."""
     args = case.arguments(dtype, device)
     function = getattr(reference, case.op)
     source = Source(torch.float64, device, seed=1)
@@ -130,14 +130,14 @@ def check_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> None
 
 
 def check_repeats(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """The same arguments twice give bitwise equal results."""
+    """Asserts that two calls with the same arguments give bitwise equal results."""
     first_run, second_run = (as_tuple(operator(case)(*case.arguments(dtype, device))) for _ in range(2))
     for first, second in zip(first_run, second_run, strict=True):
         assert torch.equal(first, second)
 
 
 def check_threads(function: Callable[[], Sequence[Tensor]]) -> None:
-    """One thread, two and four give bitwise equal results."""
+    """Asserts that one, two and four threads give bitwise equal results."""
     before = torch.get_num_threads()
     results = []
     try:
@@ -152,7 +152,7 @@ def check_threads(function: Callable[[], Sequence[Tensor]]) -> None:
 
 
 def check_gradcheck(case: Case) -> None:
-    """First and second derivatives in fp64 equal finite differences."""
+    """Asserts that first and second derivatives in fp64 equal finite differences."""
     args = case.arguments(torch.float64)
     every = differentiable(args, case.buffers)
 
@@ -172,7 +172,7 @@ def check_gradcheck(case: Case) -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Collects the calls of this package's operators, those made in a backward included."""
+    """Collects the calls of this package's operators, including those made in a backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def reached(case: Case, dtype: torch.dtype, device: str = "cpu") -> list[tuple[Any, tuple[Any, ...]]]:
-    """The operators of this package that the case calls, forward and backward, with the arguments of the first call."""
+    """This package's operators that the case calls, forward and backward, each with the arguments of its first call."""
     args = case.arguments(dtype, device)
     every = differentiable(args, case.buffers)
     source = Source(torch.float64, seed=1)
@@ -202,8 +202,8 @@ OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def check_opcheck(case: Case, compiled: bool, device: str = "cpu") -> None:
-    """torch.library.opcheck of every operator that the case reaches, forward and backward; the slow check, of the
-    operator under compilation with dynamic shapes, only if `compiled`."""
+    """Runs torch.library.opcheck on every operator that the case reaches, forward and backward. The slow check, under
+    torch.compile with dynamic shapes, runs only if `compiled`."""
     checks = (*OPCHECK, "test_aot_dispatch_dynamic") if compiled else OPCHECK
     for func, call_args in reached(case, torch.float32, device):
         wanted = differentiable(call_args) if case.has_gradient else ()

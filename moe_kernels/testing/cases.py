@@ -10,7 +10,7 @@ from moe_kernels import reference
 from moe_kernels.testing.case import Case, Source
 from moe_kernels.testing.layer_cases import LAYER_CASES
 
-# Rows, experts and k of a routing.
+# (rows, experts, k) of a routing.
 ROUTINGS: dict[str, tuple[int, int, int]] = {
     "no_rows": (0, 3, 2),
     "one_row": (1, 3, 2),
@@ -175,7 +175,8 @@ def _kl_divergence_cases() -> list[Case]:
             logits = (scale * s.randn(rows, classes) for _ in range(2))
             return tuple(s.strided(x) if strided else x for x in logits)
 
-        # In fp64 the reference's own rounding of log p - log q exceeds the rule's two ulps: see test_kl_divergence.py.
+        # In fp64 the reference's own rounding of log p - log q exceeds the tolerance rule's two ulps, so
+        # test_kl_divergence.py tests fp64 by a tolerance of its own.
         return Case("kl_divergence", name, make, (torch.float32, torch.bfloat16))
 
     return [

@@ -1,4 +1,4 @@
-"""Finds, without a GPU, where the host would wait for one."""
+"""Finds, without a GPU, the operations for which the host would wait on one."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from moe_kernels._torch import TorchDispatchMode, local_scalar_dense, tree_leave
 
 aten = torch.ops.aten
 
-# They read a value, or have a result whose size depends on values.
+# Operations that read a value on the host, or whose result has a size that depends on values.
 WAITING = {
     local_scalar_dense,
     aten.allclose,
@@ -29,9 +29,9 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_}
 class HostSyncs(TorchDispatchMode):
     """Collects in `calls` the operations inside it, backward included, for which the host would wait on a GPU.
 
-    These are values read by the host, sizes that depend on values, and copies between devices; an operator of this
-    package counts by its effect alone, not by how it is computed on the CPU. Tensor.tolist on a CPU tensor escapes it
-    and raises on a meta tensor, so run on `device="meta"` what must not wait at all.
+    These are reads of a value by the host, results whose size depends on values, and copies between devices. An
+    operator of this package is judged as a whole, not by how it is computed on the CPU. Tensor.tolist goes unnoticed on
+    a CPU tensor but raises on a meta tensor, so run code that must never wait on `device="meta"`.
     """
 
     def __init__(self) -> None:
@@ -46,6 +46,7 @@ class HostSyncs(TorchDispatchMode):
 
 
 def waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
+    """Whether the host would wait on a GPU for the result `out` of func(*args, **kwargs)."""
     operation = func.overloadpacket
     if operation in WAITING:
         return True

@@ -1,4 +1,4 @@
-"""Sums and products that are taken one after the other, so that they round alike on every machine."""
+"""Sums and products computed one term after the other, so that they round the same way on every machine."""
 
 import math
 from collections.abc import Callable
@@ -14,11 +14,11 @@ aten = torch.ops.aten
 
 
 class InOrder(TorchDispatchMode):
-    """Inside, sums, products of matrices and convolutions are the textbook's: y = 0; y = y + a[k] b[k].
+    """Inside it, sums, matrix products and convolutions are computed as textbook loops: y = 0; y = y + a[k] b[k].
 
-    Each product and each sum is rounded, in the 16-bit types to float32, and the result once more. A vendor's kernel
-    sums up in as many parts as its registers have lanes, another number on another CPU, and so its error is no measure
-    for anybody else's.
+    Each product and each sum is rounded to the operands' dtype; with 16-bit operands to float32, and the result once
+    more to 16 bits. A vendor's kernel sums in as many parts as its registers have lanes, which differ from CPU to CPU,
+    so its error is no bound for that of another kernel.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -43,7 +43,7 @@ def _sum(x: Tensor, dims: Any = None, keepdim: bool = False) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """[..., M, K] and [..., K, N] to [..., M, N]"""
+    """[..., M, K] @ [..., K, N] -> [..., M, N]"""
     y = a.new_zeros(*a.shape[:-1], b.shape[-1])
     for k in range(a.shape[-1]):
         y += a[..., k : k + 1] * b[..., k : k + 1, :]
@@ -61,7 +61,8 @@ def _columns(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
 
 def _check_plain(x: Tensor, transposed: bool, output_padding: Any, groups: int) -> None:
     if transposed or groups != 1 or x.ndim != 4:
-        raise ValueError("convolution must be of images, in one group and not transposed, to be summed in order")
+        got = f"{x.ndim - 2} dimensions, groups={groups}, transposed={transposed}"
+        raise ValueError(f"a convolution inside InOrder must be 2-D, in one group and not transposed, got {got}")
 
 
 def _convolution(

@@ -1,4 +1,4 @@
-"""The arguments that the layers of experts must handle: batches sorted by expert."""
+"""The arguments that the operators on batches sorted by expert must handle."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +55,7 @@ def _expert_linear_cases() -> list[Case]:
         case("transposed", (4, 0, 5), 7, 3, transposed=True),
         case("no_columns", (4, 0, 5), 0, 3),
     ]
-    # Sums longer than a CPU core takes at a time: over columns, and in the gradients over results and rows.
+    # Sums longer than one block of the CPU kernels: over columns and, in the gradients, over results and over rows.
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     cases += [
         case("long_sums", (5, 0, 7), 530, 17, dtypes, gather=True),
@@ -84,7 +84,7 @@ def _expert_mlp_cases() -> list[Case]:
                 *((s.rand(tokens, k, dtype=s.wide), position, order // k) if combined else (None, None, None)),
             )
 
-        # In fp64 <da, act(z)> and <dout, y> differ by more than two ulps over many terms that cancel.
+        # Long sums not in fp64: <da, act(z)> and <dout, y> then differ by more than two ulps, as many terms cancel.
         return Case("expert_mlp_output", name, make, DTYPES[1:] if name in ("odd_sizes", "long_sums") else DTYPES)
 
     def hidden_grad(activation: str, needed: tuple[bool, ...]) -> Case:
@@ -204,7 +204,7 @@ def _winograd_conv2d_cases() -> list[Case]:
         case("channels_last", (3, 0, 2), 17, 37, size=(8, 12), layout=Source.channels_last),
         case("one_channel_channels_last", (2, 1), 1, 2, layout=Source.channels_last),
         case("strided", (1, 0, 2), layout=Source.strided),
-        case("a_row_beyond_a_block", (1, 1), 5, 9, size=(4, 800)),
+        case("row_longer_than_a_block", (1, 1), 5, 9, size=(4, 800)),
         case("many_channels", (50, 9), 40, 300, size=(7, 8)),
     ]
 

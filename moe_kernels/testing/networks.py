@@ -1,4 +1,4 @@
-"""Plain torch networks as users write them, to attack and to compare with."""
+"""Plain torch networks as users write them, to be attacked and compared with."""
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class ResNet18(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Writes its ReLUs in place, as torchvision does, and adds in place."""
+    """A pre-activation block whose ReLUs work in place, as torchvision's do, and whose shortcut is added in place."""
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Stages of pre-activation blocks: PreAct ResNet-18 is ((64, 2), (128, 2), (256, 2), (512, 2)), and WRN-28-10
-    ((160, 4), (320, 4), (640, 4)) behind a stem of 16."""
+    """Stages (width, number of blocks) of pre-activation blocks: PreAct ResNet-18 is ((64, 2), (128, 2), (256, 2),
+    (512, 2)) after a stem of width 64, WRN-28-10 is ((160, 4), (320, 4), (640, 4)) after a stem of width 16."""
 
     def __init__(self, stages: tuple[tuple[int, int], ...], stem: int, classes: int = 10) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class PreActResNet(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer of torch's own encoder layers; ViT-S/16 at 224 is the default."""
+    """A vision transformer made of torch's own encoder layers; the default is ViT-S/16 for 224 x 224 images."""
 
     def __init__(
         self, size: int = 224, patch: int = 16, width: int = 384, depth: int = 12, heads: int = 6, classes: int = 10
@@ -97,7 +97,7 @@ class ViT(nn.Module):
 
 
 def randomize_statistics(net: nn.Module) -> nn.Module:
-    """Gives batch norms statistics and weights of order 1, as after training."""
+    """Draws running statistics and weights of order 1 for every batch norm, as training would leave them."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             assert module.running_mean is not None and module.running_var is not None

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 def saved_bytes(function: Callable[[], Any], *, apart_from: nn.Module | None = None) -> int:
-    """Bytes of the distinct storages that function() saves for a backward, without `apart_from`'s own tensors.
+    """Bytes of the distinct storages that function() saves for a backward, without those of `apart_from`'s tensors.
 
-    They are counted while the result is alive, so that no storage is freed and counted again.
+    The result is kept alive while counting, so that no storage is freed and its address counted for another.
     """
     storages: dict[int, int] = {}
 

@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-# The function that a gated activation applies to the first half of the pre-activation, to scale the second half.
+# What a gated activation applies to the first half of the pre-activation; the result scales the second half.
 GATED = {"swiglu": "silu", "geglu": "gelu"}
 ACTIVATIONS = ("relu", "gelu", "silu", "relu2", *GATED)
 
 
 @triton.jit
 def activate(z, NAME: tl.constexpr):
-    positive = tl.where(z <= 0.0, 0.0, z)  # a NaN stays one
+    positive = tl.where(z <= 0.0, 0.0, z)  # keeps a NaN
     if NAME == "relu":
         return positive
     elif NAME == "relu2":

@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels by architecture."""
+"""Tile sizes of the Triton kernels, by GPU architecture."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Tile(NamedTuple):
-    """What one program computes, [m, n] in steps of k, and how: warps and depth of the software pipeline.
+    """What one program computes, [m, n] in steps of k, with how many warps and stages of the software pipeline.
 
     `tma` loads blocks through TMA descriptors in a persistent grid, where the operands' layouts allow it.
     """
@@ -22,7 +22,7 @@ class Tile(NamedTuple):
 # {architecture: {bytes per element: {size: tile}}}; "default" fits the 99 KB of shared memory of consumer GPUs
 Table = dict[int | str, dict[int, dict[str, Tile]]]
 
-MANY_ROWS = 128  # mean rows per expert from which the "many" tile is taken
+MANY_ROWS = 128  # the "many" tile is used from this mean number of rows per expert on
 
 EXPERT_LINEAR: Table = {
     80: {
@@ -42,7 +42,7 @@ EXPERT_LINEAR: Table = {
         4: {"many": Tile(64, 64, 32, 8, 3), "few": Tile(32, 64, 32, 4, 3)},
     },
 }
-# Two accumulators of [m, n] each.
+# A program holds two accumulators of [m, n].
 EXPERT_LINEAR_GATED: Table = {
     80: {
         2: {"many": Tile(128, 64, 64, 8, 3), "few": Tile(32, 64, 64, 4, 4)},
@@ -80,7 +80,7 @@ EXPERT_LINEAR_WEIGHT_GRAD: Table = {
         4: {"many": Tile(64, 64, 32, 8, 3), "few": Tile(64, 64, 32, 8, 3)},
     },
 }
-# Without size classes: a convolution has many rows as soon as it has images.
+# No size classes: even a few images give a convolution many rows.
 EXPERT_CONV2D: dict[int | str, dict[int, Tile]] = {
     80: {2: Tile(128, 128, 32, 8, 4), 4: Tile(128, 64, 16, 8, 3)},
     90: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 64, 16, 8, 3)},
@@ -92,7 +92,7 @@ EXPERT_CONV2D_WEIGHT_GRAD: dict[int | str, dict[int, Tile]] = EXPERT_CONV2D
 
 
 def choose(table: dict[int | str, Any], device: torch.device) -> Any:
-    """The entry of the device's architecture, or the default."""
+    """The table's entry for the device's architecture, or the default."""
     if device.type != "cuda":
         return table["default"]
     major, minor = torch.cuda.get_device_capability(device)
@@ -100,5 +100,5 @@ def choose(table: dict[int | str, Any], device: torch.device) -> Any:
 
 
 def size(num_rows: int, num_experts: int) -> str:
-    """The size class of a sorted batch, from what the host knows: the mean number of rows per expert."""
+    """The size class of a sorted batch, by the mean number of rows per expert: the host does not know more."""
     return "many" if num_rows >= MANY_ROWS * num_experts else "few"

@@ -1,7 +1,7 @@
 """Grouped 2-D convolution and its input gradient: one implicit GEMM over channels-last images.
 
-Rows are (image, y, x), columns output channels, and the sum runs over (kh, kw, channel). The input gradient is the same
-sum over the output gradient with the taps reversed, one residue of (y, x) modulo the stride at a time.
+Rows are (image, y, x), columns are output channels, and the sum runs over (kh, kw, channel). The input gradient is the
+same sum over the output gradient with the taps reversed, for one residue of (y, x) modulo the stride at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,10 @@ from moe_kernels.triton_kernels.tiles import at, dot, max_tiles
 
 @triton.jit
 def _find_tile(offsets, tile, positions, num_experts, BLOCK: tl.constexpr):
-    """(expert, tile among the expert's) by binary search, for images of `positions` rows each.
+    """(expert, index of the tile among the expert's) by binary search, for images of `positions` rows each.
 
-    Expert e owns the tiles from offsets[e] * positions // BLOCK + e on: enough for its rows, and without a scan.
+    Expert e's tiles begin at offsets[e] * positions // BLOCK + e, which needs no scan over the experts and leaves
+    every expert enough tiles for its rows.
     """
     low = 0
     high = num_experts - 1
@@ -98,7 +99,7 @@ def _expert_conv2d_kernel(
 
     o = tl.program_id(0) % o_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_K)
-    # Within an image, and within an expert's weight, offsets fit into 32 bits: channels_innermost() sees to it.
+    # Offsets within an image, and within an expert's weight, fit in 32 bits: channels_innermost() ensures that.
     x_tile = (x + at(image, x_stride_n) + start_h * x_stride_h + start_w * x_stride_w)[:, None] + c[None, :]
     weight_tile = weight + at(expert, w_stride_e) + first_h * w_stride_h + first_w * w_stride_w
     weight_tile += c[:, None] * w_stride_c + o[None, :] * w_stride_o
@@ -143,7 +144,7 @@ def expert_conv2d(
     relu: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Image j of expert e: conv2d(x[j], weight[e]) + bias[e], and its ReLU on request.
+    """For image j of expert e: conv2d(x[j], weight[e]) + bias[e], followed by a ReLU if `relu`.
 
     Args:
         x: [N, C, H, W].
@@ -156,8 +157,8 @@ def expert_conv2d(
         tile: None for the configured one.
 
     Returns:
-        [N, O, H', W'] in x's memory format. The kernel reads and writes channels that are innermost in memory, sixteen
-        bytes at a time; what lies otherwise is copied.
+        [N, O, H', W'] in x's memory format. The kernel reads and writes sixteen bytes of channels at a time, so an
+        operand whose channels are not innermost in memory is copied.
     """
     size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, weight.shape[3:], stride, strict=True)]
     out = empty_images(x, x.shape[0], weight.shape[1], *size)
@@ -178,7 +179,7 @@ def expert_conv2d_input_grad(
     *,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Gradient of `expert_conv2d` in its images: grad [N, O, H', W'] -> [N, C, height, width]."""
+    """Gradient of `expert_conv2d` with respect to its images: grad [N, O, H', W'] -> [N, C, height, width]."""
     out = empty_images(grad, grad.shape[0], weight.shape[2], height, width)
     if out.numel() > 0:
         make = partial(_conv2d, grad, weight, None, offsets, out, stride, padding, transposed=True)
@@ -187,19 +188,22 @@ def expert_conv2d_input_grad(
 
 
 def empty_images(like: Tensor, *shape: int) -> Tensor:
-    """Unwritten images in channels-last memory."""
+    """Uninitialized images in channels-last memory."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def check_counts(rows: int, *operands: Tensor) -> None:
-    """Raises where the kernels' 32 bits do not count the positions of all images, or the elements of one item."""
+    """Raises ValueError if 32-bit indices cannot count the positions of all images, or one item's elements."""
     if max(rows, *(x.shape[1:].numel() for x in operands)) >= 2**31:
         shapes = ", ".join(str(list(x.shape)) for x in operands)
-        raise ValueError(f"a convolution takes fewer than 2^31 positions in all and elements in an image, got {shapes}")
+        raise ValueError(
+            "a convolution must have fewer than 2^31 positions in all images together, and fewer than 2^31 elements "
+            f"per image and per expert's weight, got {shapes}"
+        )
 
 
 def fit(block: int, size: int) -> int:
-    """A block no wider than the next power of two, and no narrower than tl.dot takes."""
+    """The block, cut down to the power of two that covers `size`, but to no less than the 16 that tl.dot needs."""
     return max(16, min(block, triton.next_power_of_2(size)))
 
 
@@ -263,8 +267,8 @@ def _conv2d(
 
 
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
-    """(architecture of the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
-    one = torch.empty(1, 1, 1, 1, 1, device="meta")  # integers of value 1 are constants to the compiler
+    """(architecture in the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
+    one = torch.empty(1, 1, 1, 1, 1, device="meta")  # the compiler treats integers of value 1 as constants
     for transposed in (False, True):
         arguments = one[0], one, one[0, 0, 0], one.new_empty(2, dtype=torch.int32), one[0], (1, 1), (0, 0)
         launch = _conv2d(*arguments, configs.EXPERT_CONV2D[90][4], transposed=transposed)

@@ -1,7 +1,7 @@
 """Weight gradient of the grouped 2-D convolution: dW[e] = sum over expert e's positions of grad^T x, tap by tap.
 
-Where the tiles of dW are too few to fill the device, each expert's positions are cut into equal parts, whose sums are
-added in a fixed order.
+If dW has too few tiles to fill the device, each expert's positions are split into equal parts, whose sums are added in
+a fixed order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from moe_kernels.triton_kernels.launch import Launch, strides
 from moe_kernels.triton_kernels.tiles import at, dot
 
 PROGRAMS = 512  # about two waves of one large GPU
-LEAST_ROWS = 1024  # a part of the sum shorter than this is not worth its fp32 partial result
+LEAST_ROWS = 1024  # a shorter part of the sum is not worth writing its fp32 partial result
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _expert_conv2d_weight_grad_kernel(
     first = part * steps * BLOCK_K
     last = tl.minimum(first + steps * BLOCK_K, rows)
 
-    # Within an image offsets fit into 32 bits: channels_innermost() sees to it.
+    # Offsets within an image fit in 32 bits: channels_innermost() ensures that.
     x_tap = x + kh * x_stride_h + kw * x_stride_w
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_K):
@@ -91,22 +91,22 @@ def expert_conv2d_weight_grad(
     tile: Tile | None = None,
     parts: int | None = None,
 ) -> Tensor:
-    """Gradient of `expert_conv2d` in its weight, the same bits every time.
+    """Gradient of `expert_conv2d` with respect to its weight, bitwise repeatable.
 
     Args:
         grad: [N, O, H', W'].
         x: [N, C, H, W].
         offsets: int32 [E + 1].
-        height: of the kernel.
-        width: of the kernel.
+        height: height of the convolution's kernel.
+        width: its width.
         stride: (vertical, horizontal).
         padding: (vertical, horizontal).
         tile: None for the configured one.
-        parts: in how many parts to sum each expert's positions; None to fill the device.
+        parts: number of parts that each expert's positions are summed in; None for enough to fill the device.
 
     Returns:
-        [E, O, C, height, width]; zeros for an expert without images. The kernel reads and writes channels that are
-        innermost in memory, sixteen bytes at a time; what lies otherwise is copied.
+        [E, O, C, height, width]; zeros for an expert without images. The kernel reads and writes sixteen bytes of
+        channels at a time, so an operand whose channels are not innermost in memory is copied.
     """
     shipped = tile or configs.choose(configs.EXPERT_CONV2D_WEIGHT_GRAD, x.device)[x.element_size()]
     num_experts, rows = offsets.shape[0] - 1, grad.shape[0] * grad.shape[2] * grad.shape[3]
@@ -170,8 +170,8 @@ def _weight_grad(
 
 
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
-    """(architecture of the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
-    one = torch.empty(1, 1, 1, 1, device="meta")  # integers of value 1 are constants to the compiler
+    """(architecture in the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
+    one = torch.empty(1, 1, 1, 1, device="meta")  # the compiler treats integers of value 1 as constants
     arguments = one, one, one.new_empty(2, dtype=torch.int32), one[None, None], (1, 1), (0, 0)
     yield 90, "expert_conv2d dW of ones", _weight_grad(*arguments, configs.EXPERT_CONV2D_WEIGHT_GRAD[90][4])
     num_images, experts, size = 512, 4, 16

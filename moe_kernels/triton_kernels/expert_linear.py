@@ -1,4 +1,4 @@
-"""Grouped GEMM over a batch sorted by expert, one kernel: y[j] = act(x[rows[j]] @ weight[e].T + bias[e])."""
+"""Grouped GEMM over a batch sorted by expert, in one kernel: y[j] = act(x[rows[j]] @ weight[e].T + bias[e])."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +20,7 @@ def _load_weight(
     weight, expert, col, k0, n, k, w_stride_e, w_stride_n, w_stride_k,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_K, BLOCK_N] of weight[expert].T at (k0, col), zero outside of [k, n]."""
+    """[BLOCK_K, BLOCK_N] of weight[expert].T at (k0, col), zero outside [k, n]."""
     if LAYOUT == "NK":
         return weight.load([expert, col, k0]).reshape(BLOCK_N, BLOCK_K).trans()
     elif LAYOUT == "KN":
@@ -37,7 +37,7 @@ def _finish(
     acc, acc2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the bias, stores the pre-activation where z is wanted, and stores the activation."""
+    """Adds the bias, stores the pre-activation unless z is None, and stores the activation."""
     row = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.arange(0, BLOCK_N)
     mask = (row < end - first) & (cols < n - col)[None, :]
@@ -49,7 +49,7 @@ def _finish(
             acc2 += tl.load(bias2_e + at(cols, b_stride_n), mask=cols < n - col, other=0.0).to(tl.float32)[None, :]
     y += at(first, n) + col
     out = at(row, n) + cols[None, :]
-    # The activation sees z as it is stored, so that a backward that recomputes it differentiates this very value.
+    # The activation is taken of z as stored, so that a backward that recomputes it differentiates exactly this value.
     value = acc.to(y.dtype.element_ty)
     if GATED:
         value2 = acc2.to(y.dtype.element_ty)
@@ -135,7 +135,7 @@ def _expert_linear_fwd_kernel(
                 )  # fmt: skip
                 acc2 = dot(a, b2, acc2)
 
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)  # in quarters, or the temporaries of the epilogue spill
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)  # in quarters: otherwise the epilogue's temporaries spill
         left2, right2 = _halves(acc2, BLOCK_M, BLOCK_N)
         _finish_halves(
             left, left2, bias, y, z, expert, first, end, col, n, b_stride_e, b_stride_n,
@@ -158,11 +158,11 @@ def expert_linear(
     z: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Applies expert e's linear map to its rows, and on request the activation that follows.
+    """Applies each expert's linear map to its rows, and optionally the activation that follows.
 
     Args:
         x: [N, in] sorted by expert; with `rows`, [T, in] in any order.
-        weight: [E, out, in] by any strides: the input gradient is the same call with weight.transpose(1, 2).
+        weight: [E, out, in] with any strides: the input gradient is the same call with weight.transpose(1, 2).
         bias: [E, out] or None.
         offsets: int32 [E + 1].
         rows: int32 [N]; sorted row j reads x[rows[j]].
@@ -171,7 +171,7 @@ def expert_linear(
         tile: None for the configured one.
 
     Returns:
-        [N, out], or [N, out / 2] of a gated activation.
+        [N, out], or [N, out / 2] for a gated activation.
     """
     num_rows = (x if rows is None else rows).shape[0]
     gated = activation in GATED
@@ -235,7 +235,7 @@ def forward_launch(
             "X_LAYOUT": "pointer" if x_operand is None else "TMA",
             "W_LAYOUT": "pointer" if w_operand is None else w_layout,
             "EXPERTS": triton.next_power_of_2(num_experts),
-            "PERSISTENT": tile.tma and k > 0,  # flattened, which takes for granted that every tile has a step
+            "PERSISTENT": tile.tma and k > 0,  # flattening assumes that each tile has a step
         },
         tile.num_warps,
         tile.num_stages,
@@ -244,8 +244,8 @@ def forward_launch(
 
 
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
-    """(architecture of the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
-    one = torch.empty(1, 1, 1, device="meta")  # integers of value 1 are constants to the compiler
+    """(architecture in the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
+    one = torch.empty(1, 1, 1, device="meta")  # the compiler treats integers of value 1 as constants
     for activation in (None, "swiglu"):
         weight = one.new_empty(1, 2, 1) if activation else one
         arguments = one[0], weight, weight[..., 0], one.new_empty(2, dtype=torch.int32), None, one[0], weight[..., 0]

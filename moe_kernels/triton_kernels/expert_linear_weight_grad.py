@@ -80,19 +80,19 @@ def expert_linear_weight_grad(
     out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Sums grad[j] x[j]^T over each expert's rows; zeros for an expert without rows. Deterministic, without atomics.
+    """Sums grad[j] x[j]^T over each expert's rows, without atomics and so bitwise repeatable.
 
     Args:
         grad: [N, out].
         x: [N, in] sorted by expert; with `rows`, [T, in] in any order.
         offsets: int32 [E + 1].
         rows: int32 [N]; sorted row j reads x[rows[j]].
-        out: [E, out, in] by any strides, or None to allocate it. Where `grad` is what must be gathered, swap the
-            operands and give `out` transposed.
+        out: [E, out, in] with any strides, or None to allocate it. To gather the rows of `grad` instead of those of
+            `x`, swap the two and pass `out` transposed.
         tile: None for the configured one.
 
     Returns:
-        [E, out, in].
+        [E, out, in]; zeros for an expert without rows.
     """
     num_experts = offsets.shape[0] - 1
     if out is None:
@@ -140,8 +140,8 @@ def _weight_grad(grad: Tensor, x: Tensor, offsets: Tensor, rows: Tensor | None, 
 
 
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
-    """(architecture of the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
-    one = torch.empty(1, 1, 1, device="meta")  # integers of value 1 are constants to the compiler
+    """(architecture in the table, name, launch on meta tensors) of every shipped configuration, to be compiled."""
+    one = torch.empty(1, 1, 1, device="meta")  # the compiler treats integers of value 1 as constants
     arguments = one[0], one[0], one.new_empty(2, dtype=torch.int32), None, one
     yield 90, "expert_linear dW of ones", _weight_grad(*arguments, configs.EXPERT_LINEAR_WEIGHT_GRAD[90][4]["few"])
     num_rows, n, k, experts = 8192, 1024, 2048, 8

@@ -1,7 +1,7 @@
-"""Backward through an expert MLP's activation, recomputed from the saved pre-activation z, one pass over the slots.
+"""Backward through an expert MLP's activation, recomputed from the saved pre-activation z, in one pass over the slots.
 
-With dA' = dO W2, before the gate weight S, and A = act(z): dS = <dA', A>, dz = S dA' act'(z), and S A, as
-dW2 = dO^T (S A).
+With A = act(z), gate weights S and dA' = dO W2 (not yet scaled by S): dS = <dA', A>, dz = S dA' act'(z), and S A, which
+dW2 = dO^T (S A) needs.
 """
 
 from collections.abc import Iterator
@@ -77,11 +77,11 @@ def expert_mlp_hidden_grad(
         gates: fp32 [N], the gate weight of each row.
         activation: one of `activations.ACTIVATIONS`.
         z_needs, weight_needs, gates_needs: which of the results are computed; the others are empty.
-        block: rows and columns that a program holds at a time.
+        block: (rows, columns) that a program processes at a time.
 
     Returns:
-        dz like z, the weighted activation [N, n], and the gate gates' gradient fp32 [N]. A bias of the second linear
-        map adds <dO[row], bias[e]> to the last.
+        dz like z, the weighted activation [N, n], and the gates' gradient fp32 [N]. If the second linear map has a
+        bias, the caller adds <dO[row], bias[e]> to the last.
     """
     da, z, gates = da.contiguous(), z.contiguous(), gates.contiguous()
     pairs = ((z, z_needs), (da, weight_needs), (gates, gates_needs))
@@ -130,13 +130,10 @@ def hidden_grad_launch(
 
 
 def static_launches() -> Iterator[tuple[int | str, str, Launch]]:
-    """(architecture, name, launch on meta tensors) of the one configuration, to be compiled."""
-    one = torch.empty(1, 1, device="meta")  # integers of value 1 are constants to the compiler
-    yield (
-        90,
-        "expert_mlp hidden grad of ones",
-        hidden_grad_launch(one, one, one[0], "relu", [one, one, one[0]], (4, 512)),
-    )
+    """(architecture, name, launch on meta tensors) of the only configuration, to be compiled."""
+    one = torch.empty(1, 1, device="meta")  # the compiler treats integers of value 1 as constants
+    of_ones = hidden_grad_launch(one, one, one[0], "relu", [one, one, one[0]], (4, 512))
+    yield 90, "expert_mlp hidden grad of ones", of_ones
     for activation in ("gelu", "geglu"):
         da = torch.empty(8192, 1024, dtype=torch.bfloat16, device="meta")
         z = da.new_empty(8192, 2048 if activation in GATED else 1024)

@@ -1,26 +1,26 @@
-"""What the grouped GEMMs share: the dot, and where a program's tile lies, found on the device from the offsets."""
+"""Shared by the grouped GEMMs: the dot product, and finding a program's tile from the offsets, on the device."""
 
 import triton
 import triton.language as tl
 
-# Triton's interpreter holds bf16 as its bits and multiplies those.
+# Triton's interpreter stores bf16 as integers that hold its bits, and would multiply those integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def max_tiles(num_rows: int, num_experts: int, block: int) -> int:
-    """The most tiles of `block` rows that any distribution of the rows over the experts gives."""
+    """Upper bound on the number of tiles of `block` rows, however the rows are distributed over the experts."""
     return num_rows // block + num_experts
 
 
 @triton.jit
 def at(index, stride):
-    """The offset of an index along an axis, in 64 bits: either factor fits into 32, the product need not."""
+    """Memory offset of an index along an axis, in 64 bits: each factor fits in 32, but the product may not."""
     return tl.cast(index, tl.int64) * stride
 
 
 @triton.jit
 def tile_ends(offsets, num_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    """[EXPERTS] running total of tiles up to and including each expert; EXPERTS is num_experts up to a power of two."""
+    """[EXPERTS] running total of tiles up to and including each expert; EXPERTS is the power of two >= num_experts."""
     expert = tl.arange(0, EXPERTS)
     real = expert < num_experts
     begin = tl.load(offsets + expert, mask=real, other=0)
@@ -30,7 +30,7 @@ def tile_ends(offsets, num_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
 
 @triton.jit
 def find_tile(offsets, ends, tile, BLOCK: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of a tile; `ends` from tile_ends."""
+    """(expert, first row, end of the expert's rows) of a tile; `ends` comes from tile_ends."""
     expert = tl.sum((ends <= tile).to(tl.int32), 0)
     tiles_before = tl.max(tl.where(ends <= tile, ends, 0), 0)
     first = tl.load(offsets + expert) + (tile - tiles_before) * BLOCK
@@ -48,7 +48,7 @@ def grouped_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b, in fp32 and, for fp32 operands, without rounding them to tf32."""
+    """acc + a @ b, accumulated in fp32; fp32 operands are not rounded to tf32."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -12,17 +12,18 @@ from moe_kernels.triton_kernels.configs import Tile
 if TYPE_CHECKING:
     from moe_kernels.triton_kernels.launch import Launch
 
-_depth = 0  # of autotune(), for all threads: a backward runs in others
-fastest: dict[Hashable, Tile] = {}  # what was found so far
+_depth = 0  # nested autotune() contexts; global, because a backward runs in other threads
+fastest: dict[Hashable, Tile] = {}  # the choices made so far
 
 
 @contextmanager
 def autotune() -> Iterator[None]:
     """Context inside which the grouped GEMMs and convolutions on a GPU run with tiles found by timing.
 
-    The first call of a kernel with sizes of a new magnitude tries about ten tiles, some seconds; tiles that the device
-    has no room for are skipped. The choice lasts as long as the process and applies inside the context alone. Nothing
-    is timed while a graph is captured. Another tile may round a sum differently.
+    The first call of a kernel with sizes of a new magnitude (sizes rounded up to powers of two) tries about ten tiles,
+    which takes some seconds; tiles that need more memory than the device has are skipped. The choice is kept until the
+    process ends, but is used only inside this context. Nothing is timed while a CUDA graph is captured. Another tile
+    may round a sum differently.
     """
     global _depth
     _depth += 1
@@ -36,7 +37,7 @@ def choose(make: Callable[[Tile], "Launch"], shipped: Tile) -> Tile:
     """The tile to launch with: the shipped one, unless autotune() is active and knows or finds a faster one."""
     if _depth == 0:
         return shipped
-    key = _magnitude(make(shipped))
+    key = _key(make(shipped))
     if key not in fastest and not _capturing():
         fastest[key] = min(neighbours(shipped), key=lambda tile: milliseconds(make, tile))
     return fastest.get(key, shipped)
@@ -47,7 +48,7 @@ def _capturing() -> bool:
 
 
 def neighbours(tile: Tile) -> list[Tile]:
-    """The tile and those that differ from it in one respect."""
+    """The tile itself, and those that differ from it in one field."""
     m, n, _, warps, stages, _ = tile
     changed = [tile._replace(m=m // 2), tile._replace(m=2 * m), tile._replace(n=n // 2), tile._replace(n=2 * n)]
     changed += [tile._replace(num_stages=stages - 1), tile._replace(num_stages=stages + 1)]
@@ -56,14 +57,14 @@ def neighbours(tile: Tile) -> list[Tile]:
 
 
 def milliseconds(make: Callable[[Tile], "Launch"], tile: Tile) -> float:
-    """Median time of the launch with a tile; infinite where it cannot be compiled or the device has no room for it."""
+    """Median time of a launch with the tile; infinite if it does not compile or does not fit the device's memory."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     launch = make(tile)
     try:
         launch.compile()
-    except Exception:  # a pass of the compiler that fails raises no more than a RuntimeError
+    except Exception:  # a failing compiler pass raises nothing more specific than RuntimeError
         return math.inf
     try:
         return float(do_bench(launch.run, warmup=5, rep=20, return_mode="median"))
@@ -71,8 +72,8 @@ def milliseconds(make: Callable[[Tile], "Launch"], tile: Tile) -> float:
         return math.inf
 
 
-def _magnitude(launch: "Launch") -> Hashable:
-    """What a choice of tile holds for: the kernel, and its arguments with sizes rounded up to powers of two."""
+def _key(launch: "Launch") -> Hashable:
+    """What a choice of tile is remembered by: the kernel, and its arguments with sizes rounded up to powers of two."""
 
     def rounded(value: Any) -> Hashable:
         if isinstance(value, torch.Tensor):
