@@ -98,7 +98,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(
                 assert not (tmp_path / "report.json").exists()
     assert deaths == 4 and timeless(resumed) == timeless(whole)
     assert all(torch.equal(resumed.examples[name], value) for name, value in whole.examples.items())
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "examples.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "examples.safetensors", "outcomes.safetensors"}
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(resumed.to_json())
     assert model.training and 0 < whole.verdict.value <= whole.ra.value <= whole.sa.value == 0.95
 
@@ -303,7 +303,7 @@ def test_a_model_that_is_always_wrong() -> None:
         ({"eps": "8/x"}, "eps must be a number above 0 or a fraction such as 8/255, got '8/x'"),
         ({"eps": 8}, "eps must be at most 1, the width of bounds (0, 1), got 8; write 8/255, not 8"),
         ({"norm": "L0"}, "norm must be one of Linf, L2, L1, got 'L0'"),
-        ({"suite": "all"}, "suite must be one of quick, full, got 'all'"),
+        ({"suite": "all"}, "suite must be one of pgd, quick, full, got 'all'"),
         ({"bounds": (1, 0)}, "bounds must be (low, high) with low < high, got (1, 0)"),
         ({"bounds": (0, 0.5)}, "x must lie within bounds (0, 0.5), got values from"),
         ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),

@@ -73,7 +73,7 @@ def evaluate_model(
         y: classes [n], integers.
         eps: radius of the perturbation in units of x: a number, or a fraction such as "8/255".
         norm: "Linf", "L2" or "L1".
-        suite: "quick", or "full", which adds AutoAttack and every attack on the route.
+        suite: "pgd", that attack alone; "quick"; or "full", which adds AutoAttack and every attack on the route.
         bounds: the least and the greatest value of an image.
         batch_size: images that are attacked at a time.
         seed: of all random starts; the same seed gives the same report, bit for bit, on the same machine.
@@ -130,6 +130,7 @@ def evaluate_model(
             **figures,
         },
         found,
+        evaluation.outcomes,
     )
     if out is not None:
         report.save(out)

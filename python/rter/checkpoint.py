@@ -87,6 +87,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise damaged(path, str(error)) from None
 
 
+def floating_dtype(path: Path) -> str:
+    """The dtype of the floating-point tensors in a file of weights, such as float32."""
+    kinds = {str(t.dtype).removeprefix("torch.") for t in load_tensors(path).values() if t.is_floating_point()}
+    return ", ".join(sorted(kinds))
+
+
 def refusal(error: Exception) -> str:
     """Why a file of weights was not read, in one line; torch's own is a page on how to trust it."""
     named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))

@@ -1,4 +1,4 @@
-"""The commands: rter train | evaluate | report | demo | sweep | data. What is large is imported when it is used."""
+"""The commands: train, evaluate, export, report, demo, sweep, data. What is large is imported when it is used."""
 
 import argparse
 import dataclasses
@@ -64,12 +64,23 @@ def _evaluate(args: argparse.Namespace) -> None:
         from rter.report import name_of, table
         from rter.wording import summary, verdict
 
-        out = args.run_folder
-        run = TrainedRun(out, args.weights or "last", args.images, args.data_dir, args.device)
+        out = args.out or args.run_folder
+        weights = args.weights or "last"
+        run = TrainedRun(args.run_folder, weights, args.images, args.data_dir, args.device, args.out)
         report = evaluate(run, effort, progress=True)
         print(table({name_of(out): summary(report)}))
         print(verdict(report))
     print(f"written: {out / 'report.json'}; next: rter report {out}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from rter.export import export
+
+    file = export(args.run_folder, args.weights, args.out)
+    weights = "" if args.weights == "last" else f" --weights {args.weights}"
+    print(
+        f"written: {file}, {file.stat().st_size / 1e6:.2f} MB; next: rter evaluate {args.out}{weights} --data-dir DIR"
+    )
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -126,7 +137,15 @@ def _data(args: argparse.Namespace) -> None:
     args.run(args)
 
 
-COMMANDS = {"train": _train, "evaluate": _evaluate, "report": _report, "demo": _demo, "sweep": _sweep, "data": _data}
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "export": _export,
+    "report": _report,
+    "demo": _demo,
+    "sweep": _sweep,
+    "data": _data,
+}
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from rter.alpha import alpha_curve, alpha_flags
 from rter.attack import make_attack
 from rter.autoattack import auto_attack
 from rter.certificate import affine_router, paper_certificate, route_radius
-from rter.checkpoint import load_weights, read_lines, run_config
+from rter.checkpoint import floating_dtype, load_weights, read_lines, run_config, write_atomic
 from rter.config import Config
 from rter.data.load import load_data
 from rter.data.split import Data, Split
@@ -55,6 +55,7 @@ class TrainedRun:
         images: so many of the test images, drawn by the run's seed in the proportions of the classes; None for all.
         data_dir: folder of the data set's files, if they have moved since training.
         device: "cpu", "cuda" or "cuda:N"; None for a GPU, if there is one.
+        out: folder for the report; None for the run's.
     """
 
     folder: Path
@@ -62,6 +63,12 @@ class TrainedRun:
     images: int | None = None
     data_dir: str | None = None
     device: str | None = None
+    out: Path | None = None
+
+    @property
+    def file(self) -> Path:
+        """Of the weights."""
+        return self.folder / f"{self.weights}.safetensors"
 
     def load(self) -> tuple[Config, Data, RobustClassifier]:
         """Its settings, its data and its trained model, in eval mode."""
@@ -71,19 +78,19 @@ class TrainedRun:
             config.data, config.held_out, config.seed, config.data_dir, config.image_size, config.train_images
         ).to(where)
         model = build_model(config, data).to(where)
-        load_weights(self.folder / f"{self.weights}.safetensors", model)
+        load_weights(self.file, model)
         return config, data, model.eval()
 
 
 def evaluate(run: TrainedRun, effort: Effort, progress: bool = False) -> dict[str, Any]:
-    """Attacks the weights of a run; writes report.json and examples.safetensors into its folder.
+    """Attacks the weights of a run; writes report.json and examples.safetensors into its folder, or another.
 
     An evaluation that was killed goes on.
     """
     config, data, model = run.load()
     test = data.test if run.images is None else data.test.sample(run.images, config.seed)
-    history = read_lines(run.folder / "metrics.jsonl")
-    evaluation = Evaluation(model, test, strength_of(config, **asdict(effort)), run.folder / JOURNAL, progress)
+    history, out = read_lines(run.folder / "metrics.jsonl"), run.out or run.folder
+    evaluation = Evaluation(model, test, strength_of(config, **asdict(effort)), out / JOURNAL, progress)
     about = {
         "method": config.method,
         "data": config.data,
@@ -96,13 +103,17 @@ def evaluate(run: TrainedRun, effort: Effort, progress: bool = False) -> dict[st
         "train_seconds": history[-1]["seconds"] if history else 0.0,
         "collapsed": next((record["epoch"] for record in history if record.get("collapsed")), None),
         "weights": run.weights,
+        "weights_dtype": floating_dtype(run.file),
+        "run": None if run.out is None else str(run.folder),
         "split": "held-out" if data.official_test is None else "test",
         "classes": list(data.names),
         "held_out": len(test),
         "sample": None if len(test) == len(data.test) else {"of": len(data.test), "seed": config.seed},
     }
-    report = Report(about | measure(evaluation), examples(evaluation))
-    report.save(run.folder)
+    report = Report(about | measure(evaluation), examples(evaluation), evaluation.outcomes)
+    report.save(out)
+    if run.out:
+        write_atomic(out / "metrics.jsonl", (run.folder / "metrics.jsonl").read_bytes())
     evaluation.journal.finish()
     return report.figures
 
@@ -112,9 +123,9 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
 
     sa                       accuracy on clean images
     ra                       of the whole model, under PGD with restarts on the whole model
-    ra_e                     of each expert alone, under PGD on that expert
+    ra_e                     of each expert alone, under PGD on that expert; none in the suite "pgd"
     ra_r                     of the whole model, under PGD on the router's choice; None without a route
-    aa                       under AutoAttack's standard ensemble; None in the quick suite
+    aa                       under AutoAttack's standard ensemble; None but in the full suite
     aa_flags                 what AutoAttack warned of
     verdict                  part of the images that withstand every attack of the suite
     attacks                  part of the images that each attack leaves standing: one that gives a figure of its own,
@@ -127,6 +138,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
     route_radius             of affine routers: the median distance to a change of expert, and the part of the images
                              beyond eps, whose route is certified
     certificate              of the RT-ER paper, see `paper_certificate`
+    images                   their hash: figures of equal images are paired image by image, see rter.paired
     checks                   of the evaluation itself, see `sanity`
     eps_curve                [eps, accuracy] pairs; what breaks at one eps counts as broken at every larger one
     alpha_curve              of a dual model: see rter.alpha
@@ -136,7 +148,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         model, "pgd", restarts=strength.whole_restarts, among=clean, judge=lambda x_adv, part: _route(evaluation, x_adv)
     )
     evaluation.record("pgd", clean, whole.robust)
-    parts = _parts(evaluation)
+    parts = _Parts([]) if strength.suite == "pgd" else _parts(evaluation)
     for name, find in apgd_attacks(evaluation).items():
         evaluation.find(name, find)
     by_gradients, flags, aa, square = evaluation.standing.clone(), None, None, None
@@ -144,6 +156,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         aa, white, square, flags = auto_attack(evaluation)
         by_gradients &= white
     figures = {"sa": clean, "ra": whole.robust, "verdict": evaluation.standing} | ({} if aa is None else {"aa": aa})
+    evaluation.outcomes = figures
     routes = _routes(evaluation, whole, parts.route)
     seen = Seen(
         whole.robust,
@@ -161,6 +174,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
             "restarts": strength.whole_restarts,
         },
         "suite": strength.suite,
+        "images": evaluation.images_hash(),
         "batch_size": strength.batch_size,
         "queries": strength.queries if strength.full else None,
         "torch": torch.__version__,
@@ -179,7 +193,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         **routes,
         "checks": sanity(evaluation, seen),
         "eps_curve": eps_curve(evaluation, whole.robust),
-        **({"alpha_curve": _alpha_curve(evaluation, model)} if isinstance(model, DualClassifier) else {}),
+        **_alpha_curve(evaluation),
         "baselines": {},
     }
 
@@ -249,7 +263,7 @@ def eps_curve(evaluation: Evaluation, robust: Tensor) -> list[list[float]]:
     """Accuracy against eps. `robust` holds the images known to withstand the evaluation's own eps."""
     strength, standing = evaluation.strength, evaluation.clean.clone()
     curve = [[0.0, mean(standing)]]
-    for ratio in CURVE:
+    for ratio in (1.0,) if strength.suite == "pgd" else CURVE:
         eps = ratio * strength.eps
         if strength.norm == "Linf" and eps > 1:
             break
@@ -261,8 +275,10 @@ def eps_curve(evaluation: Evaluation, robust: Tensor) -> list[list[float]]:
     return curve
 
 
-def _alpha_curve(evaluation: Evaluation, model: DualClassifier) -> dict[str, Any]:
-    strength = evaluation.strength
+def _alpha_curve(evaluation: Evaluation) -> dict[str, Any]:
+    model, strength = evaluation.model, evaluation.strength
+    if not isinstance(model, DualClassifier) or strength.suite == "pgd":
+        return {}
 
     def compute(part: Tensor) -> dict[str, Tensor]:
         x, y = evaluation.x[part], evaluation.y[part]
@@ -272,7 +288,7 @@ def _alpha_curve(evaluation: Evaluation, model: DualClassifier) -> dict[str, Any
 
         return {"flags": alpha_flags(model, x, y, attack, predict)}
 
-    return alpha_curve(evaluation.of_each("alpha", evaluation.everything, compute)["flags"])
+    return {"alpha_curve": alpha_curve(evaluation.of_each("alpha", evaluation.everything, compute)["flags"])}
 
 
 def expert_alone(model: Any, expert: int) -> View:

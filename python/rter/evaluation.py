@@ -74,6 +74,7 @@ class Evaluation:
         clean: [n] bool, images that the model reads rightly.
         standing: [n] bool, those among them that no attack has broken so far.
         results: of each attack so far.
+        outcomes: [n] bool by the name of a figure that `rter.evaluate.measure` has found: the images that count for it.
     """
 
     def __init__(
@@ -87,19 +88,25 @@ class Evaluation:
         self.clean = said["class"] == self.y
         self.standing = self.clean.clone()
         self.results: list[AttackResult] = []
+        self.outcomes: dict[str, Tensor] = {}
 
     def _identity(self) -> dict[str, Any]:
-        weights, images = hashlib.sha256(), hashlib.sha256()
+        weights = hashlib.sha256()
         for name, value in self.model.state_dict().items():
             if isinstance(value, Tensor):
                 weights.update(f"{name} {value.dtype} {list(value.shape)}".encode())
                 weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         with seeded(self.strength.seed, self.x.device):  # for models that are random
             weights.update(predict(self.model, self.x[:64]).cpu().numpy().tobytes())
+        hashes = {"images": self.images_hash(), "model": weights.hexdigest()}
+        return hashes | asdict(self.strength) | {"torch": torch.__version__}
+
+    def images_hash(self) -> str:
+        """Of the images and their labels, in their order."""
+        images = hashlib.sha256()
         for tensor in (self.x, self.y):
             images.update(f"{tensor.dtype} {list(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
-        hashes = {"images": images.hexdigest(), "model": weights.hexdigest()}
-        return hashes | asdict(self.strength) | {"torch": torch.__version__}
+        return images.hexdigest()
 
     @property
     def everything(self) -> Tensor:

@@ -3,7 +3,7 @@
 import json
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,10 +51,12 @@ class Report:
     Args:
         figures: report.json; docs/evaluation.md says what each of its keys means.
         examples: the first image `x` of each class, `x_adv`, its `label`, and the classes that the model says.
+        outcomes: [n] bool for each of "sa", "ra", "aa" (in the full suite) and "verdict": the images that count for it.
     """
 
     figures: dict[str, Any]
     examples: dict[str, Tensor]
+    outcomes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def sa(self) -> Accuracy:
@@ -93,10 +95,11 @@ class Report:
         return json.dumps(self.figures, indent=2) + "\n"
 
     def save(self, folder: str | Path) -> None:
-        """Writes report.json and examples.safetensors into a folder, which is made if need be."""
+        """Writes report.json, examples.safetensors and outcomes.safetensors into a folder, made if need be."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(folder / "examples.safetensors", self.examples)
+        save_tensors(folder / "outcomes.safetensors", self.outcomes)
         write_atomic(folder / "report.json", self.to_json())
 
     def __str__(self) -> str:

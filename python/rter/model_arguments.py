@@ -1,7 +1,6 @@
 """The arguments of `rter evaluate --model`, which are checked before anything large is imported."""
 
 import argparse
-from pathlib import Path
 
 from rter.data import DATASETS
 from rter.errors import UserError, did_you_mean
@@ -25,10 +24,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", metavar="N", help="of all random starts, and of the images that are drawn (default: 0)"
     )
-    group.add_argument("--out", type=Path, metavar="DIR", help="folder for the report, and until then for what is done")
 
 
-ARGUMENTS = ("data", "image_size", "eps", "norm", "batch_size", "seed", "out")
+ARGUMENTS = ("data", "image_size", "eps", "norm", "batch_size", "seed")
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:

@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rter import plots
-from rter.wording import COLUMNS, certificate, counted, measured_on, summary, verdict
+from rter.paired import FIGURES as FIGURES_PAIRED
+from rter.paired import HEADING
+from rter.wording import COLUMNS, certificate, counted, measured_on, summary, verdict, weights_of
 
 Runs = Mapping[str, dict[str, Any]]  # reports by the names of their runs
 EXAMPLES_SHOWN = 12
@@ -75,8 +77,13 @@ pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--line); border-ra
 
 
 def make_page(runs: Runs, histories: Mapping[str, list[dict[str, Any]]], examples: Mapping[str, Mapping[str, Tensor]],
-              folders: Mapping[str, Path]) -> str:  # fmt: skip
-    """The page of the runs, the first of which is told whole where it is alone or has `examples`."""
+              folders: Mapping[str, Path], differences: Mapping[str, Mapping[str, str | None]] | None = None,
+              ) -> str:  # fmt: skip
+    """The page of the runs, the first of which is told whole where it is alone or has `examples`.
+
+    Args:
+        differences: of the first run's figures from those of others, see `rter.paired`.
+    """
     first = next(iter(runs))
     title = f"{first}: {runs[first]['method']}" if len(examples) == 1 else f"{len(runs)} runs: {', '.join(runs)}"
     parts = [f"<h1>{escape(title)}</h1>"]
@@ -88,6 +95,9 @@ def make_page(runs: Runs, histories: Mapping[str, list[dict[str, Any]]], example
             parts.append(f"<p>{escape(proved)}</p>")
     parts += ["<h2>Figures</h2>", _figures(runs), _plot("accuracy", "Accuracy against the radius of the perturbation, "
               "with one standard error to either side", lambda: plots.accuracy(dict(runs), runs[first]))]  # fmt: skip
+    if differences:
+        rows = [(name, "", [value or "-" for value in row.values()]) for name, row in differences.items()]
+        parts += ["<h2>Differences</h2>", f"<p>{escape(first)} {HEADING}</p>", _table(("run", *FIGURES_PAIRED), rows)]
     for name in examples:
         parts += _run(name, runs[name], histories.get(name, []), examples[name], len(examples) > 1)
     parts += ["<h2>How to make this again</h2>", *(_origin(name, runs[name], folders[name]) for name in examples)]
@@ -107,8 +117,8 @@ def setting(report: dict[str, Any]) -> str:
     epochs = f", {counted(report['epochs'], 'epoch')}" if report["epochs"] else ""
     return (
         f"Method {report['method']}{data}{epochs}; {model}. Perturbations within {report['norm']} distance "
-        f"{report['eps']:.4g}. Measured on {measured_on(report)}: {attack['steps']} steps of PGD with "
-        f"{counted(attack['restarts'], 'random start')}, and the {report['suite']} suite of attacks. "
+        f"{report['eps']:.4g}. Measured on {measured_on(report)}{weights_of(report)}: {attack['steps']} steps of PGD "
+        f"with {counted(attack['restarts'], 'random start')}, and the {report['suite']} suite of attacks. "
         f"Seed {report['seed']}."
     )
 
@@ -153,7 +163,7 @@ def _run(
     parts.append(_table(("check", "passed", "value"), checks))
     parts += [f"<p class='no'>AutoAttack warned: {escape(flag)}</p>" for flag in report["aa_flags"] or ()]
     drawn: dict[str, tuple[str, str, Callable[[], Figure]]] = {}
-    if report["num_experts"] > 1:
+    if report["num_experts"] > 1 and report["ra_e"]:
         drawn["experts"] = ("Experts", "Images that each expert gets, and its accuracy alone under PGD on it",
                             lambda: plots.experts(report))  # fmt: skip
     if history:
@@ -245,11 +255,13 @@ def _origin(name: str, report: dict[str, Any], folder: Path) -> str:
             f"suite={report['suite']!r}, steps={attack['steps']}, restarts={attack['restarts']}, seed={report['seed']})"
         )
     else:
-        words = ["rter", "evaluate", str(folder), "--weights", report["weights"], "--suite", report["suite"], "--steps",
+        run = Path(report.get("run") or folder)
+        words = ["rter", "evaluate", str(run), "--weights", report["weights"], "--suite", report["suite"], "--steps",
                  str(attack["steps"]), "--restarts", str(attack["restarts"])]  # fmt: skip
         words += ["--queries", str(report["queries"])] if report.get("queries") else []
         words += ["--images", str(report["held_out"])] if sample else []
-        command = f"rter train --config {shlex.quote(str(folder / 'config.json'))} --out NEW\n{shlex.join(words)}"
+        words += ["--out", str(folder)] if report.get("run") else []
+        command = f"rter train --config {shlex.quote(str(run / 'config.json'))} --out NEW\n{shlex.join(words)}"
     versions = [f"moe_kernels {made.get('moe_kernels', 'unknown')}", f"torch {report.get('torch', 'unknown')}"]
     versions += [f"Python {made.get('python', 'unknown')}", f"on {made.get('device', 'a machine that was not noted')}"]
     versions += [f"{made['threads']} threads"] if made.get("threads") else []

@@ -13,6 +13,7 @@ from rter.errors import UserError, did_you_mean
 from rter.methods import METHODS
 from rter.model_arguments import EVALUATE, add_model_arguments
 from rter.settings import CHOICES, OWN_DEFAULTS
+from rter.strength import RESTARTS
 
 TRAIN = """Trains a model into a new folder. A setting comes from its flag, or from the file given by --config, or it is
 the default. On several GPUs, or in several processes: torchrun --nproc-per-node N -m rter train ..."""
@@ -122,8 +123,15 @@ def make_parser() -> argparse.ArgumentParser:
                           "seed in the proportions of the classes (default: all)")  # fmt: skip
     evaluate.add_argument("--data-dir", metavar="DIR", help="folder of the data set's files (default: where a RUN had "
                           "them; of a --model: data)")  # fmt: skip
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder for the report, and until then for what is "
+                          "done (default: the RUN)")  # fmt: skip
     add_model_arguments(evaluate)
     _add_device(evaluate)
+
+    export = commands.add_parser("export", help="the weights of a run in fp16, with what `rter evaluate` needs of it")
+    export.add_argument("run_folder", type=Path, metavar="RUN", help="folder made by `rter train`")
+    export.add_argument("--weights", choices=("last", "best"), default="last", help="which (default: last)")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
 
     report = commands.add_parser("report", help="write report.html and report.md of a run or a sweep; of several "
                                  "runs a page that compares them")  # fmt: skip
@@ -184,8 +192,9 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_strength(parser: argparse.ArgumentParser, suite: str) -> None:
-    parser.add_argument("--suite", choices=("quick", "full"), default=suite, help="attacks: the quick ones, or also "
-                        f"AutoAttack and every attack on the route (default: {suite})")  # fmt: skip
+    parser.add_argument("--suite", choices=tuple(RESTARTS), default=suite, help="attacks: PGD on the whole model "
+                        "alone; the quick ones, also on the experts and the route; or also AutoAttack and every attack "
+                        f"on the route (default: {suite})")  # fmt: skip
     parser.add_argument("--steps", type=_positive, default=50, help="steps of PGD and APGD (default: 50)")
-    parser.add_argument("--restarts", type=_positive, help="PGD restarts on the whole model (default: 5, in the full "
-                        "suite 20)")  # fmt: skip
+    parser.add_argument("--restarts", type=_positive, help="PGD restarts on the whole model (default: 1, in the quick "
+                        "suite 5, in the full one 20)")  # fmt: skip

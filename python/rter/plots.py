@@ -59,7 +59,7 @@ def draw(
     }
     if history:
         figures["learning"] = lambda: learning(history)
-    if report["num_experts"] > 1:
+    if report["ra_e"] and report["num_experts"] > 1:
         figures["experts"] = lambda: experts(report)
     with plt.rc_context(STYLE):
         for file, figure in figures.items():

@@ -12,7 +12,8 @@ from rter.checkpoint import load_tensors, read_lines, read_report, write_atomic,
 from rter.data.files import damaged
 from rter.errors import UserError
 from rter.page import make_page
-from rter.wording import COLUMNS, certificate, counted, measured_on, summary, verdict
+from rter.paired import HEADING, differences
+from rter.wording import COLUMNS, certificate, counted, measured_on, summary, verdict, weights_of
 
 EXAMPLES = {"x", "x_adv", "label", "clean", "adversarial"}
 
@@ -66,19 +67,21 @@ def make_report(run: Path, baselines: Sequence[Path]) -> str:
 
 
 def compare(runs: Sequence[Path], file: Path) -> str:
-    """Writes a page of several runs; returns the table of their figures."""
+    """Writes a page of several runs; returns the table of their figures, and how the first differs from the others."""
     names = [name_of(run) for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"RUN must be folders of different names, got {', '.join(names)}")
     reports = {name: read_report(run) for name, run in zip(names, runs, strict=True)}
-    page = make_page(
-        reports,
-        {name: _history(run) for name, run in zip(names, runs, strict=True)},
-        {name: _examples(run) for name, run in zip(names, runs, strict=True)},
-        dict(zip(names, runs, strict=True)),
+    folders = dict(zip(names, runs, strict=True))
+    paired, unpaired = differences(folders, reports)
+    histories = {name: _history(run) for name, run in folders.items()}
+    write_atomic(
+        file, make_page(reports, histories, {n: _examples(run) for n, run in folders.items()}, folders, paired)
     )
-    write_atomic(file, page)
-    return table({name: summary(report) for name, report in reports.items()})
+    parts = [table({name: summary(report) for name, report in reports.items()})]
+    if paired:
+        parts += [f"{names[0]} {HEADING}", table(paired)]
+    return "\n\n".join([*parts, *unpaired])
 
 
 def _history(run: Path) -> list[dict[str, Any]]:
@@ -101,7 +104,7 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
         + (f"{counted(report['epochs'], 'epoch')}, " if report["epochs"] else "")
         + f"{report['norm']} perturbations of radius {report['eps']:.4g}, seed {report['seed']}. "
         f"Measured on {measured_on(report)}"
-        + (f" with the {report['weights']} weights" if report["weights"] in ("last", "best") else "")
+        + weights_of(report)
         + f": PGD of {attack['steps']} steps of {attack['alpha_ratio']:.3g} eps, "
         f"{counted(attack['restarts'], 'restart')} on the whole model. The standard error of an accuracy near 0.7 is "
         f"{(0.21 / report['held_out']) ** 0.5:.3f}.",
@@ -112,7 +115,7 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
         *(["![Learning curves](plots/learning.png)"] if report["epochs"] else []),
         *_evaluation(report),
     ]
-    if report["num_experts"] > 1:
+    if report["ra_e"] and report["num_experts"] > 1:
         parts += [
             "![Load and robustness of each expert](plots/experts.png)",
             f"Under the attack on the whole model {report['route_flip_rate_whole']:.1%} of the images change expert, "

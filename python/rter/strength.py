@@ -7,7 +7,7 @@ from rter.errors import UserError
 from rter.seeds import seed_for
 
 NORMS = ("Linf", "L2", "L1")
-RESTARTS = {"quick": 5, "full": 20}  # of PGD on the whole model, in each suite
+RESTARTS = {"pgd": 1, "quick": 5, "full": 20}  # of PGD on the whole model, in each suite
 BATCH = 512
 QUERIES = 5000  # of Square, as in AutoAttack's standard ensemble
 
@@ -17,7 +17,7 @@ class Effort:
     """How many attacks are tried, and how long each.
 
     Args:
-        suite: "quick" or "full", see rter.suite.
+        suite: "pgd", which is that alone, "quick" or "full"; see rter.suite.
         steps: of PGD and APGD.
         restarts: of PGD on the whole model; None for those of the suite.
         queries: of AutoAttack's Square.

@@ -1,5 +1,6 @@
 """The attacks of an evaluation that are built on APGD.
 
+    pgd      none: PGD on the whole model alone
     quick    APGD-CE and APGD-DLR; each expert together with the route to it
     full     also APGD-T, that attack with another weight, the joint attack, and soft gradients at three temperatures
 
@@ -22,7 +23,7 @@ TEMPERATURES = (1.0, 4.0, 16.0)
 def apgd_attacks(evaluation: Evaluation) -> dict[str, Find]:
     """By name."""
     model, strength = evaluation.model, evaluation.strength
-    if strength.norm == "L1":
+    if strength.norm == "L1" or strength.suite == "pgd":
         return {}
     with torch.no_grad():
         num_classes = model(evaluation.x[:1]).shape[1]

@@ -62,6 +62,14 @@ def measured_on(report: dict[str, Any]) -> str:
     )
 
 
+def weights_of(report: dict[str, Any]) -> str:
+    """Which weights of a run they are, and that they were rounded, if they were."""
+    if report["weights"] not in ("last", "best"):
+        return ""
+    dtype = report.get("weights_dtype", "float32")  # reports from before weights could be rounded have none
+    return f" with the {report['weights']} weights" + ("" if dtype == "float32" else f", stored in {dtype}")
+
+
 def certificate(report: dict[str, Any]) -> str:
     """What is proved, in two plain sentences at most; report.json has the constants."""
     parts, radius = [], f"within {report['norm']} distance {report['eps']:.3g}"
