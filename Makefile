@@ -17,7 +17,7 @@ CUDA := $(if $(shell command -v nvcc),$(VENV)/.cuda)
 run: $(READY)  ## train RT-ER on the embedded digits and write a report
 	$(BIN)/rter demo --out $(RUN)
 
-# Two threads in each process, so that work is shared among threads, and none spins while it waits for another.
+# Two threads in each process, so that work is split between threads; none spins while it waits.
 test: export OMP_NUM_THREADS := 2
 test: export OMP_WAIT_POLICY := passive
 test: $(READY) $(CUDA)  ## all tests, JOBS at a time
@@ -38,10 +38,10 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(READY)  ## the documentation site, into site/
 	$(BIN)/mkdocs build --strict
 
-# Large tensors of all contenders in huge pages.
+# Huge pages for the large tensors of every contender, ours and the others.
 bench bench-all: export THP_MEM_ALLOC_ENABLE := 1
 bench: ROWS := -m core
-bench bench-all: $(READY)  ## speed beside plain PyTorch, as ratios in one run: the core in 5 minutes; bench-all: every row, and memory
+bench bench-all: $(READY)  ## speed against plain PyTorch, as ratios within one run: the core in 5 minutes; bench-all: every row, and memory
 	@mkdir -p $(dir $(BENCH))
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' $(ROWS) --benchmark-enable --benchmark-json=$(BENCH) \
 	    --benchmark-columns=median
@@ -57,22 +57,22 @@ gpu-static: $(READY)  ## every GPU kernel compiled for every architecture: regis
 versions: $(READY)  ## build, load, test and compile with each supported torch, into docs/versions.md
 	$(BIN)/python checks/versions.py --environments $(ENVIRONMENTS)
 
-# On the machine's own Python, which has a CUDA torch, setuptools, ninja and pybind11; RESULTS=DIR says where to.
+# Uses the machine's own Python, which must have a CUDA torch, setuptools, ninja and pybind11; results go to RESULTS=DIR.
 gpu:  ## on a machine with a GPU, in six minutes: build, smoke test, speed, all cases, graphs, compute-sanitizer
 	$(PYTHON) checks/gpu.py $(if $(RESULTS),--results $(RESULTS))
 
 install: $(READY)
 
-# One environment; the isolated build would unpack torch a second time, and the attack libraries' pins would replace it.
+# An isolated build would unpack torch a second time, and the pins of the attack libraries would replace it.
 $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch numpy "setuptools>=77" pybind11 ninja
-	$(BIN)/python setup.py -q build_ext --inplace  # pip, which would hide what it says, finds it done
+	$(BIN)/python setup.py -q build_ext --inplace  # here, since pip would hide its output
 	$(BIN)/pip install -q --no-build-isolation -e '.[rter,test,lint,transformers,docs]'
-	$(BIN)/pip install -q --no-deps torchattacks foolbox eagerpy  # beside which ours are timed and tested
+	$(BIN)/pip install -q --no-deps torchattacks foolbox eagerpy  # ours are timed and tested against them
 	@touch $@
 
-# Of no use to a CPU build of torch but for the tests that look at it.
+# With a CPU build of torch, needed only by the tests that inspect the library.
 $(VENV)/.cuda: $(READY)
 	MOE_KERNELS_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@

@@ -1,8 +1,9 @@
-"""Builds the kernels: `moe_kernels._cpu_*` for each level of CPU always, `moe_kernels._cuda` for a torch built with
-CUDA, and beside them `moe_kernels._C`, which says what was built.
+"""Builds the kernels: `moe_kernels._cpu_*`, one for each CPU level, `moe_kernels._cuda` if torch was built with CUDA,
+and `moe_kernels._C`, which tells what was built.
 
-Environment variables: MOE_KERNELS_CUDA=1 demands the CUDA library, for a CPU build of torch too, and 0 leaves it out;
-TORCH_CUDA_ARCH_LIST names its architectures, as for torch's own extensions; MAX_JOBS bounds the compilers at work.
+Environment variables: MOE_KERNELS_CUDA=1 requires the CUDA library, even with a CPU build of torch, and 0 leaves it
+out; TORCH_CUDA_ARCH_LIST names its architectures, as for torch's own extensions; MAX_JOBS limits how many compilers run
+at a time.
 """
 
 import math
@@ -24,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0+PTX")
-# The oldest torch, of which pyproject.toml speaks: a library built with any later one serves it too.
+# The oldest supported torch, from pyproject.toml; a library built with any later one works with it too.
 OLDEST_TORCH = re.search(r"torch>=(\d+)\.(\d+)", (ROOT / "pyproject.toml").read_text())
 STABLE_ABI = f"0x{int(OLDEST_TORCH[1]):02x}{int(OLDEST_TORCH[2]):02x}000000000000"
 SECONDS_TO_COMPILE = 5  # a CUDA file for one architecture, on one core of an AMD EPYC (Zen 5)
@@ -44,7 +45,7 @@ def version(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Torch:
-    """The installed torch, read from its files: nothing of it is run, and pip's isolated build environment hides it."""
+    """The installed torch, read from its files and never imported, since pip's isolated build environment hides it."""
 
     folder: Path
     version: str
@@ -71,14 +72,14 @@ class Toolkit:
 
     @classmethod
     def find(cls, torch: Torch | None) -> "Toolkit | None":
-        """None to build for the CPU alone. A toolkit fits a torch of the same major version of CUDA, or of none."""
+        """The toolkit, of torch's major version of CUDA if torch has one; None to build for the CPU alone."""
         wanted = os.environ.get("MOE_KERNELS_CUDA", "")
         if wanted not in ("", "0", "1"):
             refuse(f"MOE_KERNELS_CUDA must be 0, 1 or unset, got {wanted!r}")
         if wanted == "0" or torch is None or (wanted == "" and torch.cuda is None):
             return None
         unfit = f"torch {torch.version} was built with CUDA {torch.cuda}" if torch.cuda else "MOE_KERNELS_CUDA=1"
-        remedy = "set CUDA_HOME to a fitting toolkit, or MOE_KERNELS_CUDA=0 to build for the CPU alone"
+        remedy = "set CUDA_HOME to a matching toolkit, or MOE_KERNELS_CUDA=0 to build for the CPU alone"
         home = os.environ.get("CUDA_HOME")
         places = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
         nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
@@ -98,7 +99,7 @@ class Toolkit:
         return None
 
     def architectures(self) -> list[str]:
-        """Those of TORCH_CUDA_ARCH_LIST, else the default ones that this nvcc knows: "9.0a", "10.0+PTX"."""
+        """Those in TORCH_CUDA_ARCH_LIST, or else the default ones that this nvcc knows, such as "9.0a", "10.0+PTX"."""
         listing = subprocess.run([self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
         known = set(re.findall(r"sm_(\d+)", listing))
         named = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; "))
@@ -110,7 +111,7 @@ class Toolkit:
         return named
 
     def runtime(self) -> str:
-        """What links libcudart.so, of which NVIDIA's Python packages hold no name without a version."""
+        """The linker's argument for libcudart.so, which NVIDIA's Python packages have only under a versioned name."""
         plan = subprocess.run(
             [self.nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
         ).stderr
@@ -125,15 +126,15 @@ def number(architecture: str) -> str:
 
 
 def jobs() -> int:
-    """Compilers at work at a time."""
+    """How many compilers run at a time."""
     wanted = os.environ.get("MAX_JOBS") or str(os.cpu_count())
     if not wanted.isdecimal() or int(wanted) < 1:
         refuse(f"MAX_JOBS must be a positive integer, got {wanted!r}")
     return int(wanted)
 
 
-# The levels that the CPU kernels are compiled for, of which the best that a CPU has is loaded. Fixed ones, not
-# -march=native: the same level gives the same numbers on every machine.
+# The levels that the CPU kernels are compiled for; the best that a CPU has is loaded. They are fixed, unlike
+# -march=native, so that the same level gives the same numbers on every machine.
 CPU_LEVELS = (
     ("x86-64", "x86-64-v3", "x86-64-v4") if platform.machine() in ("x86_64", "AMD64") else (platform.machine(),)
 )
@@ -185,7 +186,7 @@ class NinjaBuild(build_ext):
         }
         flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno"]
         flags += ["-fno-trapping-math", *march, "-Wall", "-Wextra", "-Wno-psabi", "-Werror=return-type"]
-        # Before the copy of pybind11 among torch's headers.
+        # Ahead of torch's headers, which contain a copy of pybind11.
         include = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
         n.variable("compiler", os.environ.get("CXX", "g++"))
         n.variable("linker", "$compiler")
@@ -211,7 +212,7 @@ class NinjaBuild(build_ext):
         n.variable("compiler", toolkit.nvcc)
         n.variable("linker", os.environ.get("CXX", "g++"))
         n.variable("flags", " ".join([*flags, *codes, "-DUSE_CUDA", *self.torch_flags()]))
-        # -z defs: a symbol that none of these libraries has is an error here, not where the library is loaded.
+        # -z defs: a symbol that none of these libraries has is an error here, not only when the library is loaded.
         n.variable("libraries", f"-Wl,-z,defs -L. -ltorch_cuda {toolkit.runtime()} {self.link_flags()}")
         n.rule("stub", "$linker -shared -fPIC -Wl,-soname,$out $in -o $out")
         n.build("libtorch_cuda.so", "stub", str(ROOT / "csrc/cuda/torch_cuda_stub.cpp"))
@@ -220,12 +221,12 @@ class NinjaBuild(build_ext):
         n.build(target, "link", [self.object(file) for file in files], implicit="libtorch_cuda.so")
 
     def torch_flags(self) -> list[str]:
-        # The version stands in every command, so that another torch in the same place compiles everything anew.
+        # The version is part of every command, so that everything is recompiled for another torch in the same place.
         defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"""-DMOE_KERNELS_TORCH='"{torch.version}"'"""]
         return [*defines, f"-I{ROOT / 'csrc'}", f"-isystem {torch.folder / 'include'}"]
 
     def link_flags(self) -> str:
-        # libtorch_cpu exports parts of the C++ library that it was linked with; ours come from the system's.
+        # -lstdc++ first: libtorch_cpu exports parts of its own C++ library, and ours must be the system's.
         return f"-lstdc++ -L{torch.folder / 'lib'} -ltorch_cpu"
 
     @staticmethod

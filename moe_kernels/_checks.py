@@ -54,7 +54,7 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def same_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Device equal, and dtype equal or about to be made so by autocast."""
+    """The same device, and the same dtype or one that autocast casts to the same."""
     floating(other_name, other)
     same_device(name, x, other_name, other)
     floating(name, x)
@@ -75,13 +75,13 @@ def offsets(x: Tensor, num_experts: int, like: Tensor) -> None:
 
 
 def ranges(offsets: list[int], num_rows: int) -> None:
-    """Offsets that have been read."""
+    """Checks offsets whose values are on the host."""
     if offsets[0] != 0 or offsets[-1] != num_rows or offsets != sorted(offsets):
         raise ValueError(f"offsets must run from 0 to the number of rows {num_rows} and not decrease, got {offsets}")
 
 
 def may_read(x: Tensor) -> bool:
-    """Whether x's values are at hand: on the CPU, and not under torch.compile."""
+    """Whether x's values can be read without waiting: on the CPU, and not under torch.compile."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -97,13 +97,13 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
 
 
 def channels(weight: Tensor) -> None:
-    """Of a convolution, [E, O, C, kh, kw]."""
+    """Checks the weight [E, O, C, kh, kw] of a convolution."""
     if 0 in weight.shape[1:3]:
         raise ValueError(f"weight must have at least one channel O and one C, got shape {list(weight.shape)}")
 
 
 def pair(name: str, x: int | Sequence[int], least: int) -> list[int]:
-    """One number or two, as two."""
+    """Two numbers, given as two or as one for both."""
     numbers = list(x) if isinstance(x, Sequence) else [x, x]
     if len(numbers) != 2 or any(not isinstance(n, Integral) or n < least for n in numbers):
         raise ValueError(f"{name} must be one or two integers >= {least}, got {x!r}")
@@ -111,7 +111,7 @@ def pair(name: str, x: int | Sequence[int], least: int) -> list[int]:
 
 
 def not_mapped(name: str, x: Tensor) -> None:
-    """Refuses what torch.func.vmap maps over while gradients are taken, as in vmap(grad(...))."""
+    """Refuses a tensor that torch.func.vmap maps over while gradients are taken, as in vmap(grad(...))."""
     if is_mapped(x):
         raise RuntimeError(
             f"{name} must be one tensor for all rows, got one for each sample of torch.func.vmap; differentiate "

@@ -17,10 +17,10 @@ from moe_kernels._torch import AutoDispatchBelowAutograd, has_kernel, inside_tra
 
 NAMESPACE = "moe_kernels"
 OPERATORS: dict[str, Callable[..., Any]] = {}  # by name, as this package calls them
-TRITON: dict[str, str] = {}  # operator: the file of triton_kernels that computes it on a GPU
-COMPOSED: set[str] = set()  # operators that other operators compute on a GPU
-KERNELS: set[tuple[str, str]] = set()  # operator and device type, of the libraries that are loaded
-level = ""  # of the CPU library that is loaded
+TRITON: dict[str, str] = {}  # operator -> the file of triton_kernels that computes it on a GPU
+COMPOSED: set[str] = set()  # operators that are composed of other operators on a GPU
+KERNELS: set[tuple[str, str]] = set()  # (operator, device type) that the loaded libraries implement
+level = ""  # instruction set of the loaded CPU library, such as x86-64-v3
 cuda_problem = ""  # why a CUDA build of torch has no CUDA library
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -34,10 +34,10 @@ def define(
     triton: str | None = None,
     composed: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Defines one operator from its schema, its shape rule and, where it is differentiable, its backward.
+    """Defines one operator from its schema, its shape rule and, if it is differentiable, its backward.
 
-    With `triton`, its CUDA implementation is the function of its name in that file of moe_kernels/triton_kernels; with
-    `composed`, that function of other operators.
+    Its CUDA implementation can be given as `triton`, the file of moe_kernels/triton_kernels that has a function of the
+    operator's name, or as `composed`, a function that calls other operators.
     """
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     name = schema.split("(")[0]
@@ -56,8 +56,8 @@ def define(
 
 
 def _call(name: str, operator: Callable[..., Any], differentiable: bool, *args: Any) -> Any:
-    """Where nothing is recorded, leaves out what torch registers for autograd: it is Python and takes longer than many
-    an operator. Under torch.func and in forward mode, of which what is registered knows nothing, runs the reference."""
+    """Without grad mode, skips what torch registers for autograd: it is Python and takes longer than many operators.
+    Under torch.func and in forward mode, which the registered backward does not support, runs the reference."""
     if inside_transform():
         return getattr(reference, name)(*args)
     if not differentiable or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -123,7 +123,7 @@ def _load_cuda() -> None:
 
 
 def cpu_levels() -> list[str]:
-    """The levels that CPU libraries are built for and that this CPU has, the lowest first."""
+    """The instruction sets that CPU libraries were built for and this CPU has, lowest first."""
     from moe_kernels import _C  # type: ignore[attr-defined]
 
     built = _C.cpu_levels.split()
@@ -131,7 +131,7 @@ def cpu_levels() -> list[str]:
 
 
 def cpu_level() -> str:
-    """The best of them, or that of MOE_KERNELS_CPU_LEVEL, which gives the numbers of a lesser CPU."""
+    """The best of them, or the one that MOE_KERNELS_CPU_LEVEL names, to reproduce the numbers of an older CPU."""
     here = cpu_levels()
     wanted = os.environ.get("MOE_KERNELS_CPU_LEVEL") or here[-1]
     if wanted not in here:

@@ -1,4 +1,4 @@
-"""Tensors that a backward computes again, from others that are kept, instead of keeping them."""
+"""Tensors that are not kept for a backward, which recomputes them from others that are."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ Leaves = Iterator[Callable[[], Tensor]]  # in the order in which a recipe needs 
 
 
 class Latest:
-    """Holds the latest result that was computed on the way to another and that others will ask for, too."""
+    """Keeps alive the latest intermediate result that other recipes will ask for too."""
 
     result: Tensor | None = None
 
@@ -41,17 +41,17 @@ class Recipe:
         self.result: StorageWeakRef | None = None
 
     def add_use(self) -> None:
-        """One more will ask for the result; the first asks for the results that it is computed from, too."""
+        """Counts one more use of the result; the first is also a use of each result that it is computed from."""
         if self.uses == 0:
             for recipe in self.origins:
                 recipe.add_use()
         self.uses += 1
 
     def compute(self, leaves: Leaves) -> Tensor:
-        """The result, computed once for all that hold it at the same time."""
+        """The result, computed once for all who hold it at the same time."""
         storage = storage_of(self.result) if self.result else None
         if storage is not None:
-            deque(islice(leaves, self.num_leaves), maxlen=0)  # are not needed
+            deque(islice(leaves, self.num_leaves), maxlen=0)  # skips leaves that are not needed
             return torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, 0, self.shape, self.stride)
         inputs = [i.compute(leaves) if isinstance(i, View) else next(leaves)() if i is LEAF else i for i in self.inputs]
         with self.autocast():
@@ -87,7 +87,7 @@ class Saved(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """The recipe of a living storage and its leaves, with the versions at which it holds."""
+    """The recipe for a storage that is alive, its leaves, and the versions of both for which it holds."""
 
     storage: StorageWeakRef
     version: int
@@ -97,11 +97,11 @@ class _Entry(NamedTuple):
 
 
 class Recipes:
-    """The recipes of tensors that are alive; `hooks()` is a context in which they are kept instead of the tensors.
+    """The recipes for tensors that are alive; inside the context `hooks()`, they are saved in place of the tensors.
 
-    Hooks that are active outside are given what is kept. Where there are none, a kept tensor that is written to before
-    the backward is an error, as without hooks. Recipes run inside `during`. With `latest` a backward computes less and
-    holds one tensor more.
+    What is saved is passed on to the saved-tensor hooks that are active outside. If there are none, writing to a saved
+    tensor before the backward is an error, as it is without hooks. Recipes run inside `during`. With `latest`, a
+    backward computes less and holds one more tensor.
     """
 
     def __init__(self, during: AbstractContextManager[Any] | None = None, latest: Latest | None = None) -> None:
@@ -118,7 +118,7 @@ class Recipes:
         self._sources.clear()
 
     def add_source(self, x: Tensor) -> None:
-        """x is kept anyway, or under autocast wider than it is, so that a recipe may begin at it."""
+        """Notes that x is kept anyway (under autocast perhaps in a wider dtype), so that a recipe may begin at it."""
         self._entries.pop(storage_key(x), None)
         self._sources = {key: source for key, source in self._sources.items() if not source.expired()}
         self._sources[storage_key(x)] = StorageWeakRef(x.untyped_storage())
@@ -128,7 +128,7 @@ class Recipes:
         return source is not None and not source.expired()
 
     def record(self, y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Any]) -> None:
-        """y = function(*inputs), which gives the same again; tensors without a recipe are its leaves."""
+        """Records y = function(*inputs), which a second call must reproduce; tensors without a recipe become leaves."""
         storage = y.untyped_storage()
         if y.storage_offset() or y.numel() * y.itemsize != storage.nbytes():
             return

@@ -33,14 +33,14 @@ def has_kernel(operator: str, device: str) -> bool:
 
 
 def all_to_all(x: Tensor, received: list[int], sent: list[int], group: Any) -> Tensor:
-    """sent[p] rows of x to each process p of a group, received[p] from it, as torch.compile can trace it."""
+    """Sends sent[p] rows of x to each process p of a group and receives received[p]; torch.compile can trace it."""
     from torch.distributed import _functional_collectives as collectives  # takes a second to import
 
     return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), received, sent, group))
 
 
 def release_graph_pool(pool: Any) -> None:
-    """Ends a recording into the pool of a CUDA graph, which has failed."""
+    """Ends a failed recording of a CUDA graph into its memory pool."""
     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
     torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
 
@@ -54,7 +54,7 @@ def is_view(x: Tensor) -> bool:
 
 
 def storage_key(x: Tensor) -> int:
-    """The same for all tensors that share x's memory, until it is freed."""
+    """A number that all tensors sharing x's memory have in common, until it is freed."""
     return x.untyped_storage()._cdata
 
 
@@ -63,7 +63,7 @@ def storage_of(reference: StorageWeakRef) -> torch.UntypedStorage | None:
     return torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
 
 
-# Modules: the dictionaries of their own tensors by name, writes to which bypass nn.Module.__setattr__.
+# Modules: the dictionaries of a module's own tensors by name; writing to them bypasses nn.Module.__setattr__.
 parameters_of: Callable[[nn.Module], dict[str, Any]] = attrgetter("_parameters")
 buffers_of: Callable[[nn.Module], dict[str, Any]] = attrgetter("_buffers")
 
@@ -80,14 +80,14 @@ def active_ddp() -> DistributedDataParallel | None:
 
 
 def ddp_ignores(model: nn.Module, names: list[str]) -> None:
-    """Parameters and buffers of these names are left alone by a DDP module that is made of the model later."""
+    """Makes a DDP module that is later built around the model ignore the parameters and buffers of these names."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 @contextmanager
 def without_ddp(ddp: DistributedDataParallel) -> Iterator[None]:
-    """Takes DDP's part out of forwards, of which processes may make unequal numbers, and out of their backwards, which
-    a static graph would take for that of a training step. Rank 0's buffers are taken once, on entry."""
+    """Switches DDP's communication off: in forwards, of which processes may make unequal numbers, and in backwards,
+    which a static graph would mistake for training steps. Buffers are synchronised with rank 0 once, on entry."""
     if ddp._check_sync_bufs_pre_fwd():
         ddp._sync_buffers()
     flags = {
@@ -114,13 +114,13 @@ def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tenso
 
 
 def inside_checkpoint() -> bool:
-    """Whether this runs in torch.utils.checkpoint, which keeps nothing of it and runs it a second time."""
+    """Whether this runs in torch.utils.checkpoint, which keeps none of its tensors and runs it a second time."""
     hooks = saved_tensor_hooks()
     return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 def inside_backward() -> bool:
-    """Whether this runs in a backward, where a checkpoint computes a forward again; never while it is compiled."""
+    """Whether this runs in a backward, as a forward does that a checkpoint repeats; False under torch.compile."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -129,7 +129,7 @@ def inside_forward_mode() -> bool:
 
 
 def inside_transform() -> bool:
-    """Whether torch.func differentiates what runs now, or forward mode does: then every step must be torch's own."""
+    """Whether torch.func or forward mode is differentiating what runs now, so that every step must be torch's own."""
     if inside_forward_mode():
         return True
     if not func_is_active():
@@ -157,7 +157,7 @@ def vjp(
 ) -> tuple[Tensor | None, ...]:
     """Differentiable vector-Jacobian product of a plain-torch function: the double backward of ops that need it.
 
-    `needed[i]` says whether inputs[i] wants a gradient; the result has one entry per input.
+    `needed[i]` says whether inputs[i] needs a gradient; the result has one entry per input, None where it does not.
     """
     with torch.enable_grad():
         leaves = [x.view_as(x) if want else x for x, want in zip(inputs, needed, strict=True)]
@@ -179,13 +179,13 @@ def autocast_is_on(device: str) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on for x's device, but for float64, which it leaves alone."""
+    """The dtype to which autocast casts x: its own if it is on for x's device and x is not float64, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if x.dtype != torch.float64 and autocast_is_on(device) else x.dtype
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors in the dtypes that autocast gives them."""
+    """The tensors, cast as autocast casts them; None stays None."""
     first = tensors[0]
     assert first is not None
     if not autocast_is_on(first.device.type):
@@ -194,7 +194,7 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def capture_autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes contexts in which autocast is what it is at this call."""
+    """A function that makes contexts in which autocast is as it was when capture_autocast was called."""
     enabled, dtype = captured = _autocast_state(device)
 
     def context() -> AbstractContextManager[Any]:

@@ -28,7 +28,7 @@ def build_info() -> dict[str, Any]:
         "operators": {
             op: {"cpu": _implementation(op, "cpu"), "cuda": _implementation(op, "cuda"), "reference": "torch"}
             for op in ops.__all__
-            if inspect.isfunction(getattr(ops, op))  # the others are their derivatives
+            if inspect.isfunction(getattr(ops, op))  # the others are derivatives of these
         },
     }
 
