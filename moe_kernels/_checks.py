@@ -96,6 +96,11 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
+def model(x: object) -> None:
+    if not callable(x):
+        raise ValueError(f"model must be a module or a function from x to logits, got {x!r}")
+
+
 def channels(weight: Tensor) -> None:
     """Checks the weight [E, O, C, kh, kw] of a convolution."""
     if 0 in weight.shape[1:3]:

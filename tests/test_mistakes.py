@@ -2,13 +2,28 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import APGD, PGD, RobustMoE, attack_mode, pgd_step_
+from moe_kernels import (
+    APGD,
+    PGD,
+    ExpertBatchNorm2d,
+    ExpertConv2d,
+    ExpertLayerNorm,
+    ExpertLinear,
+    ExpertPreActResNet,
+    ExpertResNet18,
+    ExpertViT,
+    RobustMoE,
+    attack_mode,
+    pgd_step_,
+    topk_route,
+)
 from moe_kernels.attacks import ExpertAttack, JointAttack
 
 X, Y = torch.rand(4, 3), torch.tensor([0, 1, 2, 0])
@@ -159,9 +174,10 @@ def test_what_an_attack_is_made_of(attack: type[PGD | APGD]) -> None:
     for eps in ([0.1] * 4, np.full(4, 0.1), np.array(["a"])):
         with pytest.raises(ValueError, match="eps must be finite and >= 0: a number"):
             attack(net, eps)
-    for model in (None, "net", [net]):
-        with pytest.raises(ValueError, match="model must be a module or a function from x to logits, got"):
-            attack(model)
+    for model in (None, "net", [net], 3):
+        for make in (attack, attack_mode):
+            with pytest.raises(ValueError, match="model must be a module or a function from x to logits, got"):
+                make(model)
 
 
 def test_what_a_mixture_is_made_of() -> None:
@@ -201,3 +217,64 @@ def test_what_a_mixture_is_made_of() -> None:
         moe = RobustMoE.from_experts(experts, router, top_k=2)
         with pytest.raises(ValueError, match=message):
             moe(X)
+
+
+def test_a_number_of_experts_that_there_is_not() -> None:
+    moe, logits = RobustMoE(3, 4, 2), torch.rand(4, 2)
+    for k in (0, 3, 1.5):
+        with pytest.raises(ValueError, match=f"top_k must be between 1 and num_experts = 2, got {k}"):
+            moe.route(X, top_k=k)
+        with pytest.raises(ValueError, match=f"k must be between 1 and the number of experts E = 2, got {k}"):
+            topk_route(logits, k)
+
+
+def test_a_router_that_does_not_flatten() -> None:
+    images, experts = torch.rand(4, 3, 8, 8), [nn.Sequential(nn.Flatten(), nn.Linear(192, 5)) for _ in range(2)]
+    moe = RobustMoE.from_experts(experts, nn.Linear(192, 2))
+    for run in (moe, moe.route):
+        with pytest.raises(
+            ValueError, match=r"router must map x \[4, 3, 8, 8\] to logits \[..., 2\].* is an nn.Flatten missing in fr"
+        ):
+            run(images)
+    moe.router = nn.Sequential(nn.Flatten(), moe.router)
+    assert moe(images).shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (ExpertLinear, (0, 3, 4), "num_experts must be an integer >= 1, got 0"),
+        (ExpertLinear, (2, -3, 4), "in_features must be an integer >= 0, got -3"),
+        (ExpertConv2d, (0, 3, 4, 3), "num_experts must be an integer >= 1, got 0"),
+        (ExpertConv2d, (2, 0, 4, 3), "in_channels must be an integer >= 1, got 0"),
+        (ExpertConv2d, (2, 3, 0, 3), "out_channels must be an integer >= 1, got 0"),
+        (ExpertConv2d, (2, 3, 4, 0), "kernel_size must be one or two integers >= 1, got 0"),
+        (ExpertConv2d, (2, 3, 4, 3, 0), "stride must be one or two integers >= 1, got 0"),
+        (ExpertConv2d, (2, 3, 4, 3, 1, (0, -1)), r"padding must be one or two integers >= 0, got \(0, -1\)"),
+        (ExpertBatchNorm2d, (0, 3), "num_experts must be an integer >= 1, got 0"),
+        (ExpertLayerNorm, (0, 3), "num_experts must be an integer >= 1, got 0"),
+        (ExpertResNet18, (0,), "num_experts must be an integer >= 1, got 0"),
+        (ExpertResNet18, (2, 0), "num_classes must be an integer >= 1, got 0"),
+        (ExpertResNet18, (2, 10, 0), "in_channels must be an integer >= 1, got 0"),
+        (ExpertResNet18, (2, 10, 3, 0), "width must be an integer >= 1, got 0"),
+        (ExpertResNet18, (2, 10, 3, 1.5), "width must be an integer >= 1, got 1.5"),
+        (ExpertPreActResNet, (2, 10, 3, [(4, 0)], 4), "blocks of stages must be an integer >= 1, got 0"),
+        (ExpertPreActResNet.resnet18, (0,), "num_experts must be an integer >= 1, got 0"),
+        (ExpertPreActResNet.resnet18, (2, 10, 3, 0), "width must be an integer >= 1, got 0"),
+        (ExpertPreActResNet.wide, (2, 10, 3, 10, 0), "width must be an integer >= 1, got 0"),
+        (ExpertViT, (0, 10, 3, 8, 4, 8, 1, 2), "num_experts must be an integer >= 1, got 0"),
+        (ExpertViT, (2, 10, 3, 8, 0, 8, 1, 2), "patch must be an integer >= 1, got 0"),
+        (ExpertViT, (2, 10, 3, 8, 4, 0, 1, 2), "width must be an integer >= 1, got 0"),
+        (ExpertViT, (2, 10, 3, 8, 4, 8, 1, 0), "heads must be an integer >= 1, got 0"),
+    ],
+)
+def test_sizes_of_layers_and_networks(
+    make: Callable[..., nn.Module], arguments: tuple[object, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(*arguments)
+
+
+def test_a_routing_shows_its_shapes() -> None:
+    routing = RobustMoE(3, 4, 5).route(X)
+    assert repr(routing) == "Routing(logits=[4, 5], weights=[4, 2], experts=[4, 2], torch.float32 on cpu)"

@@ -78,6 +78,7 @@ def test_training_repeats_itself_bitwise(demo: Path, tmp_path: Path) -> None:
 
 def test_evaluation_repeats_itself_and_takes_the_best_weights(demo: Path) -> None:
     before = json.loads((demo / "standard" / "report.json").read_text())
+    (demo / "standard" / "report.json").unlink()
     after = evaluate(TrainedRun(demo / "standard"), Effort("quick", 2, 2))
     for report in (before, after):
         for result in report["attack_results"]:
@@ -85,6 +86,24 @@ def test_evaluation_repeats_itself_and_takes_the_best_weights(demo: Path) -> Non
     assert before == after
     assert main(["evaluate", str(demo / "standard"), "--weights", "best", *WEAK]) == 0
     assert json.loads((demo / "standard" / "report.json").read_text())["weights"] == "best"
+
+
+def test_a_finished_evaluation_is_not_computed_again(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is shown, until the weights, the images or the attacks are others."""
+    file = demo / "rt-er" / "report.json"
+    before, measured = file.read_bytes(), []
+    monkeypatch.setattr("rter.evaluate.measure", lambda evaluation: measured.append(evaluation) or json.loads(before))
+    assert main(["evaluate", str(demo / "rt-er"), *WEAK]) == 0
+    said = capsys.readouterr()
+    wanted = f"rter: evaluated already, with the same weights, images and attacks: remove {file} to measure again\n"
+    assert said.err == wanted and said.out.startswith("| run ") and file.read_bytes() == before and not measured
+    assert not (demo / "rt-er" / "evaluation.jsonl").exists()
+    for others in (["--images", "30"], ["--steps", "3"], ["--weights", "best"]):
+        assert main(["evaluate", str(demo / "rt-er"), *WEAK, *others]) == 0
+        file.write_bytes(before)
+    assert len(measured) == 3 and "evaluated already" not in capsys.readouterr().err
 
 
 def test_a_verdict_says_which_attack_broke_most() -> None:
@@ -95,9 +114,11 @@ def test_a_verdict_says_which_attack_broke_most() -> None:
     assert [counted(n, "expert") for n in (0, 1, 2)] == ["no experts", "1 expert", "2 experts"]
 
 
-def test_a_sample_of_the_images_is_named(demo: Path, tmp_path: Path) -> None:
+def test_a_sample_of_the_images_is_named(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(demo / "standard", run)
+    assert main(["evaluate", str(run), *WEAK, "--images", "61"]) == 2
+    assert "rter: error: images must be at most 60, which is how many there are, got 61" in capsys.readouterr().err
     assert (
         main(["evaluate", str(run), *WEAK, "--restarts", "1", "--images", "20"]) == 0
         and main(["report", str(run)]) == 0
@@ -223,6 +244,9 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         ("evaluate {full} --steps 0", "must be a whole number above 0, got '0'"),
         ("evaluate {full} --weights first", "--weights must be last or best for a RUN, got 'first'"),
         ("report {full}", "{full} holds no report.json: run `rter evaluate {full}` first"),
+        ("report {new}", "RUN must be a folder, and {new} does not exist"),
+        ("report {file} --baselines {full}", "RUN must be a folder, and {file} is a file"),
+        ("evaluate {new}", "RUN must be a folder, and {new} does not exist"),
     ],
 )
 def test_a_mistake_is_one_line(command: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,10 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ except SystemExit as end:
 
 def test_the_extra_is_known_by_its_imports() -> None:
     """Every package that is needed and installed by pyproject.toml's extra is among those that are named."""
-    from rter.__main__ import EXTRA
+    from rter.errors import EXTRA
 
     text = (ROOT / "pyproject.toml").read_text()
     extra = text[text.index("\nrter = [") : text.index("\nhub = [")]
@@ -55,10 +57,44 @@ def test_the_extra_is_known_by_its_imports() -> None:
     assert {named.get(package, package) for package in packages} <= set(EXTRA)
 
 
+def test_the_function_says_which_extra_is_missing() -> None:
+    code = """
+import sys
+sys.modules["safetensors"] = None
+try:
+    from rter import evaluate_model
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+    said = "ModuleNotFoundError the package safetensors is missing: pip install 'moe_kernels[rter]'\n"
+    assert rter([], code).stdout == said
+
+
 def test_ctrl_c_during_the_import(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = rter(["--version"], cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     assert (done.returncode, done.stderr, done.stdout) == (130, "rter: stopped\n", "")
+
+
+def test_ctrl_c_stops_the_runs_of_a_sweep(tmp_path: Path) -> None:
+    """At a terminal it goes to every process of the command; each run can go on from the step that it was at."""
+    runs = [tmp_path / f"standard-{seed}" for seed in (0, 1)]
+    words = ["sweep", "--out", str(tmp_path), "--methods", "standard", "--seeds", "0", "1", "2", "--jobs", "2",
+             "--epochs", "1000000", "--num-experts", "2", "--width", "2", "--eval-every", "1000000"]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", CALL, *words], stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 400
+        while not all((run / "config.json").exists() for run in runs):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)  # for the first steps
+        os.killpg(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=200)[1].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("rter: stopped; to go on: rter sweep --out ")
+    assert all((run / "resume.safetensors").exists() for run in runs) and not (tmp_path / "standard-2").exists()
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&- <&-"])

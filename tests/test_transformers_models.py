@@ -101,6 +101,17 @@ def test_a_model_in_bf16_equals_itself_under_one_route(family: str) -> None:
     assert_matches(out, low, exact, torch.bfloat16)
 
 
+def test_a_soft_prompt_is_no_token_ids() -> None:
+    from moe_kernels.integrations.transformers import SoftPrompt
+
+    model = SoftPrompt(model_of("Mixtral"))
+    for x in (torch.tensor([[3, 1, 4]]), prompt()[0], prompt()[..., 1:]):
+        with pytest.raises(
+            ValueError, match=r"x must be embeddings \[B, P, \d+\], as model.get_input_embeddings\(\) m"
+        ):
+            model(x)
+
+
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_an_attack_has_the_gradient_of_their_own_code_and_computes_none_of_a_weight(family: str) -> None:
     from moe_kernels.integrations.transformers import SoftPrompt

@@ -54,8 +54,7 @@ class Attack(ABC):
         if seed is not None and not isinstance(seed, Integral):
             raise ValueError(f"seed must be an integer or None, got {seed!r}")
         check.bounds(bounds)
-        if not callable(model):
-            raise ValueError(f"model must be a module or a function from x to logits, got {model!r}")
+        check.model(model)
         self.model = model
         self.eps = magnitude("eps", eps)
         self.norm = norm_name(norm)

@@ -44,7 +44,8 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
             longer.
 
     Raises:
-        ValueError: if recompute is unknown, or on entry if the model was made under torch.inference_mode.
+        ValueError: if model is no callable or recompute is unknown, or on entry if the model was made under
+            torch.inference_mode.
 
     Example:
         with attack_mode(model):
@@ -52,6 +53,7 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
     """
 
     def __init__(self, model: Callable[..., Any], recompute: str = "none") -> None:
+        check.model(model)
         check.one_of("recompute", recompute, MODES)
         self.model, self.recompute = model, recompute
         self._restore: list[ExitStack] = []

@@ -122,9 +122,15 @@ class SoftPrompt(nn.Module):
         """The logits [B, V]; with `routing`, a result of `route`, the mixtures send their rows where it says.
 
         Raises:
-            ValueError: if `routing` is for another number of rows, or the model has no mixtures.
+            ValueError: if x is no embeddings, `routing` is for another number of rows, or the model has no mixtures.
         """
         embed = self.model.get_input_embeddings()  # type: ignore[operator]
+        check.tensor("x", x, "a tensor")
+        if not x.is_floating_point() or x.ndim != 3 or x.shape[2] != embed.weight.shape[1]:
+            raise ValueError(
+                f"x must be embeddings [B, P, {embed.weight.shape[1]}], as model.get_input_embeddings() makes them of "
+                f"token ids, got {check.describe(x)}"
+            )
         x = x.to(embed.weight.dtype)
         if self.tokens is not None:
             x = torch.cat([x, embed(self.tokens).expand(len(x), -1, -1)], 1)

@@ -23,6 +23,9 @@ class ExpertLinear(nn.Module):
         out_features: width of the result.
         bias: whether there is a bias.
 
+    Raises:
+        ValueError: if there is no expert, or a width is negative.
+
     Attributes:
         init_std: the deviation of the weight that `reset_parameters` draws, beside a bias of zero; None for the values
             of nn.Linear.
@@ -40,6 +43,9 @@ class ExpertLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check.count("num_experts", num_experts, 1)
+        check.count("in_features", in_features, 0)
+        check.count("out_features", out_features, 0)
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if bias else None
@@ -75,6 +81,9 @@ class ExpertConv2d(nn.Module):
         out_channels: channels of the result, O.
         kernel_size, stride, padding: in pixels, one number or (vertical, horizontal).
         bias: whether there is a bias.
+
+    Raises:
+        ValueError: if a number is less than 1, or the padding negative.
     """
 
     def __init__(
@@ -90,8 +99,12 @@ class ExpertConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        shape = (num_experts, out_channels, in_channels, *kernel)
+        sizes = {"num_experts": num_experts, "in_channels": in_channels, "out_channels": out_channels}
+        for name, size in sizes.items():
+            check.count(name, size, 1)
+        check.pair("stride", stride, 1)
+        check.pair("padding", padding, 0)
+        shape = (num_experts, out_channels, in_channels, *check.pair("kernel_size", kernel_size, 1))
         self.num_experts, self.stride, self.padding = num_experts, stride, padding
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, out_channels, device=device, dtype=dtype)) if bias else None
@@ -143,6 +156,8 @@ class ExpertBatchNorm2d(WithStatistics):
         super().__init__()
         if momentum is None:
             raise ValueError("momentum must be a number, got None")
+        check.count("num_experts", num_experts, 1)
+        check.count("num_features", num_features, 0)
         self.num_experts, self.eps, self.momentum = num_experts, eps, momentum
         shape = (num_experts, num_features)
         self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype)) if affine else None
@@ -201,6 +216,8 @@ class ExpertLayerNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check.count("num_experts", num_experts, 1)
+        check.count("num_features", num_features, 1)
         self.num_experts, self.eps = num_experts, eps
         self.weight = nn.Parameter(torch.ones(num_experts, num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_experts, num_features, device=device, dtype=dtype))

@@ -64,7 +64,7 @@ class ExpertPreActResNet(GroupedNetwork):
             the images, and computes one expert after the other again (`GroupedNetwork`).
 
     Raises:
-        ValueError: if recompute is unknown.
+        ValueError: if a size is less than 1, or recompute is unknown.
     """
 
     def __init__(
@@ -81,6 +81,11 @@ class ExpertPreActResNet(GroupedNetwork):
     ) -> None:
         super().__init__()
         check.one_of("recompute", recompute, RECOMPUTE)
+        check.count("num_classes", num_classes, 1)
+        check.count("stem", stem, 1)
+        for width, depth in stages:
+            check.count("channels of stages", width, 1)
+            check.count("blocks of stages", depth, 1)
         to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_experts, self.recompute = num_experts, recompute
         self.conv1 = ExpertConv2d(num_experts, in_channels, stem, 3, 1, 1, bias=False, **to)
@@ -99,6 +104,7 @@ class ExpertPreActResNet(GroupedNetwork):
         cls, num_experts: int, num_classes: int = 10, in_channels: int = 3, width: int = 64, **options: Any
     ) -> "ExpertPreActResNet":
         """PreAct ResNet-18 (He et al., 2016), its first stage with `width` channels."""
+        check.count("width", width, 1)
         stages = [(width, 2), (2 * width, 2), (4 * width, 2), (8 * width, 2)]
         return cls(num_experts, num_classes, in_channels, stages, width, **options)
 
@@ -117,6 +123,7 @@ class ExpertPreActResNet(GroupedNetwork):
         Raises:
             ValueError: if depth is not 6 n + 4.
         """
+        check.count("width", width, 1)
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth must be 10, 16, 22, 28 or another 6 n + 4, got {depth}")

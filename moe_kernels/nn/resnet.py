@@ -75,6 +75,8 @@ class ResNet18Stages(GroupedNetwork):
     ) -> None:
         super().__init__()
         check.one_of("recompute", recompute, RECOMPUTE)
+        for name, size in (("num_experts", num_experts), ("in_channels", in_channels), ("width", width)):
+            check.count(name, size, 1)
         self.num_experts, self.recompute = num_experts, recompute
         if first == 1:
             self.conv1 = ExpertConv2d(num_experts, in_channels, width, 3, 1, 1, bias=False, **to)
@@ -112,7 +114,7 @@ class ExpertResNet18(ResNet18Stages):
             neither them nor, if there are any, the stem.
 
     Raises:
-        ValueError: if recompute or shared_stages is out of range.
+        ValueError: if a size is less than 1, or recompute or shared_stages is out of range.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class ExpertResNet18(ResNet18Stages):
         shared_stages: int = 0,
     ) -> None:
         check_stages(shared_stages, 0)
+        check.count("num_classes", num_classes, 1)
         to: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(num_experts, in_channels, width, shared_stages + 1, STAGES, recompute, **to)
         self.linear = ExpertLinear(num_experts, 8 * width, num_classes, **to)

@@ -184,8 +184,7 @@ class RobustMoE(nn.Module, HubMixin):
         scale: float,
     ) -> None:
         self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
-        if top_k not in range(1, self.num_experts + 1):
-            raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k}")
+        self._checked(top_k)
         check.one_of("gate", gate, GATES)
         if gate == "soft" and top_k != self.num_experts:
             raise ValueError(f'top_k must be num_experts = {self.num_experts} with gate="soft", got {top_k}')
@@ -210,12 +209,25 @@ class RobustMoE(nn.Module, HubMixin):
             check.floating("x", x)
         if type(self.router) is nn.Linear and type(self.router.weight) is nn.Parameter:
             check.same_kind("x", x, "the router's weight", self.router.weight)
-        logits = self.router(x)
+        try:
+            logits = self.router(x)
+        except RuntimeError as error:
+            if "shapes cannot be multiplied" not in str(error):
+                raise
+            raise ValueError(
+                f"router must map x {list(x.shape)} to logits [..., {self.num_experts}], and its linear map does not "
+                "fit x: is an nn.Flatten missing in front of it?"
+            ) from error
         if logits.shape[-1] != self.num_experts:
             raise ValueError(f"router must return logits [..., {self.num_experts}], got shape {list(logits.shape)}")
-        k = self.top_k if top_k is None else top_k
+        k = self.top_k if top_k is None else self._checked(top_k)
         options: dict[str, Any] = {"bias": self.expert_bias, "groups": self.groups, "scale": self.scale}
         return Routing.from_logits(logits, k, self.gate, self.renormalize, **options)
+
+    def _checked(self, top_k: int) -> int:
+        if isinstance(top_k, float) or not 1 <= top_k <= self.num_experts:
+            raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k!r}")
+        return top_k
 
     @property
     def last_routing(self) -> Routing:

@@ -13,7 +13,7 @@ from moe_kernels.ops.group_by_expert import Groups, group_by_expert
 from moe_kernels.ops.topk_route import topk_route
 
 
-@dataclass(eq=False, frozen=True)
+@dataclass(eq=False, frozen=True, repr=False)
 class Routing:
     """One routing of T rows over E experts; a row's route never depends on its batch neighbours.
 
@@ -56,6 +56,10 @@ class Routing:
             torch.cat([r.weights for r in routings]),
             torch.cat([r.experts for r in routings]),
         )
+
+    def __repr__(self) -> str:
+        shapes = (f"{name}={list(getattr(self, name).shape)}" for name in ("logits", "weights", "experts"))
+        return f"{type(self).__name__}({', '.join(shapes)}, {self.weights.dtype} on {self.weights.device})"
 
     @property
     def num_experts(self) -> int:

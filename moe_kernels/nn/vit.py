@@ -80,7 +80,8 @@ class ExpertViT(GroupedNetwork):
             one expert after the other again (`GroupedNetwork`).
 
     Raises:
-        ValueError: if image_size is no multiple of patch, or width none of heads, or recompute is unknown.
+        ValueError: if a size is less than 1, image_size is no multiple of patch or width none of heads, or recompute is
+            unknown.
     """
 
     def __init__(
@@ -100,6 +101,10 @@ class ExpertViT(GroupedNetwork):
     ) -> None:
         super().__init__()
         check.one_of("recompute", recompute, RECOMPUTE)
+        sizes = {"num_classes": num_classes, "image_size": image_size, "patch": patch, "width": width, "heads": heads}
+        for name, size in sizes.items():
+            check.count(name, size, 1)
+        check.count("depth", depth, 0)
         if image_size % patch or width % heads:
             raise ValueError(
                 "image_size must be a multiple of patch, and width of heads, "

@@ -53,7 +53,7 @@ def topk_route(
     check.ndim("logits", logits, 2)
     check.floating("logits", logits)
     num_experts = logits.shape[1]
-    if not 1 <= k <= num_experts:
+    if isinstance(k, float) or not 1 <= k <= num_experts:
         raise ValueError(f"k must be between 1 and the number of experts E = {num_experts}, got {k}")
     check.one_of("gate", gate, GATES)
     if gate == "soft":

@@ -14,6 +14,12 @@ def __getattr__(name: str) -> Any:
     """The public names, whose imports wait until they are asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rter import api
+    try:
+        from rter import api
+    except ModuleNotFoundError as error:
+        from rter.errors import missing_package
 
+        if message := missing_package(error):
+            raise ModuleNotFoundError(message, name=error.name) from error
+        raise
     return getattr(api, name)

@@ -3,8 +3,7 @@
 import os
 import sys
 
-# packages of the extra `rter`, by the names that they are imported by
-EXTRA = ("PIL", "matplotlib", "numpy", "pyautoattack", "safetensors", "scipy", "sklearn", "tomli", "torch", "tqdm")
+from rter.errors import missing_package
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,10 +14,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         return run(arguments)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRA:
+        message = missing_package(error)
+        if not message:
             raise
-        print(f"rter: error: the package {package} is missing: pip install 'moe_kernels[rter]'", file=sys.stderr)
+        print(f"rter: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("rter: stopped", file=sys.stderr)

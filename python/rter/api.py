@@ -78,7 +78,7 @@ def evaluate_model(
         batch_size: images that are attacked at a time.
         seed: of all random starts; the same seed gives the same report, bit for bit, on the same machine.
         out: a folder for report.json and examples.safetensors. Until they are written, it holds every finished batch
-            of every attack, and the same call goes on where a killed one was.
+            of every attack, and the same call goes on where a killed one was. Once they are, it returns them.
         progress: show how far each attack is: a bar at a terminal, elsewhere a line every 30 s.
         steps: of PGD and APGD.
         restarts: of PGD on the whole model; None for 5, in the full suite 20.
@@ -103,6 +103,8 @@ def evaluate_model(
             raise UserError(f"y must be less than the {classes} classes of the model's logits, got {int(y.max())}")
         file = None if out is None else Path(out) / JOURNAL
         evaluation = Evaluation(adapted, Split(unit, y), strength, file, progress)
+        if out is not None and (before := Report.finished(out, evaluation)):
+            return before
         if progress and not is_deterministic(evaluation):
             say(f"the model says two things of one image: attacked through the mean of {DRAWS} draws")
         figures = measure(evaluation)

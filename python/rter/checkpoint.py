@@ -158,10 +158,16 @@ def _demand_equal(config: Config, before: Config, out: Path) -> None:
 
 def run_config(run: Path, data_dir: str | None = None) -> Config:
     """The settings of a run, with its data where they were, or in `data_dir`."""
+    _demand_folder(run)
     if not (run / "config.json").exists():
         raise UserError(f"RUN must be a folder made by `rter train`, and {run} holds no config.json")
     config = load_config(run / "config.json")
     return config if data_dir is None else config.elsewhere(data_dir)
+
+
+def _demand_folder(run: Path) -> None:
+    if not run.is_dir():
+        raise UserError(f"RUN must be a folder, and {run} {'is a file' if run.exists() else 'does not exist'}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -200,6 +206,7 @@ def _demand_form(path: Path, value: Any, form: Any, name: str) -> None:
 
 
 def read_report(run: Path) -> dict[str, Any]:
+    _demand_folder(run)
     try:
         return read_json(run / "report.json", REPORT)
     except FileNotFoundError:

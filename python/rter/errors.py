@@ -4,6 +4,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
+# packages of the extra `rter`, by the names that they are imported by
+EXTRA = ("PIL", "matplotlib", "numpy", "pyautoattack", "safetensors", "scipy", "sklearn", "tomli", "torch", "tqdm")
+
 
 class UserError(Exception):
     """Shown as one line, without a traceback."""
@@ -22,6 +25,12 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.status = 128 + number
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to install, in one line, where a package of the extra is missing; empty for any other."""
+    package = (error.name or "").partition(".")[0]
+    return f"the package {package} is missing: pip install 'moe_kernels[rter]'" if package in EXTRA else ""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

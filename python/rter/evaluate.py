@@ -85,12 +85,14 @@ class TrainedRun:
 def evaluate(run: TrainedRun, effort: Effort, progress: bool = False) -> dict[str, Any]:
     """Attacks the weights of a run; writes report.json and examples.safetensors into its folder, or another.
 
-    An evaluation that was killed goes on.
+    An evaluation that was killed goes on, and a finished one is not computed again.
     """
     config, data, model = run.load()
     test = data.test if run.images is None else data.test.sample(run.images, config.seed)
     history, out = read_lines(run.folder / "metrics.jsonl"), run.out or run.folder
     evaluation = Evaluation(model, test, strength_of(config, **asdict(effort)), out / JOURNAL, progress)
+    if before := Report.finished(out, evaluation):
+        return before.figures
     about = {
         "method": config.method,
         "data": config.data,
@@ -140,6 +142,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
     certificate              of the RT-ER paper, see `paper_certificate`
     images                   their hash: figures of equal images are paired image by image, see rter.paired
     checks                   of the evaluation itself, see `sanity`
+    identity                 by which the same evaluation is known again: see `Evaluation`
     eps_curve                [eps, accuracy] pairs; what breaks at one eps counts as broken at every larger one
     alpha_curve              of a dual model: see rter.alpha
     """
@@ -194,6 +197,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         "checks": sanity(evaluation, seen),
         "eps_curve": eps_curve(evaluation, whole.robust),
         **_alpha_curve(evaluation),
+        "identity": evaluation.identity,
         "baselines": {},
     }
 

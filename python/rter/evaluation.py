@@ -75,6 +75,8 @@ class Evaluation:
         standing: [n] bool, those among them that no attack has broken so far.
         results: of each attack so far.
         outcomes: [n] bool by the name of a figure that `rter.evaluate.measure` has found: the images that count for it.
+        identity: what is evaluated, and how: hashes of the model and the images, the strength, torch's version; empty
+            without a file.
     """
 
     def __init__(
@@ -83,7 +85,8 @@ class Evaluation:
         self.model, self.strength, self.progress = model, strength, progress
         self.x, self.y = images.x, images.y
         self.num_experts = int(model.num_experts)  # type: ignore[arg-type]
-        self.journal = Journal(file, self._identity() if file else {}, strength.seed, self.x.device)
+        self.identity = self._identity() if file else {}
+        self.journal = Journal(file, self.identity, strength.seed, self.x.device)
         said = self.of_each("clean", self.everything, lambda part: {"class": predict(model, self.x[part])})
         self.clean = said["class"] == self.y
         self.standing = self.clean.clone()

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from rter.checkpoint import save_tensors, write_atomic
-from rter.evaluation import AttackResult
+from rter.checkpoint import load_tensors, read_report, save_tensors, write_atomic
+from rter.console import say
+from rter.errors import UserError
+from rter.evaluation import AttackResult, Evaluation
 
 
 class Accuracy(NamedTuple):
@@ -57,6 +59,22 @@ class Report:
     figures: dict[str, Any]
     examples: dict[str, Tensor]
     outcomes: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def finished(cls, folder: str | Path, evaluation: Evaluation) -> "Report | None":
+        """The report that the very same evaluation has left in a folder, which is then said; None without one."""
+        file = Path(folder) / "report.json"
+        try:
+            figures = read_report(file.parent)
+            if figures.get("identity") != evaluation.identity:
+                return None
+            tensors = (load_tensors(file.with_name(f"{name}.safetensors")) for name in ("examples", "outcomes"))
+            report = cls(figures, *tensors)
+        except UserError:  # nothing there, or damaged
+            return None
+        evaluation.journal.finish()
+        say(f"evaluated already, with the same weights, images and attacks: remove {file} to measure again")
+        return report
 
     @property
     def sa(self) -> Accuracy:

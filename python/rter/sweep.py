@@ -1,7 +1,10 @@
 """Methods, or parts of the recipe, trained and evaluated with several seeds, in one comparison."""
 
+import functools
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -54,7 +57,7 @@ def sweep(
             tasks.append((out / f"{name.replace(' ', '-')}-{seed}", config, effort))
     with _workers(jobs) as run_all, Progress("sweep", len(tasks), "run", leave=True) as progress:
         done = []
-        for report in run_all(_finish, *zip(*tasks, strict=True)):
+        for report in run_all(*zip(*tasks, strict=True)):
             done.append(report)
             progress.update()
     file = out / ("ablation" if rows is ABLATION else "methods")
@@ -76,23 +79,52 @@ def _finish(run: Path, config: Config, effort: Effort) -> dict[str, Any]:
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[Any]:
-    """A `map` that runs so many calls at a time."""
+    """A `map` of `_finish` that runs so many calls at a time.
+
+    Ctrl-C reaches this process alone, which then terminates the workers, whatever they are at: training stops after its
+    step.
+    """
     if jobs == 1:
-        yield map
+        yield functools.partial(map, _finish)
         return
     threads = max(1, torch.get_num_threads() // jobs)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, initializer=_start_worker, initargs=(threads,)) as pool:
+
+        def run_all(*tasks: Sequence[Any]) -> Iterator[Any]:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the workers inherit
+            try:
+                return pool.map(_finish_or_exit, *tasks)
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
         try:
-            yield pool.map
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+            yield run_all
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                workers = multiprocessing.active_children()
+                for worker in workers:
+                    worker.terminate()
+                for worker in workers:
+                    worker.join()
             raise
+
+
+def _finish_or_exit(run: Path, config: Config, effort: Effort) -> dict[str, Any]:
+    """In a worker; one that is stopped ends, and takes up no other run."""
+    try:
+        return _finish(run, config, effort)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGTERM)
 
 
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
     os.environ["TQDM_DISABLE"] = "1"  # several bars at a time overwrite each other
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # instead of one for several processes, which a worker that is stopped would leak
 
 
 def _equal_epochs(file: Path, settings: dict[str, Any], rows: Rows) -> dict[str, int]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rter.errors import UserError
+
 
 @dataclass(frozen=True)
 class Split:
@@ -33,7 +35,13 @@ class Split:
 
     def sample(self, count: int, seed: int) -> "Split":
         """So many of the images, in their order: drawn by the seed within each class, and shared among the classes in
-        their proportions by Sainte-Lague's method. Those of a smaller count are among those of a larger one."""
+        their proportions by Sainte-Lague's method. Those of a smaller count are among those of a larger one.
+
+        Raises:
+            UserError: if there are not so many.
+        """
+        if count > len(self):
+            raise UserError(f"images must be at most {len(self)}, which is how many there are, got {count}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         sizes = self.y.cpu().bincount()
         by_class = order[self.y.cpu()[order].argsort(stable=True)]

@@ -54,7 +54,7 @@ class AdaptedMixture(Adapted):
         return logits_of(self.model(self.scaled(x), routing=routing), len(x))
 
 
-@dataclass(eq=False, frozen=True)
+@dataclass(eq=False, frozen=True, repr=False)
 class RoutingOfTokens(Routing):
     """The routing of images whose `tokens` are routed: by the mean of their logits, and forced all together."""
 
