@@ -34,7 +34,7 @@ def test_a_run_holds_its_files(demo: Path) -> None:
     run = demo / "rt-er"
     assert {path.name for path in run.iterdir()} == {
         "config.json", "metrics.jsonl", "metrics.csv", "last.safetensors", "best.safetensors", "resume.safetensors",
-        "report.json", "report.md", "report.html", "examples.safetensors", "plots",
+        "report.json", "report.md", "report.html", "examples.safetensors", "outcomes.safetensors", "plots",
     }  # fmt: skip
     plots = {path.name for path in (run / "plots").iterdir()}
     assert plots == {"accuracy.png", "learning.png", "experts.png", "images.png"}

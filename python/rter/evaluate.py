@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from moe_kernels import RouterLogits
 from moe_kernels.attacks import every_expert
-from rter.alpha import alpha_curve, alpha_flags
 from rter.attack import make_attack
 from rter.autoattack import auto_attack
 from rter.certificate import affine_router, paper_certificate, route_radius
 from rter.checkpoint import floating_dtype, load_weights, read_lines, run_config, write_atomic
 from rter.config import Config
+from rter.curves import eps_curve, mixing_curve
 from rter.data.load import load_data
 from rter.data.split import Data, Split
 from rter.distributed import choose_device
@@ -23,12 +23,11 @@ from rter.intervals import wilson
 from rter.journal import seeded
 from rter.measured import Report, made_with
 from rter.models.build import build_model
-from rter.models.classifier import DualClassifier, RobustClassifier, View
+from rter.models.classifier import RobustClassifier, View
 from rter.sanity import Seen, sanity
 from rter.strength import Effort, Strength
 from rter.suite import apgd_attacks
 
-CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # eps, in units of the evaluation's
 JOURNAL = "evaluation.jsonl"
 
 
@@ -196,7 +195,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         **routes,
         "checks": sanity(evaluation, seen),
         "eps_curve": eps_curve(evaluation, whole.robust),
-        **_alpha_curve(evaluation),
+        **mixing_curve(evaluation),
         "identity": evaluation.identity,
         "baselines": {},
     }
@@ -261,38 +260,6 @@ def _worst(evaluation: Evaluation) -> str:
     first, *others = (result for result in evaluation.results if result.name != "autoattack")
     worst = max(others, key=lambda result: result.new, default=first)
     return worst.name if worst.new else first.name
-
-
-def eps_curve(evaluation: Evaluation, robust: Tensor) -> list[list[float]]:
-    """Accuracy against eps. `robust` holds the images known to withstand the evaluation's own eps."""
-    strength, standing = evaluation.strength, evaluation.clean.clone()
-    curve = [[0.0, mean(standing)]]
-    for ratio in (1.0,) if strength.suite == "pgd" else CURVE:
-        eps = ratio * strength.eps
-        if strength.norm == "Linf" and eps > 1:
-            break
-        if ratio == 1:
-            standing = standing & robust
-        else:
-            standing = evaluation.pgd(evaluation.model, f"curve {ratio}", eps=eps, among=standing).robust
-        curve.append([eps, mean(standing)])
-    return curve
-
-
-def _alpha_curve(evaluation: Evaluation) -> dict[str, Any]:
-    model, strength = evaluation.model, evaluation.strength
-    if not isinstance(model, DualClassifier) or strength.suite == "pgd":
-        return {}
-
-    def compute(part: Tensor) -> dict[str, Tensor]:
-        x, y = evaluation.x[part], evaluation.y[part]
-
-        def attack(model: nn.Module) -> Tensor:
-            return make_attack(model, strength, strength.eps, strength.steps, "alpha", int(part[0]))(x, y)
-
-        return {"flags": alpha_flags(model, x, y, attack, predict)}
-
-    return {"alpha_curve": alpha_curve(evaluation.of_each("alpha", evaluation.everything, compute)["flags"])}
 
 
 def expert_alone(model: Any, expert: int) -> View:
