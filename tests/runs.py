@@ -21,6 +21,21 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert {path.name for path in run.iterdir()} == {path.name for path in expected.iterdir()}
 
 
+def assert_equal_to_rounding(run: Path, expected: Path, terms: int) -> None:
+    """Within 1e-3: signs of gradients, in attacks, amplify rounding from step to step. An epoch has so many terms."""
+    for name in ("resume.safetensors", "last.safetensors"):
+        tensors, others = (load_tensors(r / name) for r in (run, expected))
+        assert tensors.keys() == others.keys()
+        for key, tensor in others.items():
+            assert tensors[key].shape == tensor.shape
+            assert (tensors[key].double() - tensor.double()).abs().max() <= 1e-3 * tensor.double().abs().max(), key
+    for line, other in zip(*(read_lines(r / "metrics.jsonl") for r in (run, expected)), strict=True):
+        assert line.keys() == other.keys()
+        names = line.keys() - {"seconds", "sa", "ra"}
+        assert len(names) == terms and all(line[name] == pytest.approx(other[name], rel=1e-3) for name in names)
+    assert {path.name for path in run.iterdir()} == {path.name for path in expected.iterdir()}
+
+
 def broken_off(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Journals stop as if killed while they write the line after so many."""
     lines = [0]

@@ -1,5 +1,6 @@
 """An evaluation: a model, its images and the strength of its attacks, and what these have found."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,8 +76,6 @@ class Evaluation:
         standing: [n] bool, those among them that no attack has broken so far.
         results: of each attack so far.
         outcomes: [n] bool by the name of a figure that `rter.evaluate.measure` has found: the images that count for it.
-        identity: what is evaluated, and how: hashes of the model and the images, the strength, torch's version; empty
-            without a file.
     """
 
     def __init__(
@@ -85,15 +84,16 @@ class Evaluation:
         self.model, self.strength, self.progress = model, strength, progress
         self.x, self.y = images.x, images.y
         self.num_experts = int(model.num_experts)  # type: ignore[arg-type]
-        self.identity = self._identity() if file else {}
-        self.journal = Journal(file, self.identity, strength.seed, self.x.device)
+        self.journal = Journal(file, self.identity if file else {}, strength.seed, self.x.device)
         said = self.of_each("clean", self.everything, lambda part: {"class": predict(model, self.x[part])})
         self.clean = said["class"] == self.y
         self.standing = self.clean.clone()
         self.results: list[AttackResult] = []
         self.outcomes: dict[str, Tensor] = {}
 
-    def _identity(self) -> dict[str, Any]:
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What is evaluated, and how: hashes of the model and the images, the strength, torch's version."""
         weights = hashlib.sha256()
         for name, value in self.model.state_dict().items():
             if isinstance(value, Tensor):
