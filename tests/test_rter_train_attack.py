@@ -59,19 +59,19 @@ def test_fgsm_pgi_starts_at_the_last_batchs_perturbations() -> None:
     priors: dict[str, Tensor] = {}
     step, before = a_step("fgsm-pgi", priors=priors)
     first = step.attack(step.model)(before.x, before.y)
-    torch.testing.assert_close(priors, {"0": first - before.x})
+    torch.testing.assert_close(priors, {"attack": first - before.x})
     x, y = before.x.flip(0), before.y.flip(0)
     start = (x + first - before.x).clamp(0, 1)
     expected = x + (start + EPS * slope(step, start, y) - x).clamp(-EPS, EPS)
     found = Step(step.model, step.config, 1, epoch=0, priors=priors).attack(step.model)(x, y)
     torch.testing.assert_close(found, expected.clamp(0, 1))
-    torch.testing.assert_close(priors["0"], found - x)
+    torch.testing.assert_close(priors["attack"], found - x)
 
 
 def test_fgsm_pgi_starts_at_random_where_the_batch_has_another_shape() -> None:
     step, images = a_step("fgsm-pgi")
     expected = step.attack(step.model)(images.x, images.y)
-    step.priors["0"], step.found[:] = torch.zeros(7, 1, 6, 5), []
+    step.priors["attack"], step.found[:] = torch.zeros(7, 1, 6, 5), []
     assert torch.equal(step.attack(step.model)(images.x, images.y), expected)
 
 
@@ -81,7 +81,7 @@ def test_every_attacking_method_trains_by_single_steps(method: str, attack: str,
     settings = TINY | {"epochs": 1, "batch_size": 1000, "eps": EPS}
     train(make_config(method=method, train_attack=attack, **settings), tmp_path / "run")
     names = [name for name in load_tensors(tmp_path / "run" / "resume.safetensors") if name.startswith("priors/")]
-    assert names == (["priors/0"] if attack == "fgsm-pgi" else [])
+    assert names == (["priors/attack"] if attack == "fgsm-pgi" else [])
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,13 @@ def test_refuses(settings: dict[str, Any], message: str) -> None:
 def test_fewer_images_than_a_batch(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch_size must be at most the number of training images, 400, got 500"):
         train(make_config(method="standard", train_images=400, **TINY), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fgsm_pgi_keeps_to_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rter.train.num_processes", lambda: 2)
+    with pytest.raises(UserError, match="train_attack must not be fgsm-pgi with several processes"):
+        train(make_config(method="fast-at", train_attack="fgsm-pgi", **TINY), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -108,6 +108,16 @@ def test_evaluation_is_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert enabled == [True, True, True, False]  # three steps, then the evaluation
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_cpu_without_bf16_is_told(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: there)
+    train(make_config(method="standard", amp="bf16", **TINY | {"epochs": 1}), tmp_path / "run", device="cpu")
+    assert ("this CPU has no instructions for bfloat16" in capsys.readouterr().err) is not there
+
+
 def test_the_gradient_is_clipped() -> None:
     model = nn.Linear(3, 1)
     (100 * model(torch.ones(1, 3))).sum().backward()

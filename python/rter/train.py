@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import platform
 import signal
 import statistics
 import time
@@ -67,6 +68,8 @@ def train(
     # Until a process says how many threads it wants, MKL takes as many as it thinks best, call by call, and rounds so.
     torch.set_num_threads(torch.get_num_threads())
     where = choose_device(device)
+    if config.amp == "bf16" and where.type == "cpu" and is_first() and not _has_bf16():
+        say("amp bf16: this CPU has no instructions for bfloat16 and emulates them, so fp32 (amp none) may be faster")
     data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size, config.train_images)
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes())
@@ -277,6 +280,11 @@ class _Training:
             found = ", ".join(f"{name} {value}" for name, value in facts.items())
             epoch = f"epoch {metrics['epoch']} of {self.config.epochs}"
             say(f"{self.out.name}: {epoch} took {seconds:.0f} s, {rate:.3g} images/s: {found}")
+
+
+def _has_bf16() -> bool:
+    """Whether the CPU has instructions for bfloat16, as far as torch can tell: of those other than x86 it cannot."""
+    return platform.machine() not in ("x86_64", "AMD64") or bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _note_differences(before: dict[str, int | str], now: dict[str, int | str], out: Path) -> None:
