@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rter
 import torch
 import torch.nn.functional as F
 from rter.__main__ import main
@@ -136,6 +137,8 @@ def test_evaluation(
     names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for setting, few in {"steps": 3, "restarts": 1, "queries": 20}.items():
+        monkeypatch.setitem(rter.evaluate_model.__kwdefaults__, setting, few)
     (block,) = blocks("evaluation.md")
     exec(block, names)
     assert (tmp_path / "evaluation" / "report.json").exists() and names["report"].sa.value == 1
