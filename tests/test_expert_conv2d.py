@@ -100,7 +100,7 @@ def test_bad_input_names_the_argument() -> None:
         r"weight must have the dtype of x, torch.float32, got torch.float64": (x, weight.double(), bias, offsets),
         r"weight must have at least one .* got shape \[3, 0, 3, 3, 3\]": (x, weight[:, :0], None, offsets),
         r"bias must be \[E, O\], here \[3, 4\], got shape \[3, 3\]": (x, weight, bias[:, :3], offsets),
-        r"weight must have a kernel .* got shape \[3, 4, 3, 3, 3\]": (x[:, :, :2], weight, bias, offsets),
+        r"weight must have kernels .* got shape \[3, 4, 3, 3, 3\]": (x[:, :, :2], weight, bias, offsets),
         r"stride must be one or two integers >= 1, got 0": (x, weight, bias, offsets, 0),
         r"stride must be one or two integers >= 1, got \(1, 2, 3\)": (x, weight, bias, offsets, (1, 2, 3)),
         r"padding must be one or two integers >= 0, got -1": (x, weight, bias, offsets, 1, -1),

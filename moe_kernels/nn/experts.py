@@ -25,7 +25,7 @@ class ExpertOutput(ExpertLinear):
         gates: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
-        """As of `ExpertLinear`; with an activation, as `moe_kernels.ops.expert_mlp_output`."""
+        """`ExpertLinear.forward` or, with an activation, `moe_kernels.ops.expert_mlp_output`."""
         if activation is None:
             return super().forward(x, offsets, rows)
         return expert_mlp_output(x, self.weight, self.bias, offsets, activation, gates, position, rows)
@@ -41,9 +41,10 @@ class ExpertMLP(nn.Module):
         activation: relu, gelu (exact), silu, relu2 (squared relu), or gated: swiglu, geglu, which multiply the
             activation of the first half of `up`'s result by its second half.
         bias: whether the layers have biases.
-        recompute: what the backward computes again instead of keeping it: "none"; "activations", which keeps x and the
-            result of `up` but not its activation, nor the result of `down` for the gradient of the gate; "all", which
-            keeps x alone.
+        device, dtype: those of the parameters.
+        recompute: what the backward recomputes instead of saving it: "none"; "activations", which saves x and the
+            result of `up`, but neither its activation nor, for the gates' gradient, the result of `down`; "all", which
+            saves only x.
 
     Raises:
         ValueError: if a size is less than 1, or the activation or recompute is unknown.
@@ -97,7 +98,7 @@ class ExpertMLP(nn.Module):
     ) -> Tensor:
         hidden = recomputed(self.up, x, offsets, rows)
         learns = self.down.weight.requires_grad or (gates is not None and gates.requires_grad)
-        if self.recompute == "none" or (self.activation == "relu" and not learns):  # whose gradient needs one bit
+        if self.recompute == "none" or (self.activation == "relu" and not learns):  # ReLU saves one bit
             a = mask_relu(hidden) if self.activation == "relu" else activate(hidden, self.activation)
             y = self.down(a, offsets)
             return y if gates is None or position is None else combine(y, gates, position)

@@ -1,4 +1,4 @@
-"""What all grouped networks share: their state is that of one plain network per expert."""
+"""The base class of all grouped networks, whose state is that of one plain network per expert."""
 
 import copy
 from abc import abstractmethod
@@ -23,8 +23,8 @@ class GroupedNetwork(nn.Module):
     Every tensor of its state is the plain network's with a leading expert dimension [E].
 
     Attributes:
-        recompute: "all" if a training step keeps the rows alone and its backward computes and differentiates one expert
-            after the other again, so that one expert at a time has activations. The offsets then go to the host.
+        recompute: "all" if a training step saves only the rows, and its backward recomputes and differentiates one
+            expert after the other, so that only one has activations at a time. The host then waits for the offsets.
     """
 
     num_experts: int
@@ -32,7 +32,7 @@ class GroupedNetwork(nn.Module):
 
     @abstractmethod
     def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """What `forward` says, for all experts at once."""
+        """`forward` for all experts at once: x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> logits [N, num_classes]."""
@@ -44,31 +44,31 @@ class GroupedNetwork(nn.Module):
         check.offsets(offsets, self.num_experts, x)
         if fsdp.units(self):
             raise ValueError(
-                'recompute must not be "all" for a network that is sharded itself or inside, since it computes each '
-                'expert from slices of whole parameters: call fully_shard on what contains it alone, got "all"'
+                'recompute must not be "all" if the network or a module in it is sharded, since it computes each '
+                'expert from slices of whole parameters: call fully_shard only on a module that contains it, got "all"'
             )
         return _ExpertByExpert.apply(self, offsets, x, *self.parameters())
 
     def recomputing_logits(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """The logits of all experts at once, with what `recompute` says kept for the backward."""
-        trained = any(p.requires_grad for p in self.parameters())  # else no layer keeps an activation
+        """The logits of all experts at once; `recompute` decides what is saved for the backward."""
+        trained = any(p.requires_grad for p in self.parameters())  # else no layer saves an activation
         with Recomputing(self, trained and self.recompute != "none"):
             return self.logits(x, offsets)
 
     def with_tensors(self, other: Callable[[Tensor], Tensor]) -> "GroupedNetwork":
-        """This network, in its present mode, with `other` of each of its parameters and buffers in their places."""
+        """A copy of this network, in the same mode, with every parameter and buffer t replaced by other(t)."""
         return copy.deepcopy(self, {id(t): other(t) for t in chain(self.parameters(), self.buffers())})
 
     @staticmethod
     def plain_name(key: str) -> str:
-        """The name here of a tensor that other code may name otherwise."""
+        """This network's name for a tensor that other code may call differently."""
         return key
 
     def load_state_dicts(self, experts: Sequence[Mapping[str, Tensor]]) -> None:
         """Loads one plain state dict per expert.
 
         Raises:
-            ValueError: if their number is another, or keys are missing, unexpected or of another shape.
+            ValueError: if there is not one per expert, or keys are missing, unexpected or of another shape.
         """
         if len(experts) != self.num_experts:
             raise ValueError(f"experts must be {self.num_experts} state dicts, got {len(experts)}")
@@ -105,7 +105,7 @@ def stage(
 
 
 class _ExpertByExpert(torch.autograd.Function):
-    """The network's logits, computed for one expert after the other, in the backward again."""
+    """The network's logits, computed for one expert after the other, and recomputed so in the backward."""
 
     @staticmethod
     def forward(ctx: Any, network: GroupedNetwork, offsets: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class _ExpertByExpert(torch.autograd.Function):
 
         def logits(offsets: Tensor, own: slice, x: Tensor, *values: Tensor) -> Tensor:
             given = dict(zip(parameters, values, strict=True))
-            with ctx.autocast():  # on copies of running statistics, which have moved already
+            with ctx.autocast():  # buffers are copied, since running statistics have been updated already
                 network = ctx.network.with_tensors(lambda t: given[t] if t in given else t[own].clone())
                 return network.recomputing_logits(x, offsets)
 
@@ -135,7 +135,7 @@ class _ExpertByExpert(torch.autograd.Function):
             leaves = [t[place].detach() for t, place in zip(inputs, places, strict=True)]
             for leaf, total, place in zip(leaves, grads, places, strict=True):
                 if total is not None:
-                    leaf.requires_grad_().grad = total[place]  # in which the gradient is accumulated
+                    leaf.requires_grad_().grad = total[place]  # the gradient is added to this slice
             with torch.enable_grad():
                 y = logits(_offsets_of_one(leaves[0]), own, *leaves)
             torch.autograd.backward(y, grad[rows], inputs=[leaf for leaf in leaves if leaf.requires_grad])
@@ -147,5 +147,5 @@ def _same(t: Tensor) -> Tensor:
 
 
 def _offsets_of_one(x: Tensor) -> Tensor:
-    """Offsets that give the rows x to the only expert."""
+    """Offsets that give all rows of x to a single expert."""
     return torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)

@@ -11,7 +11,7 @@ try:
 except ImportError:
 
     class HubMixin:
-        """Stands in for huggingface_hub's mixin: no `save_pretrained`, `from_pretrained` and `push_to_hub`."""
+        """Stands in for huggingface_hub's mixin, without `save_pretrained`, `from_pretrained` and `push_to_hub`."""
 
 else:
 
@@ -27,9 +27,9 @@ else:
             if problem:
                 raise ValueError(f"save_pretrained needs a layer made from plain arguments, got one with {problem}")
             assert isinstance(self._hub_mixin_config, dict)
-            self._hub_mixin_config.pop("device", None)  # that of who loads it
+            self._hub_mixin_config.pop("device", None)  # whoever loads it chooses
             super()._save_pretrained(save_directory)
 
         @abstractmethod
         def unsaveable(self) -> str | None:
-            """What of this layer its arguments cannot make again."""
+            """What keeps this layer from being made again from its arguments, or None."""

@@ -22,13 +22,14 @@ class ExpertLinear(nn.Module):
         in_features: width of x.
         out_features: width of the result.
         bias: whether there is a bias.
+        device, dtype: those of the parameters.
 
     Raises:
         ValueError: if there is no expert, or a width is negative.
 
     Attributes:
-        init_std: the deviation of the weight that `reset_parameters` draws, beside a bias of zero; None for the values
-            of nn.Linear.
+        init_std: standard deviation of the weight that `reset_parameters` draws, with a bias of zero; None for the
+            initial values of nn.Linear.
     """
 
     init_std: float | None = None
@@ -73,7 +74,7 @@ class ExpertLinear(nn.Module):
 class ExpertConv2d(nn.Module):
     """A 2D convolution per expert: `weight` [E, O, C, kh, kw], `bias` [E, O] or None.
 
-    Where Winograd's algorithm saves work, on a CPU and not in float64, it is `winograd_conv2d`, else `expert_conv2d`.
+    It runs `winograd_conv2d` where that is faster (on a CPU, not in float64), else `expert_conv2d`.
 
     Args:
         num_experts: number of experts E.
@@ -81,6 +82,7 @@ class ExpertConv2d(nn.Module):
         out_channels: channels of the result, O.
         kernel_size, stride, padding: in pixels, one number or (vertical, horizontal).
         bias: whether there is a bias.
+        device, dtype: those of the parameters.
 
     Raises:
         ValueError: if a number is less than 1, or the padding negative.
@@ -129,7 +131,7 @@ class ExpertConv2d(nn.Module):
 class ExpertBatchNorm2d(WithStatistics):
     """Batch normalisation per expert: parameters and running statistics [E, C], `num_batches_tracked` [E].
 
-    An expert without rows in a batch keeps its statistics.
+    The running statistics of an expert without rows in a batch do not change.
 
     Args:
         num_experts: number of experts E.
@@ -137,6 +139,7 @@ class ExpertBatchNorm2d(WithStatistics):
         eps: added to the variance.
         momentum: weight of a batch in the running statistics.
         affine: whether there are a weight and a bias.
+        device, dtype: those of the parameters and running statistics.
     """
 
     running_mean: Tensor
@@ -205,6 +208,7 @@ class ExpertLayerNorm(nn.Module):
         num_experts: number of experts E.
         num_features: size of the last dimension, C.
         eps: added to the variance.
+        device, dtype: those of the parameters.
     """
 
     def __init__(
@@ -244,7 +248,7 @@ class ExpertLayerNorm(nn.Module):
 
 
 def reset_like_torch(weight: Tensor, bias: Tensor | None) -> None:
-    """The initial values of nn.Linear and nn.Conv2d, of one expert's fan-in: both uniform within 1 / sqrt(fan_in)."""
+    """The initial values of nn.Linear and nn.Conv2d: uniform within +-1 / sqrt(fan_in), with one expert's fan-in."""
     fan_in = weight.shape[2:].numel()
     bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
     nn.init.uniform_(weight, -bound, bound)
@@ -253,7 +257,7 @@ def reset_like_torch(weight: Tensor, bias: Tensor | None) -> None:
 
 
 def parameter_of_each_row(parameter: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    """The part of parameter [E, ...] that belongs to each row's expert, [rows, ...]."""
+    """For every row, its expert's part of the parameter [E, ...] -> [rows, ...]."""
     (parameter,) = cast_for_autocast(parameter)
     return expand_to_rows(parameter.flatten(1), offsets, rows).unflatten(1, parameter.shape[1:])
 

@@ -1,4 +1,4 @@
-"""Residual networks with activations before the convolutions: PreAct ResNet-18 and wide ResNets, one per expert."""
+"""Pre-activation residual networks, one per expert: PreAct ResNet-18 and wide ResNets."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -59,9 +59,10 @@ class ExpertPreActResNet(GroupedNetwork):
         in_channels: channels of the images.
         stages: (channels, blocks) of each stage; all but the first halve the image.
         stem: channels of the stem.
-        recompute: what the backward computes again instead of keeping it: "none"; "activations", which keeps the
-            results of the convolutions, their sums with the shortcuts, and one bit for each ReLU; "all", which keeps
-            the images, and computes one expert after the other again (`GroupedNetwork`).
+        device, dtype: those of the parameters.
+        recompute: what the backward recomputes instead of saving it: "none"; "activations", which saves the results of
+            the convolutions, their sums with the shortcuts, and one bit per element of each ReLU; "all", which saves
+            only the images and recomputes one expert after the other (`GroupedNetwork`).
 
     Raises:
         ValueError: if a size is less than 1, or recompute is unknown.
@@ -103,7 +104,7 @@ class ExpertPreActResNet(GroupedNetwork):
     def resnet18(
         cls, num_experts: int, num_classes: int = 10, in_channels: int = 3, width: int = 64, **options: Any
     ) -> "ExpertPreActResNet":
-        """PreAct ResNet-18 (He et al., 2016), its first stage with `width` channels."""
+        """PreAct ResNet-18 (He et al., 2016), whose first stage has `width` channels."""
         check.count("width", width, 1)
         stages = [(width, 2), (2 * width, 2), (4 * width, 2), (8 * width, 2)]
         return cls(num_experts, num_classes, in_channels, stages, width, **options)
@@ -131,7 +132,7 @@ class ExpertPreActResNet(GroupedNetwork):
         return cls(num_experts, num_classes, in_channels, stages, 16, **options)
 
     def logits(self, x: Tensor, offsets: Tensor) -> Tensor:
-        h = self.conv1(x.contiguous(memory_format=torch.channels_last), offsets)  # in which convolutions are fastest
+        h = self.conv1(x.contiguous(memory_format=torch.channels_last), offsets)  # fastest for convolutions
         for block in self.blocks:
             h = block(h, offsets)
         return self.linear(mask_relu(self.bn(h, offsets)).mean((2, 3)), offsets)

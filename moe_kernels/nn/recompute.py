@@ -1,7 +1,7 @@
-"""Activations that a backward computes again instead of keeping them.
+"""Activations that a backward recomputes instead of saving them.
 
-A module states which of its results are cheap, `y = recomputed(function, *inputs)`; whether they are kept is decided by
-the network whose forward runs, `with Recomputing(network)`.
+A module marks results that are cheap to compute, `y = recomputed(function, *inputs)`; the network whose forward runs
+decides whether they are saved, `with Recomputing(network)`.
 """
 
 import threading
@@ -21,13 +21,13 @@ _THREAD = threading.local()
 
 
 class WithStatistics(nn.Module):
-    """Base of modules whose running statistics follow the batches in training, as long as `updates`."""
+    """Base of modules with running statistics, which batches in training mode update unless `updates` is False."""
 
     updates = True
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """function(*inputs), which must depend on nothing else that changes but the network's state."""
+    """function(*inputs); apart from its inputs, the function may depend only on the network's state."""
     forward = None if torch.compiler.is_compiling() else getattr(_THREAD, "forward", None)
     y = function(*inputs)
     if forward is not None and y.requires_grad:
@@ -36,11 +36,11 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tenso
 
 
 class Recomputing:
-    """Context of one forward, inside which what is stated to be `recomputed` is not kept by what is computed from it.
+    """Context of one forward, inside which operations do not save those of their inputs that were `recomputed`.
 
-    The backward computes it again, with the module as it is now, from the inputs, which are kept or computed again
-    themselves. Where it is not active, without grad, under torch.compile, which chooses by itself what to compute
-    again, and inside torch.utils.checkpoint, `recomputed` only calls the function.
+    The backward recomputes these from their own inputs, which are saved or recomputed in turn, with the module's state
+    as it was at construction. Where the context is not active, `recomputed` only calls the function: without grad,
+    inside torch.utils.checkpoint, under torch.func, and under torch.compile, which itself chooses what to recompute.
     """
 
     def __init__(self, module: nn.Module, active: bool = True) -> None:
@@ -50,14 +50,14 @@ class Recomputing:
         self.owners = fsdp.owners(module) if self.active else {}
 
     def unsharding(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The same function, before which FSDP2 makes the parameters whole of the module that it is, or is of."""
+        """The same function, preceded by FSDP2's unshard of the module that it is, or is a method of."""
         module = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
         unit = self.owners.get(module) if isinstance(module, nn.Module) else None
         if unit is None:
             return function
 
         def unsharded(*inputs: Tensor) -> Tensor:
-            unit.unshard()  # until its own backward, which comes next
+            unit.unshard()  # the unit's own backward, which comes next, shards it again
             return function(*inputs)
 
         return unsharded
@@ -79,9 +79,9 @@ class Recomputing:
 
 
 class ModuleSnapshot:
-    """Context in which a module's mode, parameters and buffers are what they were when the snapshot was taken, and
-    running statistics stand still: a batch that is computed again does not count again. FSDP2 itself brings the
-    parameters of a unit back."""
+    """Context in which a module's mode, parameters and buffers are as they were when the snapshot was taken. Running
+    statistics are not updated, since a recomputed batch must not count twice. FSDP2 itself brings back the parameters
+    of its units."""
 
     def __init__(self, module: nn.Module) -> None:
         sharded = fsdp.owners(module)

@@ -58,7 +58,7 @@ STAGES = 4  # of two basic blocks each; stage i has width * 2^(i - 1) channels, 
 
 
 def _features(in_channels: int, width: int, stages: int) -> int:
-    """Channels of the images, or of what comes out of the stem and so many stages."""
+    """Channels of the images, or of the result of the stem and that many stages."""
     return in_channels if stages == 0 else width * 2 ** (stages - 1)
 
 
@@ -68,7 +68,7 @@ def check_stages(shared_stages: int, least: int) -> None:
 
 
 class ResNet18Stages(GroupedNetwork):
-    """The stem and some stages of a ResNet-18 per expert; `ExpertResNet18` says what the arguments mean."""
+    """The stem and some stages of a ResNet-18 per expert; `ExpertResNet18` explains the arguments."""
 
     def __init__(
         self, num_experts: int, in_channels: int, width: int, first: int, last: int, recompute: str, **to: Any
@@ -88,7 +88,7 @@ class ResNet18Stages(GroupedNetwork):
 
     def features(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] -> the last stage's result."""
-        h = x.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
+        h = x.contiguous(memory_format=torch.channels_last)  # fastest for convolutions
         if hasattr(self, "conv1"):
             h = recomputed(self._stem, recomputed(self.conv1, h, offsets), offsets)
         for block in chain.from_iterable(getattr(self, name) for name in self.stages):
@@ -107,11 +107,12 @@ class ExpertResNet18(ResNet18Stages):
         num_classes: number of logits.
         in_channels: channels of the images.
         width: channels of the first stage; the others have 2, 4 and 8 times as many.
-        recompute: what the backward computes again instead of keeping it: "none"; "activations", which keeps the
-            results of the convolutions but the first's, and one bit for each ReLU; "all", which keeps the images, and
-            computes and differentiates one expert after the other, so that only one has activations at a time.
-        shared_stages: how many stages, 0 to 4, a `ResNet18Trunk` computes before, whose result x then is. An expert has
-            neither them nor, if there are any, the stem.
+        device, dtype: those of the parameters.
+        recompute: what the backward recomputes instead of saving it: "none"; "activations", which saves the results of
+            all convolutions but the first, and one bit per element of each ReLU; "all", which saves only the images and
+            recomputes one expert after the other, so that only one has activations at a time.
+        shared_stages: number of stages, 0 to 4, that a `ResNet18Trunk` computes first; x is then its result, and the
+            experts have neither these stages nor, unless it is 0, the stem.
 
     Raises:
         ValueError: if a size is less than 1, or recompute or shared_stages is out of range.

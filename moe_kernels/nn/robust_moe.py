@@ -19,10 +19,10 @@ from moe_kernels.ops.topk_route import GATES, check_groups
 
 
 class ExpertList(nn.ModuleList):
-    """Any modules as one grouped network: each runs on its own rows, one after the other (offsets go to the host).
+    """Any modules as one grouped network: each runs on its own rows, one after the other (the host waits for offsets).
 
-    A module without rows does not run, unless FSDP2 shards it between processes, which must all run it: then it runs on
-    no rows. In DistributedDataParallel its gradient is zero, so that find_unused_parameters need not be set.
+    A module without rows does not run, except on an empty batch if FSDP2 shards it over processes, which must all run
+    it. In DistributedDataParallel its gradient is zero, so that find_unused_parameters need not be set.
     """
 
     @property
@@ -43,7 +43,8 @@ class ExpertList(nn.ModuleList):
         return torch.cat([*outputs.values(), *self._empty_rows_of_idle_experts(outputs)])
 
     def _empty_rows_of_idle_experts(self, outputs: dict[int, Tensor]) -> list[Tensor]:
-        """Where DDP waits for a gradient of every parameter, no rows [0, ...] of each that belongs to no output."""
+        """If DDP waits for a gradient of every parameter: for each parameter of the experts that did not run, an empty
+        output [0, ...] that gives it a gradient of zero."""
         ddp = active_ddp()
         if ddp is None or ddp.find_unused_parameters or not torch.is_grad_enabled():
             return []
@@ -79,16 +80,17 @@ class RobustMoE(nn.Module, HubMixin):
         gate: softmax, sigmoid, hard, straight_through or soft; see `moe_kernels.topk_route`.
         renormalize: whether the top_k weights are divided by their sum; None means top_k > 1.
         router: a module that maps x to logits [..., E]; None for a linear map without bias.
-        recompute: "none", "activations" or "all": what the backward computes again, see `moe_kernels.ExpertMLP`.
-        shared_experts: experts that every row reaches with weight 1 beside its top_k, as one MLP of that many times
-            hidden_dim (DeepSeekMoE).
-        balance_bias: whether there is a buffer `expert_bias` [E], zero at first, that is added to the gate's scores
-            where experts are chosen and that `update_bias` moves against the load (DeepSeek-V3).
+        device, dtype: those of the parameters.
+        recompute: "none", "activations" or "all": what the backward recomputes, see `moe_kernels.ExpertMLP`.
+        shared_experts: number of experts that every row reaches with weight 1 besides its top_k; they are one MLP of
+            width shared_experts * hidden_dim (DeepSeekMoE).
+        balance_bias: whether there is a buffer `expert_bias` [E], zero at first, which is added to the gate's scores
+            when experts are chosen, and which `update_bias` adjusts to even out the load (DeepSeek-V3).
         groups: (n, m): each row chooses from m of n groups of neighbouring experts; see `moe_kernels.topk_route`.
         scale: multiplies the weights of the top_k experts.
 
     Attributes:
-        keep_routing: False until it is set: whether a forward in training mode keeps its routing, as `last_routing`.
+        keep_routing: whether a forward in training mode keeps its routing as `last_routing`; False unless set.
 
     Raises:
         ValueError: if a size, top_k or an option is out of range.
@@ -143,15 +145,18 @@ class RobustMoE(nn.Module, HubMixin):
         groups: Sequence[int] | None = None,
         scale: float = 1.0,
     ) -> "RobustMoE":
-        """A MoE of any experts.
+        """A mixture of any experts.
 
         Args:
             experts: a grouped network, with `num_experts` and `forward(x_sorted, offsets)`, or a list of modules, which
-                run one after the other, each on its own rows. Under DDP one without rows has a gradient of zero, and
-                with FSDP2 around single experts it runs on no rows where there are several processes.
+                run one after the other, each on its own rows. An expert without rows has a gradient of zero under DDP,
+                and runs on an empty batch if FSDP2 shards it over several processes.
             router: maps x to logits [..., E]; the leading dimensions of the logits are those that are routed, so a
-                router that returns [B, E] sends whole images.
+                router that returns [B, E] routes whole images.
             top_k, gate, renormalize, balance_bias, groups, scale: as for `RobustMoE`.
+
+        Raises:
+            ValueError: if the experts or the router are no modules, or top_k or an option is out of range.
         """
         if isinstance(experts, Iterable) and (type(experts) is nn.ModuleList or not isinstance(experts, nn.Module)):
             experts = list(experts)
@@ -201,7 +206,11 @@ class RobustMoE(nn.Module, HubMixin):
         self.register_buffer("expert_bias", torch.zeros(self.num_experts, device=device) if balance_bias else None)
 
     def route(self, x: Tensor, top_k: int | None = None) -> Routing:
-        """Where x goes: the routing that forward(x) would take, or the one to `top_k` experts."""
+        """The routing that forward(x) would take, or the one to `top_k` experts instead.
+
+        Raises:
+            ValueError: if x or the router's logits have another size, or x another dtype or device.
+        """
         check.tensor("x", x, "a tensor")
         if self.dim is not None and x.shape[-1:] != (self.dim,):
             raise ValueError(f"x must have {self.dim} features, got shape {list(x.shape)}")
@@ -233,8 +242,8 @@ class RobustMoE(nn.Module, HubMixin):
     def last_routing(self) -> Routing:
         """The routing that the last forward in training mode took, for auxiliary losses of a layer deep in a model.
 
-        `keep_routing` must be set before that forward. Forwards in eval mode, such as an attack's, leave it alone, and
-        so does what a checkpoint computes again in the backward. It is no part of copies and saved layers.
+        `keep_routing` must be set before that forward. Forwards in eval mode, such as an attack's, do not replace it,
+        nor do those that a checkpoint repeats in the backward. Copies and saved layers do not contain it.
 
         Raises:
             RuntimeError: if there is none, or none with a gradient.
@@ -249,14 +258,15 @@ class RobustMoE(nn.Module, HubMixin):
         return {name: value for name, value in vars(self).items() if name != "_kept"}
 
     def reset_parameters(self) -> None:
-        """Of its own, that is, `expert_bias`."""
+        """Resets the layer's own state, `expert_bias`."""
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
     @torch.no_grad()
     def update_bias(self, load: Tensor, rate: float = 1e-3) -> None:
-        """Lowers by `rate` the bias of experts whose load [E] is above the mean and raises that of those below it, as
-        DeepSeek-V3 does after each training step; `load` is that of the batch, over all processes."""
+        """Lowers the bias of the experts whose load [E] is above the mean by `rate`, and raises it for those below, as
+        DeepSeek-V3 does after each training step; `load` is that of the batch, over all processes. ValueError if the
+        layer has no balance_bias, or load is not [E]."""
         if self.expert_bias is None:
             raise ValueError("update_bias needs a layer with balance_bias=True")
         check.shape("load", load, (self.num_experts,), "[E]")
@@ -266,7 +276,7 @@ class RobustMoE(nn.Module, HubMixin):
         """Routes x, or sends it where `routing` says: x [..., dim] -> [..., dim], images [B, ...] -> [B, out].
 
         Raises:
-            ValueError: if x is no tensor, or `routing` no Routing or made for another number of rows or experts.
+            ValueError: if x is not a tensor, or `routing` not a Routing or made for other numbers of rows or experts.
         """
         if routing is None:
             routing = self.route(x)
@@ -298,7 +308,7 @@ class RobustMoE(nn.Module, HubMixin):
         return y.reshape(*lead, *y.shape[1:])
 
     def unsaveable(self) -> str | None:
-        """What of this layer its arguments, which `save_pretrained` writes down, cannot make again."""
+        """What keeps this layer from being made again from the arguments that `save_pretrained` writes, or None."""
         if self.dim is None:
             return "experts of its own (from_experts)"
         return "a router of its own" if self.router_given else None

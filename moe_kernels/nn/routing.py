@@ -18,9 +18,9 @@ class Routing:
     """One routing of T rows over E experts; a row's route never depends on its batch neighbours.
 
     Args:
-        logits: [..., E], the leading sizes multiplying to T.
+        logits: [..., E], with leading sizes whose product is T.
         weights: [T, k].
-        experts: int32 [T, k], by falling logit, or score and bias, unless forced.
+        experts: int32 [T, k], in descending order of logit, or of score plus bias, unless forced.
     """
 
     logits: Tensor
@@ -67,7 +67,7 @@ class Routing:
 
     @property
     def groups(self) -> Groups:
-        """`moe_kernels.group_by_expert` of the experts, made once for all forwards under this route."""
+        """`moe_kernels.group_by_expert` of the experts, computed once for all forwards that take this route."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or inside_transform():
             return group_by_expert(self.experts, self.num_experts)
         return self._groups
@@ -82,7 +82,8 @@ class Routing:
         return self.groups.offsets.diff().to(self.weights.dtype) / max(self.experts.numel(), 1)
 
     def balance_loss(self, load: Tensor | None = None) -> Tensor:
-        """E * sum of load * mean probability over the experts: 1 even, E collapsed (Switch Transformer, eq. 4).
+        """E * sum over the experts of load * mean probability: 1 if they share the rows evenly, E if one gets them all
+        (Switch Transformer, eq. 4).
 
         `load` [E] replaces this routing's own. Given the load of a batch that is spread over several processes, the
         mean of their losses, weighted by rows, is the batch's loss.
@@ -95,7 +96,7 @@ class Routing:
         return self._wide_logits().logsumexp(-1).square().sum() / max(self.experts.shape[0], 1)
 
     def select(self, i: int | Tensor) -> "Routing":
-        """The i-th ranked expert of each row alone, with weight 1; i may be one rank for each row, integer [T]."""
+        """Only the expert of rank i of each row, with weight 1; i may be an integer tensor [T], one rank per row."""
         T, k = self.experts.shape
         if isinstance(i, Tensor):
             if i.shape != (T,) or i.is_floating_point():

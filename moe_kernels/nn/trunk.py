@@ -1,4 +1,4 @@
-"""What the experts of a mixture share, before the router."""
+"""The first stages of a network, before the router, which all experts of a mixture share."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ class ResNet18Trunk(ResNet18Stages):
     are the plain network's with a leading dimension [1], and `state_dicts()[0]` is a part of the plain state dict.
 
     Args:
-        shared_stages: how many stages, 1 to 4.
+        shared_stages: number of stages, 1 to 4.
         in_channels: channels of the images.
         width: channels of the first stage.
+        device, dtype: those of the parameters.
         recompute: as for `ExpertResNet18`.
 
     Raises:

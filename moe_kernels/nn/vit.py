@@ -1,4 +1,4 @@
-"""Vision transformers, one per expert: images sorted by expert, and so are their tokens, with offsets times tokens."""
+"""Vision transformers, one per expert. With the images their tokens are sorted by expert, at offsets times tokens."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -32,7 +32,7 @@ class ExpertAttention(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, T, width] sorted by expert -> the same shape."""
         qkv = over_tokens(self.qkv, x, offsets).unflatten(2, (3, self.heads, -1))  # [N, T, 3, heads, d]
-        with sdpa_kernel(SDPBackend.MATH) if inside_transform() else nullcontext():  # which alone has a forward mode
+        with sdpa_kernel(SDPBackend.MATH) if inside_transform() else nullcontext():  # only this has a forward mode
             h = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # [N, heads, T, d]
         return over_tokens(self.proj, recomputed(_merge_heads, h), offsets)
 
@@ -75,13 +75,14 @@ class ExpertViT(GroupedNetwork):
         width: size of a token, a multiple of heads.
         depth: number of blocks.
         heads: attention heads.
-        recompute: what the backward computes again instead of keeping it: "none"; "activations", which keeps the
-            results of linear maps and of attention, and the sums of blocks; "all", which keeps the images, and computes
-            one expert after the other again (`GroupedNetwork`).
+        device, dtype: those of the parameters.
+        recompute: what the backward recomputes instead of saving it: "none"; "activations", which saves the results of
+            linear maps and of attention, and the sums of blocks; "all", which saves only the images and recomputes one
+            expert after the other (`GroupedNetwork`).
 
     Raises:
-        ValueError: if a size is less than 1, image_size is no multiple of patch or width none of heads, or recompute is
-            unknown.
+        ValueError: if a size is less than 1, image_size is not a multiple of patch, width is not one of heads, or
+            recompute is unknown.
     """
 
     def __init__(
@@ -125,7 +126,8 @@ class ExpertViT(GroupedNetwork):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with deviation 0.02 for positions and linear weights, zero for linear biases and class tokens."""
+        """Draws positions and linear weights from a truncated normal distribution of deviation 0.02; linear biases and
+        class tokens become zero."""
         nn.init.zeros_(self.cls_token)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():

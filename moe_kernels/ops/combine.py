@@ -1,6 +1,7 @@
-"""Puts sorted rows back: out[t] = sum over i of weights[t, i] * y[position[t, i]].
+"""Combines sorted rows: out[t] = sum over i of weights[t, i] * y[position[t, i]].
 
-With its adjoints in y (`combine_input_grad`) and weights (`combine_weight_grad`) closed under differentiation.
+Its gradients in y (`combine_input_grad`) and weights (`combine_weight_grad`) are operators too, and all three are each
+other's derivatives.
 """
 
 from typing import Any
@@ -15,19 +16,19 @@ from moe_kernels._torch import inside_transform
 
 
 def combine(y: Tensor, weights: Tensor, position: Tensor, *, backend: str | None = None) -> Tensor:
-    """Gathers each row's k slots and sums them by their weights, i = 0 first, in fp32 (fp64 for fp64 y).
+    """Sums each row's k slots, multiplied by their weights, in the order of i, in fp32 (fp64 for fp64 y).
 
     Args:
-        y: [T * k, ...], a row per sorted slot.
-        weights: [T, k], of any floating dtype.
-        position: int32 [T, k], the sorted place of each slot; holds each of 0 to T * k - 1 once.
+        y: [T * k, ...], one row per sorted slot.
+        weights: [T, k], any floating-point dtype.
+        position: int32 [T, k], the sorted place of each slot; contains each of 0 to T * k - 1 once.
         backend: None for the fastest on y's device, or "reference".
 
     Returns:
         [T, ...] with y's dtype.
 
     Raises:
-        ValueError: if a shape, dtype or device does not match or, on the CPU, position is no permutation.
+        ValueError: if a shape, dtype or device does not match or, on the CPU, position is not a permutation.
     """
     check.floating("y", y)
     check.floating("weights", weights)
@@ -80,6 +81,7 @@ combine_input_grad = define(
     setup_context=_setup_context,
     backward=_input_grad_backward,
 )
+"""grad [T, ...], weights [T, k], position int32 [T, k] -> [T * k, ...]: `combine`'s gradient in y."""
 
 
 def _weight_grad_fake(grad: Tensor, y: Tensor, position: Tensor) -> Tensor:
@@ -108,10 +110,11 @@ combine_weight_grad = define(
     setup_context=_weight_grad_setup_context,
     backward=_weight_grad_backward,
 )
+"""grad [T, ...], y [T * k, ...], position int32 [T, k] -> fp32 or fp64 [T, k]: `combine`'s gradient in weights."""
 
 
 def gather_rows(x: Tensor, rows: Tensor, position: Tensor) -> Tensor:
-    """x[rows]: for sorted slot j the row rows[j] = order[j] // k of x [T, ...] -> [T * k, ...].
+    """x[rows] for x [T, ...] and the row rows[j] = order[j] // k of each sorted slot j -> [T * k, ...].
 
     Its gradient is a `combine` with weights of 1, which sums a row's slots in a fixed order.
     """

@@ -26,10 +26,10 @@ def expert_batch_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """F.batch_norm of each expert's rows with that expert's parameters and running statistics.
+    """Applies F.batch_norm to each expert's rows, with that expert's parameters and running statistics.
 
-    In training, running statistics are updated in place as F.batch_norm does. An expert without rows keeps its own; an
-    expert with a single value per channel, where F.batch_norm raises, updates its mean and keeps its variance.
+    In training, running statistics are updated in place as by F.batch_norm. Those of an expert without rows do not
+    change; with a single value per channel, for which F.batch_norm raises, the mean is updated and the variance is not.
 
     Args:
         x: [N, C, *], rows sorted by expert; contiguous or channels-last, which the output keeps.
@@ -38,13 +38,13 @@ def expert_batch_norm(
         running_mean: [E, C]; may be None in training.
         running_var: [E, C]; may be None in training.
         offsets: int32 [E + 1]; rows offsets[e] to offsets[e + 1] belong to expert e.
-        training: normalise by the batch's statistics, else by the running ones.
+        training: True to normalise by the batch's statistics, False for the running ones.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
         backend: None for the fastest on x's device, or "reference".
 
     Returns:
-        The shape and dtype of x.
+        A tensor with the shape and dtype of x.
 
     Raises:
         ValueError: if a shape, dtype or device does not match, running statistics are missing, or eps is negative.
@@ -111,7 +111,7 @@ def _forward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
         x if weight_needs or (x_needs and ctx.training) else None,
         weight if x_needs or weight_needs else None,
         bias if bias_needs else None,
-        mean if ctx.training else running_mean,  # a buffer: nothing of its own
+        mean if ctx.training else running_mean,  # a buffer, which takes no extra memory
         var if ctx.training else running_var,
         offsets,
     )
@@ -124,7 +124,7 @@ def _forward_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, 
     wide = torch.promote_types(grad.dtype, torch.float32)
     mean, var = mean.to(wide), var.to(wide)
     if torch.is_grad_enabled():
-        # An x that was not saved is one that no wanted gradient depends on: any other stands in for it.
+        # No wanted gradient depends on an x that was not saved, so that zeros can stand in for it.
         x = torch.zeros_like(grad).requires_grad_() if x is None else x
         inputs = (x, weight, bias, mean, var, offsets, ctx.training, ctx.eps)
         return vjp(reference.expert_batch_norm_forward, inputs, (grad, None, None), needed)

@@ -54,10 +54,10 @@ def expert_conv2d(
     for size, kernel, pad in zip(x.shape[2:], weight.shape[3:], paddings, strict=True):
         if not 1 <= kernel <= size + 2 * pad:
             raise ValueError(
-                f"weight must have a kernel of at least 1 and at most the padded image, here x {list(x.shape)} "
-                f"with padding {paddings}, got shape {list(weight.shape)}"
+                f"weight must have kernels of at least 1 x 1 that are no larger than the padded image, here "
+                f"x {list(x.shape)} with padding {paddings}, got shape {list(weight.shape)}"
             )
-    if x.is_cuda and autocast_is_on("cuda"):  # one pass over the weight gives its dtype and the kernels' layout
+    if x.is_cuda and autocast_is_on("cuda"):  # casts the weight and changes its layout in one pass
         weight = channels_innermost(weight, autocast_dtype(weight))
     x, weight, bias = cast_for_autocast(x, weight, bias)
     return backends.choose("expert_conv2d", backend, x)(x, weight, bias, offsets, strides, paddings)
@@ -74,6 +74,7 @@ def _fake(
 
 
 def empty_images(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialized images in the memory format of `like`."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 

@@ -20,7 +20,7 @@ def expert_linear(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Applies expert e's linear map to its rows of a batch sorted by expert.
+    """Applies each expert's linear map to its rows of a batch sorted by expert.
 
     Args:
         x: [N, in], rows sorted by expert; with `rows`, [T, in] in any order.

@@ -1,7 +1,8 @@
 """The second half of an expert MLP: out[t] = sum over i of gates[t, i] * (weight[e] @ act(z[j]) + bias[e]).
 
-j = position[t, i] is a sorted row of expert e. The backward keeps z and the indices, and nothing else of a row's size:
-act(z) is computed again, and the gate's gradient is <weight[e].T @ dout[t], act(z[j])>, so y[j] is not needed.
+j = position[t, i] is a sorted row of expert e. Of what has a row per slot, only z and the indices are saved for the
+backward: act(z) is recomputed, and the gate's gradient <weight[e].T @ dout[t], act(z[j])> does not need the expert's
+output.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from moe_kernels.ops.expert_linear import expert_linear_unchecked, expert_linear
 from moe_kernels.reference.expert_mlp import GATED, activate
 
 ACTIVATIONS = ("relu", "gelu", "silu", "relu2", *GATED)
-CHUNK = 1 << 16  # sorted rows whose activations exist at a time on a GPU
+CHUNK = 1 << 16  # on a GPU, activations exist for at most this many sorted rows at a time
 
 
 @renamed_argument("weights", "gates")
@@ -36,19 +37,20 @@ def expert_mlp_output(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Activates a batch sorted by expert, applies expert e's linear map to its rows and, with `gates`, combines them.
+    """Activates a batch sorted by expert, applies each expert's linear map and, with `gates`, combines the slots.
 
     Args:
-        z: [N, n] pre-activations, rows sorted by expert; [N, 2 n] of a gated activation; [N, m] of a function.
+        z: [N, n] pre-activations, rows sorted by expert; [N, 2 n] for a gated activation; [N, m] for a function that
+            turns m columns into n.
         weight: [E, d, n].
         bias: [E, d] or None.
         offsets: int32 [E + 1]; rows offsets[e] to offsets[e + 1] belong to expert e.
         activation: relu, gelu (exact), silu, relu2 (squared relu), or gated: swiglu, geglu, which multiply the
-            activation of z's first half by its second half; or any differentiable function of z, row by row, that has
-            no parameters, which the backward calls again.
-        gates: [T, k] with T * k = N, or None for sorted rows as the result.
-        position: int32 [T, k], the sorted place of each slot; with gates.
-        rows: int32 [N], the row t that sorted row j belongs to: position's inverse divided by k; with gates.
+            activation of z's first half by its second half; or any differentiable function of z without parameters
+            that treats each row by itself. The backward calls it again.
+        gates: [T, k] with T * k = N, or None to return the sorted rows.
+        position: int32 [T, k], the sorted place of each slot; required with gates.
+        rows: int32 [N], the row t that sorted row j belongs to: position's inverse divided by k; required with gates.
         backend: None for the fastest on z's device, or "reference".
 
     Returns:
@@ -173,7 +175,7 @@ def _output_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _hidden_grad_of_function(
     da: Tensor, z: Tensor, gates: Tensor, activation: Any, z_needs: bool, weight_needs: bool, gates_needs: bool
 ) -> tuple[Tensor | None, ...]:
-    """As `expert_mlp_hidden_grad`, by autograd."""
+    """`expert_mlp_hidden_grad` for an activation that is a function, by autograd."""
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
         leaf = z if twice and z.requires_grad else z.detach().requires_grad_()
@@ -186,7 +188,7 @@ def _hidden_grad_of_function(
 
 
 class _OutputOfFunction(torch.autograd.Function):
-    """The operator with a function as its activation, which torch's operators cannot take."""
+    """`expert_mlp_output` with a function as its activation, which an operator of torch cannot take as an argument."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -242,3 +244,5 @@ expert_mlp_hidden_grad = define(
     backward=_hidden_grad_backward,
     triton="expert_mlp",
 )
+"""da [N, n] (the gradient of act(z) before the gates), z [N, n] or [N, 2 n], gates [N] -> dz like z, gates * act(z)
+[N, n] and dgates [N]; a result that is not needed is empty."""

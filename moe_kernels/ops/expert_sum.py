@@ -1,4 +1,4 @@
-"""Sums over the rows of each expert, and over rows that share an index: the adjoints of a bias and of a gather."""
+"""Sums over the rows of each expert, and over rows with the same index: the gradients of a bias and of a gather."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def expert_of_row(offsets: Tensor, num_rows: int) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """x[index]; the gradient of torch's own is summed in any order on a GPU."""
+    """x[index] with a gradient that is summed in a fixed order, which torch's own is not on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _ExpandToRows(torch.autograd.Function):
-    """As `_Gather`, of indices that are sorted; a one-hot product would spread a NaN."""
+    """`_Gather` for sorted indices. (A product with one-hot rows would spread a NaN to all rows.)"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
@@ -43,7 +43,7 @@ class _ExpandToRows(torch.autograd.Function):
 
 
 def expand_to_rows(x: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
-    """[num_rows, D]: the row of x [E, D] that belongs to the expert of each sorted row."""
+    """For every sorted row, its expert's row of x [E, D] -> [num_rows, D]."""
     if inside_transform():
         return x.index_select(0, expert_of_row(offsets, num_rows))
     return _ExpandToRows.apply(x, offsets, num_rows)
@@ -66,6 +66,7 @@ expert_sum = define(
     setup_context=_sum_setup_context,
     backward=_sum_backward,
 )
+"""x [N, D] sorted by expert, offsets int32 [E + 1] -> [E, D]: the sum of each expert's rows, zero if it has none."""
 
 
 def _index_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,3 +84,4 @@ index_sum = define(
     setup_context=_index_setup_context,
     backward=_index_backward,
 )
+"""x [N, D], index int32 [N], num_rows -> [num_rows, D]: for each r the sum of the rows x[j] with index[j] = r."""

@@ -1,4 +1,5 @@
-"""Sorts slots by expert: order[j] is the slot at sorted place j, position its inverse, offsets where experts begin."""
+"""Sorts slots by expert: order[j] is the slot at sorted place j, position is the inverse, and offsets is where each
+expert's slots begin."""
 
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ class Groups(NamedTuple):
     Attributes:
         order: [T * k], the slot t * k + i at each sorted place.
         position: [T, k] or [T], the sorted place of each slot: order[position[t, i]] == t * k + i.
-        offsets: [E + 1], where each expert's slots begin, and their number.
+        offsets: [E + 1], where each expert's slots begin; the last entry is T * k.
     """
 
     order: Tensor
@@ -25,7 +26,7 @@ class Groups(NamedTuple):
 
 
 def group_by_expert(experts: Tensor, num_experts: int, *, backend: str | None = None) -> Groups:
-    """Sorts the slots t * k + i by experts[t, i], slots of one expert in rising order.
+    """Sorts the slots t * k + i by experts[t, i]; the slots of one expert stay in ascending order.
 
     Args:
         experts: int32 or int64 [T, k] or [T], in [0, num_experts).

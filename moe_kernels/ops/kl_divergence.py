@@ -12,13 +12,13 @@ from moe_kernels._torch import vjp
 
 
 def kl_divergence(clean_logits: Tensor, adv_logits: Tensor, *, backend: str | None = None) -> Tensor:
-    """The divergence of each row's two class distributions, computed in log space: a probability of 0 adds 0.
+    """The divergence of each row's two class distributions, in log space; classes of clean probability 0 add 0.
 
-    Gradients flow to both arguments; detach clean_logits where they should not.
+    Gradients flow to both arguments; detach clean_logits if it should have none.
 
     Args:
         clean_logits: [B, C].
-        adv_logits: [B, C], dtype of clean_logits.
+        adv_logits: [B, C], with the dtype of clean_logits.
         backend: None for the fastest on the logits' device, or "reference".
 
     Returns:

@@ -1,4 +1,4 @@
-"""ReLU that keeps one bit per element for its backward: y = max(x, 0), dx = dy * [not x <= 0]."""
+"""ReLU that saves one bit per element for its backward: y = max(x, 0), dx = dy * [not x <= 0]."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from moe_kernels._library import define
 
 
 def mask_relu(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """torch.relu, NaN handling included, that saves ceil(numel / 8) bytes instead of its output.
+    """torch.relu, NaN handling included, that saves ceil(numel / 8) bytes for its backward instead of its output.
 
     Args:
         x: any shape, floating point; contiguous or channels-last, which the output keeps.
         backend: None for the fastest on x's device, or "reference".
 
     Returns:
-        The shape of x.
+        A tensor with the shape and dtype of x.
 
     Raises:
         ValueError: if x is not a floating-point tensor.

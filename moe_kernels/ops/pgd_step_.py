@@ -33,34 +33,35 @@ def pgd_step_(
 ) -> Tensor:
     """Moves x_adv up the gradient, back into the eps-ball around x, then into the bounds, in one pass and in place.
 
-    The direction is sign(grad) for Linf and grad / ||grad|| per sample for L2 and L1, where a zero gradient makes no
+    The direction is sign(grad) for Linf and grad / ||grad|| per sample for L2 and L1, where a zero gradient gives no
     step. The L1 projection is exact (Duchi et al., ICML 2008). NaN elements of grad count as 0. Results are rounded
     towards x, so that rounding does not leave the ball. Not differentiable: grad and x are taken as constants.
 
     Args:
         x_adv: [B, ...], float32 or float64, overwritten.
-        grad: [B, ...], any floating dtype; the loss's gradient, negated to descend.
-        x: [B, ...], the clean samples, dtype of x_adv.
+        grad: [B, ...], any floating-point dtype; the gradient of the loss, negated to descend.
+        x: [B, ...], the clean samples, with the dtype of x_adv.
         eps: radius of the ball in the units of x; a float, or [B].
         alpha: length of the step in the units of x; a float, or [B].
         norm: "Linf", "L2" or "L1".
         bounds: (low, high), the valid range of an element.
-        normalize: (mean, std), each [C], for x_adv [B, C, ...]: the same pass also writes what the model reads next,
-            (x_adv - mean) / std per channel, in the dtype of grad. A gradient at that input serves Linf, which needs
-            its sign only; L2 and L1 want it divided by std first.
+        normalize: (mean, std), each [C], for x_adv [B, C, ...]: the same pass also writes the model's next input,
+            (x_adv - mean) / std per channel, in the dtype of grad. For Linf, grad may be the gradient at that input,
+            since only its sign is used; for L2 and L1, divide such a gradient by std first.
         backend: None for the fastest on x_adv's device, or "reference".
 
     Returns:
-        x_adv, or the model's next input where normalize is given.
+        x_adv, or the model's next input if normalize is given.
 
     Raises:
         ValueError: if a shape, dtype, device, the norm or the bounds do not fit, eps or alpha is negative or NaN, or
-            std is not positive (tensors on a GPU are not read).
+            std is not positive (the values of tensors on a GPU are not checked).
         RuntimeError: if x_adv requires grad while grad mode is on.
     """
     if x_adv.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"x_adv must be float32 or float64 (bfloat16 rounding leaves a ball of 8/255 by 5.8 %), got {x_adv.dtype}"
+            "x_adv must be float32 or float64 (rounding to bfloat16 leaves a ball of 8/255 by up to 5.8 %), "
+            f"got {x_adv.dtype}"
         )
     if x_adv.ndim == 0:
         raise ValueError("x_adv must be [B, ...], got a scalar")
@@ -102,10 +103,9 @@ def step_unchecked_(
     *tables: Tensor,
     backend: str | None = None,
 ) -> Tensor:
-    """`pgd_step_` of arguments that have been checked, eps and alpha [1] or [B] in x_adv's dtype, for steps that follow
-    each other."""
+    """`pgd_step_` without the checks, for an attack's later steps; eps and alpha are [1] or [B] in x_adv's dtype."""
     if not (torch.compiler.is_compiling() or x_adv.is_inference()):
-        torch.autograd.graph.increment_version(x_adv)  # so that a backward that needs what x_adv was is an error
+        torch.autograd.graph.increment_version(x_adv)  # a backward that needs the old values then raises
     with torch.no_grad():
         if tables:
             return backends.choose("pgd_step_normalized_", backend, x_adv)(
@@ -116,7 +116,7 @@ def step_unchecked_(
 
 
 def norm_name(norm: object) -> Any:
-    """The name of a norm that is written otherwise: "linf", "l2", 2, float("inf") ...; an unknown name as it is."""
+    """The name in NORMS of a norm that may be written "linf", "l2", 2, float("inf") ...; an unknown one as it is."""
     known = isinstance(norm, str | Real) and not isinstance(norm, bool)
     return SPELLINGS.get(norm.lower() if isinstance(norm, str) else norm, norm) if known else None
 
@@ -159,3 +159,5 @@ pgd_step_normalized_ = define(
     "Tensor mean, Tensor std) -> Tensor",
     _normalized_fake,
 )
+"""`pgd_step_` with normalize=(mean, std), without its checks: eps and alpha are [1] or [B], mean and std [C], all in
+x_adv's dtype. Overwrites x_adv and returns the model's next input."""

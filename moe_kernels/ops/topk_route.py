@@ -25,9 +25,9 @@ def topk_route(
     scale: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Chooses each row's k experts and weighs them.
+    """Chooses each row's k experts and gives them weights.
 
-    A logit of -inf masks an expert: its probability is 0. Where fewer than k are left, masked experts fill the row.
+    A logit of -inf masks an expert: its probability is 0. If fewer than k are left, masked experts fill the row.
 
     Args:
         logits: [T, E].
@@ -36,16 +36,16 @@ def topk_route(
             straight_through: 1, with the gradient of softmax; soft: softmax with k = E.
         renormalize: whether a row's weights are divided by their sum; None means k > 1, because a single weight
             divided by itself gives the router no gradient.
-        bias: [E] or None: added to the gate's scores where experts are chosen, not where they are weighed, which
-            balances the load without a loss (Wang et al., 2024; DeepSeek-V3).
-        groups: (n, m): the experts form n groups of neighbours, and each row chooses from the m groups whose two
-            largest entries have the largest sum (DeepSeek-V3); None for all experts.
+        bias: [E] or None: added to the gate's scores to choose the experts, but not to their weights, which balances
+            the load without a loss (Wang et al., 2024; DeepSeek-V3).
+        groups: (n, m): the experts form n groups of consecutive ones, and each row chooses from the m groups whose two
+            largest scores have the largest sum (DeepSeek-V3); None for a choice from all experts.
         scale: multiplies the weights.
         backend: None for the fastest on logits' device, or "reference".
 
     Returns:
-        weights [T, k], fp32 (fp64 for fp64 logits), and experts, int32 [T, k], by falling logit, or by falling score
-        plus bias; the lowest index wins ties. A choice by bias or groups is made of torch's operators on every device.
+        weights [T, k], fp32 (fp64 for fp64 logits), and experts, int32 [T, k], in descending order of logit, or of
+        score plus bias; ties go to the lowest index. With bias or groups, torch's own operators choose on every device.
 
     Raises:
         ValueError: if an argument is out of range or, on the CPU, a row holds NaN, +inf or nothing but -inf.
@@ -84,7 +84,7 @@ def topk_route(
 
 
 def check_groups(groups: Sequence[int], num_experts: int, k: int) -> None:
-    """(n, m), with k experts in m of n equal groups."""
+    """Raises ValueError unless groups is (n, m): n equal groups of experts, with at least k experts in m of them."""
     n, m = check.pair("groups", groups, 1)
     if num_experts % n or not m <= n or k > m * (num_experts // n):
         wanted = f"n dividing E = {num_experts}, m <= n and k = {k} experts in m groups"
@@ -132,3 +132,5 @@ topk_route_backward = define(
     setup_context=_backward_setup_context,
     backward=_double_backward,
 )
+"""grad [T, k], logits [T, E], experts int32 [T, k], gate "softmax" or "sigmoid", renormalize -> dlogits [T, E]: the
+gradient of `topk_route`'s weights."""

@@ -1,4 +1,4 @@
-"""Grouped 3 x 3 convolution of step 1 by Winograd's algorithm: fewer products, more rounding (docs/facts.md)."""
+"""Grouped 3 x 3 convolution of stride 1 by Winograd's algorithm: fewer products, more rounding (docs/facts.md)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +14,11 @@ from moe_kernels.ops.expert_conv2d import empty_images
 from moe_kernels.ops.expert_sum import expert_sum
 
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = WIDE[:1] if cpu_multiplies_bf16() else WIDE  # in which float32 is the fastest to multiply in
+DTYPES = WIDE[:1] if cpu_multiplies_bf16() else WIDE  # that the CPU multiplies no faster than float32
 TILE = 4  # results per side
-# By the level of the CPU library, where Winograd's algorithm was measured to be faster than oneDNN (docs/facts.md): the
-# fewest tiles of an expert with less than 64 channels, and with more, and the largest share of the usual products.
+# From where on Winograd's algorithm was measured to be faster than oneDNN (docs/facts.md), by level of the CPU library:
+# the least number of tiles per expert with fewer than 64 channels, the same with 64 or more, and the largest ratio of
+# its number of products to that of a direct convolution.
 LIMITS = {"x86-64-v4": (8, 4, 0.5)}
 DEFAULT_LIMITS = (9, 9, 0.35)
 
@@ -34,8 +35,8 @@ def winograd_conv2d(
     """`expert_conv2d` with 3 x 3 kernels and stride 1 by F(4 x 4, 3 x 3) of Lavin and Gray, "Fast Algorithms for
     Convolutional Neural Networks", CVPR 2016, with the points 0, +-2/3, +-3/2 and infinity.
 
-    16-bit input is computed in fp32. A pixel that is NaN or infinite makes all results NaN in those 4 x 4 tiles that it
-    has a part in. Gradients are computed in the same way.
+    16-bit input is computed in fp32. A NaN or infinite pixel makes all 4 x 4 results NaN of every tile that reads it.
+    Gradients are computed in the same way.
 
     Args:
         x: [N, C, H, W], images sorted by expert; float32, bfloat16 or float16; contiguous or channels-last, which the
@@ -70,9 +71,9 @@ def winograd_conv2d(
 
 
 def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int]) -> bool:
-    """Whether `winograd_conv2d` can convolve x with this weight [..., O, C, kh, kw] on x's device, faster than the
-    vendor's convolution: with 36 products for each tile, of which some results may lie beyond the edge, in place of 9
-    for each result, and one transform of the weight for all tiles of an expert."""
+    """Whether `winograd_conv2d` can convolve x with this weight [..., O, C, kh, kw] on x's device, and faster than the
+    vendor's convolution. It takes 36 products per tile of 16 results, some of which may lie beyond the edge, instead of
+    9 per result, and transforms the weight once for all tiles of an expert."""
     known = x.ndim == 4 and autocast_dtype(x) in DTYPES
     if not (known and backends.is_implemented("winograd_conv2d", x.device.type)):
         return False
@@ -91,7 +92,7 @@ def saves_work(x: Tensor, weight: Tensor, stride: int | Sequence[int], padding: 
 
 
 def is_emulated(x: Tensor) -> bool:
-    """Whether x is convolved in 16 bits, by autocast or by itself, that its device does not multiply."""
+    """Whether x is convolved in a 16-bit dtype, its own or autocast's, that its CPU has to emulate."""
     return x.device.type == "cpu" and autocast_dtype(x) in DTYPES[1:]
 
 
@@ -121,6 +122,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, dbias, None, None, None
 
 
+# `turned` says that the kernels are rotated by 180 degrees and that O and C are swapped, as the input gradient needs.
 _winograd_conv2d = define(
     "winograd_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, int[2] padding, bool turned) -> Tensor",
     _fake,
