@@ -1,6 +1,6 @@
 """Inside attack_mode a forward keeps little, and the input gradient is bitwise torch's but for large convolutions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -287,6 +287,39 @@ def test_what_torch_allows(function: Callable[[Tensor], Tensor]) -> None:
     expected = torch.autograd.grad(function(x).sum(), x)
     with attack_mode(function):
         assert torch.equal(torch.autograd.grad(function(x).sum(), x)[0], expected[0])
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize(
+    "sizes", [{"stride": 0}, {"stride": [-1]}, {"padding": -1}, {"dilation": 0}, {"stride": (1,) * 4}, {"groups": 0}]
+)
+def test_what_torch_refuses_is_refused_in_its_words(
+    sizes: dict[str, int | Sequence[int]], dimensions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, x, weight = convolution(dimensions, monkeypatch)
+    with pytest.raises(RuntimeError) as eager:
+        function(x, weight, **sizes)
+    with attack_mode(function), pytest.raises(RuntimeError) as lean:
+        function(x, weight, **sizes)
+    assert str(lean.value) == str(eager.value)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [{"stride": [1], "padding": (1,)}, {"stride": (2,)}, {"dilation": [2]}])
+def test_a_list_of_one_size_stands_for_all(
+    sizes: dict[str, Sequence[int]], dimensions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, x, weight = convolution(dimensions, monkeypatch)
+    expected = function(x, weight, **sizes)
+    with attack_mode(function):
+        torch.testing.assert_close(function(x, weight, **sizes), expected, rtol=1e-4, atol=1e-4)
+
+
+def convolution(dimensions: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
+    """One that is Winograd's where it has two dimensions, with its image and its weight."""
+    monkeypatch.setattr(rules, "MIN_PRODUCTS", 0)
+    weight, x = S.randn(16, 16, *[3] * dimensions), S.randn(2, 16, *[16] * dimensions)
+    return [F.conv1d, F.conv2d, F.conv3d][dimensions - 1], x.requires_grad_(), weight
 
 
 def test_torch_compile_inside() -> None:

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels.nn import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18
+from moe_kernels.nn import ExpertBatchNorm2d, ExpertConv2d, ExpertResNet18, ResNet18Trunk
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import ResNet18, randomize_statistics
 from moe_kernels.testing.saved import saved_bytes
@@ -70,6 +70,8 @@ def test_loads_torchvision_names() -> None:
     ]
     for key, value in ExpertResNet18.from_state_dicts(renamed).state_dict().items():
         assert torch.equal(value, grouped.state_dict()[key])
+    trunk = ResNet18Trunk(2, 2, 4)
+    trunk.load_state_dicts([{key: renamed[0][key.replace("shortcut", "downsample")] for key in trunk.state_dict()}])
 
 
 def test_bad_state_dicts_name_the_keys() -> None:

@@ -287,6 +287,7 @@ def test_long_work_speaks_where_there_is_no_terminal(
     assert main(["train", "--out", str(tmp_path / "run"), *flags(CONFIG)]) == 0
     lines = capsys.readouterr().err.splitlines()
     steps = [line for line in lines if re.fullmatch(r"rter: run: step \d of 6, loss [\d.]+, [\d.e+]+ images/s.*", line)]
+    assert all(float(re.findall(r"([\d.e+]+) images/s", line)[0]) < 1e7 for line in steps)
     assert len(steps) == 6 and re.search(r", done at (\d+-\d+-\d+ )?\d\d:\d\d$", steps[0])
     estimates = [line for line in lines if "an epoch of 3 steps takes about " in line and "what is left about" in line]
     epochs = [

@@ -125,6 +125,8 @@ def test_refuses() -> None:
         ResNet18Trunk(0)
     with pytest.raises(ValueError, match="shared_stages must be a whole number from 0 to 4, got 5"):
         ExpertResNet18(2, shared_stages=5)
+    with pytest.raises(ValueError, match=r"shared_stages must be a whole number from 0 to 4, got 1\.0"):
+        ExpertResNet18(2, shared_stages=1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="recompute must be one of none, activations, all, got 'some'"):
         ResNet18Trunk(recompute="some")
     with pytest.raises(ValueError, match=r"x must have 4 dimensions, got shape \[2, 8, 8\]"):

@@ -45,18 +45,21 @@ def convolution(
     dilation: Size = 1,
     groups: int = 1,
 ) -> Tensor:
-    pixels = _pixels(padding, weight, dilation)
+    pixels, sides = _pixels(padding, weight, dilation), input.ndim - 2
     if pixels is None or input.ndim != weight.ndim:
         return NotImplemented
+    strides, pixels = each(stride, sides), each(pixels, sides)
+    if len(strides) != sides or len(pixels) != sides or min(strides) < 1 or min(pixels) < 0:
+        return NotImplemented  # torch says what is wrong
     if weight.shape[2:] == (3, 3) and groups == 1 and each(dilation, 2) == [1, 1]:
         height, width = input.shape[2:]
         much = len(input) * height * width * weight.numel() >= MIN_PRODUCTS
-        if much and saves_work(input, weight, stride, pixels) and _fits_winograd(input, weight, bias):
-            return _by_winograd(input, weight, bias, each(pixels, 2))
-    coming_out = input.numel() // max(1, input.shape[1]) * len(weight) // math.prod(each(stride, input.ndim - 2))
+        if much and saves_work(input, weight, strides, pixels) and _fits_winograd(input, weight, bias):
+            return _by_winograd(input, weight, bias, pixels)
+    coming_out = input.numel() // max(1, input.shape[1]) * len(weight) // math.prod(strides)
     if max(input.numel(), coming_out) < MIN_ELEMENTS:
         return NotImplemented
-    settings = (stride, pixels, dilation, False, 0, groups)
+    settings = (strides, pixels, dilation, False, 0, groups)
     return _lean_convolution(
         input, weight, lambda x: func(x, weight, bias, stride, padding, dilation, groups), *settings
     )

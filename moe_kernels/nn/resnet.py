@@ -63,7 +63,7 @@ def _features(in_channels: int, width: int, stages: int) -> int:
 
 
 def check_stages(shared_stages: int, least: int) -> None:
-    if shared_stages not in range(least, STAGES + 1):
+    if not isinstance(shared_stages, int) or not least <= shared_stages <= STAGES:
         raise ValueError(f"shared_stages must be a whole number from {least} to {STAGES}, got {shared_stages!r}")
 
 
@@ -81,22 +81,26 @@ class ResNet18Stages(GroupedNetwork):
         if first == 1:
             self.conv1 = ExpertConv2d(num_experts, in_channels, width, 3, 1, 1, bias=False, **to)
             self.bn1 = ExpertBatchNorm2d(num_experts, width, **to)
-        self.stages = [f"layer{i}" for i in range(first, last + 1)]
-        for i, name in enumerate(self.stages, first):
+        for i in range(first, last + 1):
             before, stride = (width, 1) if i == 1 else (_features(in_channels, width, i - 1), 2)
-            self.add_module(name, stage(ExpertBasicBlock, 2, num_experts, before, width * 2 ** (i - 1), stride, **to))
+            blocks = stage(ExpertBasicBlock, 2, num_experts, before, width * 2 ** (i - 1), stride, **to)
+            self.add_module(f"layer{i}", blocks)
 
     def features(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] -> the last stage's result."""
         h = x.contiguous(memory_format=torch.channels_last)  # fastest for convolutions
         if hasattr(self, "conv1"):
             h = recomputed(self._stem, recomputed(self.conv1, h, offsets), offsets)
-        for block in chain.from_iterable(getattr(self, name) for name in self.stages):
+        for block in chain.from_iterable(getattr(self, f"layer{i}", ()) for i in range(1, STAGES + 1)):
             h = block(h, offsets)
         return h
 
     def _stem(self, h: Tensor, offsets: Tensor) -> Tensor:
         return mask_relu(self.bn1(h, offsets))
+
+    @staticmethod
+    def plain_name(key: str) -> str:
+        return re.sub(r"^fc\.", "linear.", key.replace(".downsample.", ".shortcut."))
 
 
 class ExpertResNet18(ResNet18Stages):
@@ -157,7 +161,3 @@ class ExpertResNet18(ResNet18Stages):
         net = cls(len(experts), linear.shape[0], in_channels, width, stem.device, stem.dtype)
         net.load_state_dicts(experts)
         return net
-
-    @staticmethod
-    def plain_name(key: str) -> str:
-        return re.sub(r"^fc\.", "linear.", key.replace(".downsample.", ".shortcut."))

@@ -63,7 +63,7 @@ class Progress:
             desc=what, total=total, initial=done, unit=unit, leave=leave, disable=not terminal, unit_scale=scale
         )
         self.speaks = shown and not terminal
-        self.started = time.monotonic()
+        self.started = self.warm = time.monotonic()
 
     def __enter__(self) -> "Progress":
         return self
@@ -98,9 +98,9 @@ class Progress:
         """Says once what an epoch and all that is left will take, if that is longer than until the next line."""
         measured = self.done - self.first
         if measured == 1:
-            self.started = now
+            self.warm = now
         elif measured == MEASURED:
-            unit = (now - self.started) / (MEASURED - 1)
+            unit = (now - self.warm) / (MEASURED - 1)
             left = unit * ((self.total or self.done) - self.done)
             if left >= EVERY:
                 say(
