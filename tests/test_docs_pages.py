@@ -156,7 +156,7 @@ def test_evaluation(
 def test_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every command of the page, one after the other, shortened; what pip does is test_package.py's matter."""
     monkeypatch.chdir(tmp_path)
-    text = (DOCS / "start.md").read_text()
+    text = (DOCS / "start.md").read_text().replace("\\\n", " ")
     commands = [shlex.split(line) for line in re.findall(r"^ {4}((?:pip|python|rter) .*)$", text, re.MULTILINE)]
     assert [words[0] for words in commands] == ["pip", "python", "rter", "rter", "rter"]
     for program, *words in commands:
@@ -169,3 +169,19 @@ def test_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     names: dict[str, Any] = {"images": S.rand(3, 3, 16, 16)}
     exec(block, names)
     assert names["classes"].shape == (3,) and names["experts"].shape == (3, 1) and not names["model"].training
+
+
+def test_the_readme_repeats_rows_of_the_digits() -> None:
+    """SA, RA, AA and verdict, the first four columns."""
+    digits = (DOCS / "digits.md").read_text()
+    rows = re.findall(r"^\| (?:RT-ER|PGD), [^|]*\|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 3
+    for row, name in zip(rows, ("rt-er", "pgd-at", "dense pgd-at"), strict=True):
+        of_digits = re.search(rf"^\| {name} *\|(.*)$", digits, re.MULTILINE)
+        assert of_digits and of_digits[1].split("|")[:4] == row.split("|"), name
+
+
+@pytest.mark.parametrize("weights, problem", [("first", "weights must be one of last, best"), ("last", "missing")])
+def test_a_run_that_is_none(weights: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(rter.UserError, match=problem):
+        rter.load_model(tmp_path / "missing", weights)
