@@ -1,4 +1,4 @@
-"""What the tests of PGD attack, and where its steps begin."""
+"""The networks and images that the tests of PGD attack, and the start of its steps."""
 
 import math
 from typing import Any

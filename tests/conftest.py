@@ -1,4 +1,4 @@
-"""Every test runs with fresh memory poisoned by NaN, so that an element nobody wrote is seen."""
+"""Every test runs with new memory filled with NaN, so that an element that is never written shows."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def seeded_sources(request: pytest.FixtureRequest) -> None:
-    """A module's sources begin anew for each test, whichever others the process has run."""
+    """Restarts a module's sources for each test, so that their numbers do not depend on the tests run before."""
     from moe_kernels.testing import Source
 
     for value in vars(request.module).values():

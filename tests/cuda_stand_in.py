@@ -1,7 +1,8 @@
-"""Streams, graphs, allocator and generator of two CUDA devices, played on CPU tensors, faults included.
+"""Simulates the streams, graphs, allocator and generator of two CUDA devices on CPU tensors, with their errors.
 
-The behaviour is that of torch 2.11 (`old`) and of later ones, read in ATen/cuda/CUDAGraph.cpp, CUDAGeneratorImpl.cpp
-and c10/cuda/CUDACachingAllocator.cpp; `torch.cuda.graph`, `torch.cuda.stream` and `torch.cuda.device` are torch's own.
+The behaviour is that of torch 2.11 (`old`) or of later versions, according to ATen/cuda/CUDAGraph.cpp,
+CUDAGeneratorImpl.cpp and c10/cuda/CUDACachingAllocator.cpp; `torch.cuda.graph`, `torch.cuda.stream` and
+`torch.cuda.device` are torch's own.
 """
 
 import threading
@@ -24,7 +25,7 @@ RANDOM = {torch.ops.aten.uniform_, torch.ops.aten.normal_, torch.ops.aten.rand, 
 
 
 class Stream:
-    """A stream of the device that is current when it is made."""
+    """torch.cuda.Stream; without `device` on the current one."""
 
     def __init__(self, cuda: "Cuda", device: int | None = None) -> None:
         self.device = torch.device("cuda", cuda.device if device is None else device)
@@ -41,7 +42,7 @@ class Graph:
     def __init__(self, cuda: "Cuda") -> None:
         self.cuda = cuda
         self.work: list[tuple[Callable[..., Any], Any, Any, Any]] = []
-        self.written: list[tuple[Tensor, Tensor]] = []  # and what was there before the recording
+        self.written: list[tuple[Tensor, Tensor]] = []  # (tensor, its content before the recording)
         self.valid = True
         self.ended = False
 
@@ -64,13 +65,13 @@ class Graph:
         if cuda.current_stream() is not self.stream:
             raise RuntimeError("Capture must end on the same stream it began on.")
         cuda.recordings.remove(self)
-        for tensor, before in reversed(self.written):  # a recording runs nothing
+        for tensor, before in reversed(self.written):  # a real recording runs nothing
             tensor.copy_(before)
         if cuda.old and not self.valid:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         cuda.underway.remove(self.id)
         if not self.valid:
-            cuda.generator_records = False  # by capture, in these versions
+            cuda.generator_records = False  # later versions reset it after a failure, too
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         cuda.generator_records = False
         if not self.work:
@@ -94,7 +95,7 @@ class Graph:
 
 
 class Cuda(TorchDispatchMode):
-    """Inside, operations are work for the current stream of device `index`, on which all tensors are said to be."""
+    """Inside it, all tensors count as being on device `index`, and operations as work for its current stream."""
 
     def __init__(self, index: int, old: bool) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class Cuda(TorchDispatchMode):
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
     def prohibited(self) -> None:
-        """What no recording survives: to synchronise, to load a module, to allocate memory other than through torch."""
+        """Acts that invalidate a recording: synchronising, loading a module, allocating memory other than by torch."""
         hit = [g for g in self.recordings if g.mode == "global" or g.thread == threading.get_ident()]
         for graph in hit:
             graph.valid = False
@@ -183,7 +184,7 @@ class Cuda(TorchDispatchMode):
 
 
 def install(patch: pytest.MonkeyPatch, cuda: Cuda) -> None:
-    """Puts the stand-in in the place of what torch.cuda has from C++."""
+    """Replaces what torch.cuda takes from C++ by the stand-in."""
     generator = SimpleNamespace(
         get_state=lambda: torch.default_generator.get_state(), set_state=torch.default_generator.set_state
     )
@@ -211,5 +212,5 @@ def install(patch: pytest.MonkeyPatch, cuda: Cuda) -> None:
         "_cuda_releasePool": cuda.release_pool,
     }.items():
         patch.setattr(torch._C, name, value, raising=False)
-    patch.setattr(capture, "TORCH", (capture.TORCH, __file__))  # its errors come from C++, without a line of their own
+    patch.setattr(capture, "TORCH", (capture.TORCH, __file__))  # in CUDA, its lines are C++ and in no traceback
     patch.setattr(torch.cuda, "_get_device_index", cuda.index_of)

@@ -1,4 +1,4 @@
-"""What tests of several files ask of data sets."""
+"""Checks of data sets that several test files share."""
 
 from pathlib import Path
 

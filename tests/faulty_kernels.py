@@ -1,4 +1,4 @@
-"""Kernels that checks/gpu_static.py must object to, and their sound siblings; prints what it says of each."""
+"""Kernels with faults that checks/gpu_static.py must find, and the same without; prints its verdict on each."""
 
 import dataclasses
 import sys
@@ -45,7 +45,7 @@ def product(shared: bool, condition: bool) -> Launch:
 
 
 def convolution(weight: Tensor) -> Launch:
-    """A launch that reads this weight as it lies in memory."""
+    """A launch that reads the weight in its own memory layout."""
     launches = {name: launch for arch, name, launch in expert_conv2d.static_launches() if arch == ARCH}
     launch = launches["expert_conv2d forward 16-bit 64 to 64 stride 1"]
     changed = {"weight": weight}

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Names(TorchDispatchMode):
-    """The names of the operators that run inside."""
+    """Collects in `names` the operators that run inside."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What processes check together; `python tests/parallel_checks.py RANK SIZE FOLDER` is one of them.
+"""Checks that several processes run together; `python tests/parallel_checks.py RANK SIZE FOLDER` starts one of them.
 
-Every check compares what this process holds with one process that computes the joint batch.
+Every check compares this process's part with a single process that computes the joint batch.
 """
 
 import copy
@@ -96,7 +96,7 @@ def transformers_experts(p: Processes) -> None:
 
 @check(2)
 def transformers_experts_under_fsdp(p: Processes) -> None:
-    """Whose first linear map is computed again from a weight that FSDP2 has freed in between."""
+    """Their first linear map is recomputed from a weight that FSDP2 has freed in between."""
     block, x = transformers_block("moe_kernels"), rows(4, 4, DIM)
     one = copy.deepcopy(block)
     fully_shard(block.experts, mesh=p.mesh)
@@ -131,7 +131,7 @@ def steps_of_an_optimiser_beside_ddp(p: Processes) -> None:
 
 
 def on_two_dimensions(moe: nn.Module) -> nn.Module:
-    """Of 2 x 2 processes: its experts spread over one, and by FSDP2 over the other."""
+    """The mixture on 2 x 2 processes: its experts spread over one dimension, and sharded by FSDP2 over the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     both = copy.deepcopy(moe)
     parallelize_module(both, mesh["ep"], ExpertParallel())
@@ -156,7 +156,7 @@ def fsdp_on_another_dimension(p: Processes) -> None:
 
 
 def attack_equals_one(p: Processes, moe: nn.Module, spread: nn.Module, x: Tensor) -> None:
-    """Input gradients and PGD are those of `moe` on the joint batch, and `spread` is afterwards as it was."""
+    """Asserts that input gradients and PGD are those of `moe` on the joint batch, and leave `spread` unchanged."""
     y, grads = torch.arange(len(x)) % 5, []
     for model, batch in ((moe, x), (spread, p.own(x))):
         leaf = batch.clone().requires_grad_()
@@ -186,7 +186,7 @@ def attacks_under_fsdp_on_another_dimension(p: Processes) -> None:
 
 @contextmanager
 def exchanges() -> Iterator[list[int]]:
-    """The number of collectives, and how many of them are of counts."""
+    """Counts inside it [all exchanges, exchanges of counts]."""
     seen, exchange = [0, 0], dispatch.all_to_all
 
     def counted(x: Tensor, *args: Any) -> Tensor:
@@ -255,7 +255,7 @@ def trained(p: Processes) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = p.spread(mixture())
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
     model(rows(8, DIM)).square().mean().backward()
-    dist.all_reduce(model.router.weight.grad)  # which rounds otherwise on each process
+    dist.all_reduce(model.router.weight.grad)  # else it rounds differently on each process
     optimizer.step()
     return model, optimizer
 
@@ -314,7 +314,7 @@ def mistakes_are_one_line(p: Processes) -> None:
 
 
 def die(p: Processes) -> None:
-    """The last process ends between two forwards, and the others must not wait for it for ever."""
+    """The last process exits between two forwards; the others must not wait for it forever."""
     moe = p.spread(mixture())
     for step in range(2):
         if step == 1 and p.rank == p.size - 1:
@@ -335,7 +335,7 @@ def main() -> None:
             try:
                 function(p)
                 found[name] = ""
-            except BaseException:  # torch.distributed.checkpoint raises one
+            except BaseException:  # which torch.distributed.checkpoint raises
                 found[name] = traceback.format_exc()
                 break  # the others may wait for this process
     (folder / f"{rank}.json").write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Processes that compute together, the checks that they make, and how what each holds is compared with one process."""
+"""Processes that compute together, a list of the checks that they run, and the comparison with a single process."""
 
 import copy
 import functools
@@ -18,11 +18,12 @@ from moe_kernels.distributed import ExpertParallel
 from moe_kernels.testing import Source, assert_matches
 
 DIM, E = 6, 8
-CHECKS: dict[str, tuple[tuple[int, ...], Callable[["Processes"], None]]] = {}  # the sizes at which each runs
+# {name: (the numbers of processes that it runs with, the check)}
+CHECKS: dict[str, tuple[tuple[int, ...], Callable[["Processes"], None]]] = {}
 
 
 class Processes:
-    """This process among the others."""
+    """This process and its place among the others."""
 
     def __init__(self, rank: int, size: int, folder: Path) -> None:
         self.rank, self.size, self.folder = rank, size, folder
@@ -32,7 +33,7 @@ class Processes:
         return parallelize_module(copy.deepcopy(module), self.mesh, ExpertParallel(**options))
 
     def own(self, joint: Tensor, uneven: bool = False) -> Tensor:
-        """This process's rows; uneven: the first has none."""
+        """This process's part of the joint rows; if `uneven`, the first process has none."""
         if uneven:
             return joint.tensor_split([len(joint) * r // (self.size - 1) for r in range(self.size - 1)])[self.rank]
         return joint.chunk(self.size)[self.rank]

@@ -1,4 +1,4 @@
-"""What tests of several files ask of the folder of a run."""
+"""Checks of the folder of a run that several test files share."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from rter.journal import Journal
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """Bit for bit the same weights and metrics, but for the seconds, and the same files."""
+    """Asserts that two runs have the same files and, bit for bit, the same weights and metrics, apart from seconds."""
     for name in ("last.safetensors", "best.safetensors"):
         tensors, others = load_tensors(run / name), load_tensors(expected / name)
         assert tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in tensors)
@@ -37,7 +37,7 @@ def assert_equal_to_rounding(run: Path, expected: Path, terms: int) -> None:
 
 
 def broken_off(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Journals stop as if killed while they write the line after so many."""
+    """Lets journals stop as if killed in the middle of a line, once they have written `after` lines."""
     lines = [0]
     append = Journal._append
 

@@ -1,5 +1,5 @@
-"""Run by test_fsdp.py in one or two processes: training under FSDP2 and DDP with an attack in the loop, which leaves no
-trace.
+"""Run by test_fsdp.py in one or two processes: trains under FSDP2 and DDP with an attack in the loop, and checks that
+the attack leaves no trace.
 
     python tests/sharded_training.py STORE RANK PROCESSES
 """
@@ -34,7 +34,7 @@ def plain() -> nn.Module:
 
 
 def mixture(experts: Any) -> RobustMoE:
-    """Of two, which sends an image by its first pixel."""
+    """A mixture of two experts, which routes an image by its first pixel."""
     router = nn.Linear(3 * 64, 2)
     with torch.no_grad():
         router.weight[:, 0] += torch.tensor([-5, 5])
@@ -60,7 +60,7 @@ def leaves(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if m._parameters]
 
 
-# what is trained, and what of it is sharded beside the whole
+# {name: (the model to train, the modules in it that are sharded on their own)}
 MODELS: dict[str, tuple[Callable[[], nn.Module], Units]] = {
     "plain": (plain, lambda net: [net[3]]),
     "plain, every layer": (plain, leaves),
@@ -122,7 +122,7 @@ def train(
 
 
 def is_thawed_after_an_exception(net: nn.Module, x: Tensor) -> bool:
-    """In the middle of a forward, where FSDP2 leaves whole parameters in their places."""
+    """Interrupts a forward in the middle, where FSDP2 leaves whole parameters in place."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

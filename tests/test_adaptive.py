@@ -1,4 +1,4 @@
-"""Attacks on mixtures find what ordinary attacks cannot see: another expert, behind a route that hides it."""
+"""Attacks on mixtures find what ordinary attacks cannot see: a weak expert that no row is routed to at first."""
 
 import inspect
 import textwrap
@@ -15,7 +15,7 @@ from moe_kernels.attacks import every_expert
 
 
 class Constant(nn.Module):
-    """Says `label`, whatever it sees, and a little of what it sees."""
+    """Predicts `label` for any x; a small part of x in the logits keeps a gradient."""
 
     def __init__(self, label: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def test_the_soft_backward_sees_every_expert() -> None:
         SoftBackward(model, 0)
 
 
-def test_the_router_alone() -> None:
+def test_router_logits_let_an_attack_flip_the_route() -> None:
     model = hidden_weakness()
     x, chosen = torch.full((3, 4), 0.4), torch.zeros(3, dtype=torch.int64)
     x_adv = APGD(RouterLogits(model), 0.15, steps=10, loss="margin", seed=0)(x, chosen)
@@ -68,7 +68,7 @@ def test_the_router_alone() -> None:
 
 
 @pytest.mark.parametrize("attack", [ExpertAttack, JointAttack, RouterLogits, SoftBackward])
-def test_the_examples_run_and_others_than_mixtures_are_refused(attack: type) -> None:
+def test_the_examples_run_and_plain_models_are_refused(attack: type) -> None:
     """On the mixture with a hidden weakness each example breaks it, or flips its route."""
     example = textwrap.dedent(inspect.cleandoc(attack.__doc__).split("Example:\n")[1]).replace("8/255", "3/20")
     names = {"model": hidden_weakness(), "x": torch.full((3, 4), 0.4), "y": torch.zeros(3, dtype=torch.int64)}
@@ -79,7 +79,7 @@ def test_the_examples_run_and_others_than_mixtures_are_refused(attack: type) -> 
         attack(nn.Linear(4, 3))
 
 
-def test_on_a_trained_mixture(robust_digits: tuple[RobustClassifier, Split]) -> None:
+def test_attacks_on_a_trained_mixture(robust_digits: tuple[RobustClassifier, Split]) -> None:
     model, images = robust_digits
     x, y = images.x, images.y
     clean = model(x).argmax(1) == y

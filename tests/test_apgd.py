@@ -104,7 +104,7 @@ def test_restarts_keep_the_best_and_leave_the_fooled_alone() -> None:
 
 
 @pytest.mark.parametrize("restarts", [1, 3])
-def test_misread_samples_are_left_alone_and_as_many_withstand(restarts: int) -> None:
+def test_misclassified_samples_are_left_alone_without_changing_robust_accuracy(restarts: int) -> None:
     model, x, y = linear()
     misread = model(x).argmax(1) != y
     assert 0 < misread.sum() < 6
@@ -114,7 +114,7 @@ def test_misread_samples_are_left_alone_and_as_many_withstand(restarts: int) -> 
     assert survivors(model, some, y) == survivors(model, every, y)
 
 
-def test_targets_are_the_likeliest_other_classes() -> None:
+def test_targets_are_the_most_likely_other_classes() -> None:
     model, x, _ = linear()
     rows: list[int] = []
     model.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
@@ -135,7 +135,7 @@ def test_eps_per_sample_fractions_and_zero() -> None:
     assert torch.equal(APGD(model, "8/255", steps=5, seed=0)(x, y), APGD(model, 8 / 255, steps=5, seed=0)(x, y))
 
 
-def test_a_seed_repeats_and_the_global_random_state_stays() -> None:
+def test_a_seed_repeats_and_the_global_random_state_does_not_change() -> None:
     model, x, y = linear()
     before = torch.get_rng_state()
     first, again, other = (APGD(model, 0.1, steps=0, restarts=2, seed=s)(x, y) for s in (1, 1, 2))

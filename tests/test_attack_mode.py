@@ -14,7 +14,7 @@ from moe_kernels.attacks import attack_mode
 
 
 class AlwaysTrainingNorm(nn.BatchNorm1d):
-    """Moves its statistics in eval mode too, as careless models do."""
+    """Updates its statistics in eval mode, too, as careless models do."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.5, self.eps)
@@ -83,7 +83,7 @@ def test_everything_is_restored(action: Callable[[nn.Module], None]) -> None:
             assert action is interrupt
 
 
-def test_inside_the_model_stands_still() -> None:
+def test_the_model_does_not_change_inside() -> None:
     model = network()
     x = torch.randn(8, 3, requires_grad=True)
     with attack_mode(model):
@@ -104,7 +104,7 @@ def test_a_graph_that_saved_the_statistics_survives() -> None:
     loss.backward()
 
 
-def test_nested_and_reused() -> None:
+def test_can_be_nested_and_reused() -> None:
     model, other = network(), network()
     mode = attack_mode(model)
     with unchanged(model), unchanged(other):
@@ -187,7 +187,7 @@ def test_overridden_train_does_not_run() -> None:
     assert model.training
 
 
-def test_lazy_modules_initialise_inside_and_stay_so() -> None:
+def test_lazy_modules_initialise_inside_and_stay_initialised() -> None:
     model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
     with attack_mode(model):
         model(torch.randn(8, 3))

@@ -1,4 +1,4 @@
-"""The scripts of `make bench` at toy size: what they print follows from what they measured."""
+"""The scripts of `make bench` at toy size: what they print follows from what they measure."""
 
 import os
 import re
@@ -82,7 +82,7 @@ def test_a_timing_becomes_a_ratio_with_a_verdict(tmp_path: Path) -> None:
         *((2.4, "<= 2.4", "met"), (2.41, "<= 2.4", "missed"), (2.3, "<= 2.4", "met"), (1, "", "")),
     ],
 )
-def test_verdict(value: float, target: str, expected: str) -> None:
+def test_a_verdict_follows_from_value_and_target(value: float, target: str, expected: str) -> None:
     from ratios import verdict
 
     assert verdict(value, target) == expected
@@ -131,7 +131,7 @@ def test_layers_agree(name: str) -> None:
 
 
 def test_images_agree() -> None:
-    """Whole networks, each image alone or all at once."""
+    """Whole networks agree on images one at a time and all at once."""
     from peers import OneImageAtATime
 
     experts, s = ExpertResNet18(3, width=4).eval(), Source(torch.float32)

@@ -1,4 +1,4 @@
-"""`build_info` and `python -m moe_kernels` tell what was built."""
+"""`build_info` and `python -m moe_kernels` say what was built."""
 
 import subprocess
 import sys
@@ -31,12 +31,12 @@ def test_cuda_kernels_are_named_where_they_were_built() -> None:
         assert by_device["cuda"] == expected, op
 
 
-def test_the_command_prints_it() -> None:
+def test_the_command_prints_build_info() -> None:
     text = subprocess.run([sys.executable, "-m", "moe_kernels"], capture_output=True, text=True, check=True).stdout
     assert "pgd_step_" in text and _C.compiler in text and _library.level in text
 
 
-def test_the_import_loads_nothing_that_is_not_used_yet() -> None:
+def test_importing_loads_nothing_before_it_is_used() -> None:
     heavy = ["torch._dynamo", "torch._inductor", "triton", "sympy", "matplotlib", "transformers", "sklearn"]
     script = f"import sys, torch, moe_kernels; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "[]\n"

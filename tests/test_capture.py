@@ -1,4 +1,4 @@
-"""PGD's steps as one recorded graph, and under a frozen route; on a CPU the recording is played by a stand-in."""
+"""PGD's steps as one recorded CUDA graph, which a stand-in simulates on the CPU, and PGD under a frozen route."""
 
 import random
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def found(model: nn.Module, **options: Any) -> Tensor:
 
 
 def found_on(cuda: Cuda, model: nn.Module, **options: Any) -> Tensor:
-    """What PGD finds on the stand-in; checks that it leaves everything as it was."""
+    """The result of PGD on the stand-in; asserts that everything is restored afterwards."""
     try:
         with cuda:
             return found(model, **options)
@@ -72,8 +72,8 @@ def assert_restored(cuda: Cuda) -> None:
     assert cuda.device == 0 and cuda.current == cuda.default and cuda.sync_mode == 0
     assert not cuda.recordings
     with cuda:
-        torch.cuda.empty_cache()  # in which torch asserts that nothing is recorded
-        torch.rand(2)  # which a generator that records refuses
+        torch.cuda.empty_cache()  # torch asserts here that nothing is being recorded
+        torch.rand(2)  # an error if the generator still records
     assert all(stream.waited_for for stream in cuda.default[1:])  # work on the side stream is over before ours
 
 
@@ -121,8 +121,8 @@ def test_kernels_of_the_first_two_steps_are_loaded_before_the_recording(call: in
     assert cuda.replays == 4
 
 
-def test_a_recording_that_fails(cuda: Cuda) -> None:
-    """Memory is allocated while the third step is recorded: nothing of the failed recording stays."""
+def test_a_failed_recording_leaves_nothing_behind(cuda: Cuda) -> None:
+    """The recording of the third step fails because memory is allocated during it."""
     model = Model()
     model.visit = lambda x: cuda.prohibited() if model.calls == 3 else None
     with pytest.warns(
@@ -163,7 +163,8 @@ def test_another_thread_may_pin_memory_meanwhile(cuda: Cuda) -> None:
 
 
 def test_the_stand_in_fails_as_cuda_does(cuda: Cuda) -> None:
-    """What the attack has to make good: torch.cuda.graph alone leaves its stream, and before 2.12 more than that."""
+    """The attack has to repair what torch.cuda.graph leaves after an error: its stream stays current and, before torch
+    2.12, the generator and the allocator go on recording."""
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="previous error"), cuda, torch.cuda.graph(graph):
         cuda.prohibited()
@@ -174,7 +175,7 @@ def test_the_stand_in_fails_as_cuda_does(cuda: Cuda) -> None:
 
 
 def test_every_step_writes_in_place() -> None:
-    """What a replay needs: the second step's tensors are those of every later one."""
+    """As a replay needs it: every later step uses the same tensors as the second one."""
     x, y = S.rand(5, 3, 2, 2), S.randint(4, 5).long()
     addresses: list[tuple[int, ...]] = []
 

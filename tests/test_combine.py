@@ -1,4 +1,4 @@
-"""combine beyond the general contract: closed form, mixed dtypes, what it saves, threads, errors."""
+"""combine beyond the common contract: closed form, mixed dtypes, what it saves, threads, errors."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_closed_form() -> None:
 
 @pytest.mark.parametrize("y_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weights_dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_each_gradient_has_its_tensor_s_dtype(y_dtype: torch.dtype, weights_dtype: torch.dtype) -> None:
+def test_each_gradient_has_the_dtype_of_its_tensor(y_dtype: torch.dtype, weights_dtype: torch.dtype) -> None:
     y = torch.randn(4, 3, dtype=y_dtype, requires_grad=True)
     weights = torch.rand(2, 2, dtype=weights_dtype, requires_grad=True)
     out = combine(y, weights, POSITION)
@@ -39,7 +39,7 @@ def test_saves_only_what_the_gradients_need(y_needs: bool, weights_needs: bool) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+def test_bitwise_equal_for_any_number_of_threads(dtype: torch.dtype) -> None:
     position = group_by_expert(torch.randint(5, (301, 3)), 5).position
     y = torch.randn(903, 301, requires_grad=True, dtype=dtype)
     weights = torch.rand(301, 3, requires_grad=True)

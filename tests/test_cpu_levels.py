@@ -1,4 +1,4 @@
-"""Every level of the CPU library that this machine has keeps the contract; the best is taken unasked."""
+"""Every level of the CPU library that this machine supports keeps the contract; the best is the default."""
 
 import os
 import subprocess
@@ -23,15 +23,15 @@ def test_the_best_level_is_taken() -> None:
 @pytest.mark.parametrize("level", LOWER)
 def test_values_and_gradients(level: str) -> None:
     files = ["tests/test_ops.py", "tests/test_winograd_conv2d.py", "tests/test_expert_linear.py"]
-    # Not in fp64, where nothing is more exact than the reference and its own rounding goes unmeasured: the bound of two
-    # roundings is met at the best level, and missed by 0.3 % by one case of batch norm at the lowest.
+    # Not in fp64: no wider reference measures the reference's own rounding, so the bound is two roundings alone. All
+    # cases meet it at the best level, but one case of batch norm misses it by 0.3 % at the lowest.
     wanted = "not gradcheck and not opcheck and not float64"
     done = run_at(level, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", ["x86-64-v9", "avx2"])
-def test_another_level_is_refused(name: str) -> None:
+def test_an_unknown_level_is_refused(name: str) -> None:
     error = run_at(name, "-c", "import moe_kernels").stderr.splitlines()[-1]
     here = ", ".join(_library.cpu_levels())
     assert error == f"ValueError: MOE_KERNELS_CPU_LEVEL must be one of {here} on this CPU, got {name!r}"

@@ -1,4 +1,4 @@
-"""What is built of the CUDA half, from what, and where it finds at run time what it needs."""
+"""Which CUDA library is built for which toolkit and torch, and where it finds its symbols at run time."""
 
 import importlib.util
 import os
@@ -26,7 +26,7 @@ built = pytest.mark.skipif(library is None, reason="the CUDA library is not buil
 
 
 @built
-def test_cuda_library_holds_the_architectures_that_it_names() -> None:
+def test_the_cuda_library_contains_the_architectures_that_it_names() -> None:
     triton = importlib.util.find_spec("triton")
     assert triton is not None and triton.submodule_search_locations
     cuobjdump = Path(triton.submodule_search_locations[0], "backends/nvidia/bin/cuobjdump")
@@ -37,7 +37,7 @@ def test_cuda_library_holds_the_architectures_that_it_names() -> None:
 
 
 def symbols(file: Path, kind: str) -> set[str]:
-    """The symbols that a library defines or leaves undefined, without weak ones, which may stay so."""
+    """The symbols that a library defines or leaves undefined, apart from weak ones, which may stay undefined."""
     listing = subprocess.run(
         ["nm", "-D", f"--{kind}-only", str(file)], capture_output=True, text=True, check=True
     ).stdout
@@ -45,7 +45,7 @@ def symbols(file: Path, kind: str) -> set[str]:
 
 
 def torch_symbols(file: Path) -> set[str]:
-    """Those of the undefined symbols that torch has to give."""
+    """The undefined symbols that torch has to provide."""
     return {s for s in symbols(file, "undefined") if "@" not in s and not s.startswith(("Py", "_Py"))}
 
 
@@ -57,7 +57,7 @@ def test_only_the_stable_abi_of_torch_is_used(file: Path) -> None:
 
 @built
 def test_every_symbol_of_the_cuda_library_has_its_origin() -> None:
-    """What libtorch_cpu lacks comes from libtorch_cuda, which has to be named: torch loads it out of sight."""
+    """What libtorch_cpu lacks comes from libtorch_cuda, which must be linked: torch loads it, but not globally."""
     assert library is not None
     missing = torch_symbols(library) - symbols(TORCH / "lib/libtorch_cpu.so", "defined")
     assert missing == set(re.findall(r'extern "C" void (\w+)\(', STUB))
@@ -77,8 +77,8 @@ def test_every_symbol_of_the_cuda_library_has_its_origin() -> None:
         ("12.8", "the CUDA library is for CUDA 12.8, this torch for CUDA 13.0"),
     ],
 )
-def test_a_cuda_library_that_cannot_be_loaded_leaves_the_cpu(cuda: str, reason: str, tmp_path: Path) -> None:
-    """The package with a CUDA library that is none, under a torch that says it was built with CUDA."""
+def test_without_a_loadable_cuda_library_the_cpu_still_works(cuda: str, reason: str, tmp_path: Path) -> None:
+    """The package with a broken CUDA library, under a torch that claims to be built with CUDA."""
     package = tmp_path / "moe_kernels"
     shutil.copytree(ROOT / "moe_kernels", package, ignore=shutil.ignore_patterns("__pycache__", "_cuda*"))
     (package / Path(_C.__file__).name.replace("_C", "_cuda")).write_bytes(b"no library")
@@ -111,13 +111,13 @@ except RuntimeError as error:
     assert re.search(f"UserWarning: moe_kernels: {reason}. Operators work on the CPU.*MOE_KERNELS_CUDA=1", done.stderr)
 
 
-# What setup.py decides. It asks nvcc for its version, and torch's files for torch's.
+# What setup.py decides, from nvcc's version and the version in torch's files.
 
 SETUP = SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
 
 
 def toolkit(home: Path, release: str) -> Path:
-    """A CUDA toolkit with an nvcc that answers questions."""
+    """A CUDA toolkit with an nvcc that only answers questions about its version."""
     nvcc = home / "bin/nvcc"
     nvcc.parent.mkdir(parents=True)
     codes = "sm_80 sm_90" if release < "12.8" else "sm_80 sm_90 sm_100"

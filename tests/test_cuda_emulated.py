@@ -21,7 +21,7 @@ OPERATORS = (
     "topk_route",
     "topk_route_backward",
 )
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a GPU is promised
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes supported on a GPU
 CASES = [
     pytest.param(c, d, id=f"{c}-{d}".replace("torch.", ""))
     for c in testing.CASES
@@ -66,14 +66,14 @@ def test_unaligned_rows(case: testing.Case, dtype: torch.dtype) -> None:
     check(case.op, case.arguments(dtype), dtype, shift=1)
 
 
-def test_more_experts_than_one_sorting_pass_tells_apart() -> None:
+def test_more_experts_than_one_sorting_pass_can_distinguish() -> None:
     source = testing.Source(torch.float32)
     check("group_by_expert", (source.randint(3000, 2500), 3000), torch.float32)
     check("index_sum", (source.randn(300, 3), source.randint(1500, 300), 1500), torch.float32)
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["clean", "adv"])
-def test_divergence_gradient_of_one_side(needs: tuple[bool, bool]) -> None:
+def test_divergence_gradient_of_one_argument_alone(needs: tuple[bool, bool]) -> None:
     source = testing.Source(torch.float32)
     grad, clean, adv = source.randn(9), source.randn(9, 70), source.randn(9, 70)
     check("kl_divergence_backward", (grad, clean, adv, *needs), torch.float32)

@@ -1,4 +1,4 @@
-"""The Python of the pages in docs/ runs as it stands there, and so do all commands of the page to start with."""
+"""The Python code of the pages in docs/ runs as it is printed there, and so do all commands of the first page."""
 
 import re
 import shlex

@@ -12,7 +12,7 @@ COUNTS = (4, 0, 1, 5)
 
 
 def arguments(*size: int) -> tuple[Tensor, ...]:
-    """x, weight, bias, running_mean, running_var, offsets"""
+    """(x, weight, bias, running_mean, running_var, offsets)"""
     s = Source(torch.float32)
     tables = [s.randn(4, 3), s.randn(4, 3), s.randn(4, 3), s.rand(4, 3) + 0.5]
     return s.randn(sum(COUNTS), 3, *size), *tables, s.offsets(COUNTS)
@@ -20,7 +20,7 @@ def arguments(*size: int) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_is_a_loop_of_batch_norms(training: bool, layout: torch.memory_format) -> None:
+def test_equals_a_loop_of_batch_norms(training: bool, layout: torch.memory_format) -> None:
     x, weight, bias, mean, var, offsets = arguments(2, 3)
     x = x.contiguous(memory_format=layout)
     expected_mean, expected_var, parts = mean.clone(), var.clone(), []

@@ -1,4 +1,4 @@
-"""Grouped networks with recompute="all" give what they give without, and one expert at a time has activations."""
+"""Grouped networks give the same results with recompute="all", and then only one expert has activations at a time."""
 
 import weakref
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def rows(*counts: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["preact", "wide", "vit"])
-def test_is_all_experts_at_once(name: str, training: bool) -> None:
+def test_equals_all_experts_at_once(name: str, training: bool) -> None:
     nets = [make(name, recompute, dtype=torch.float64).train(training) for recompute in ("none", "all")]
     found = []
     for net in nets:
@@ -50,7 +50,7 @@ def test_is_all_experts_at_once(name: str, training: bool) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name, at_most", [("preact", 0.55), ("wide", 0.55), ("vit", 0.65)])
-def test_activations_are_bitwise_the_same_and_keep_less(name: str, at_most: float, autocast: bool) -> None:
+def test_recomputing_activations_changes_no_bit_and_saves_memory(name: str, at_most: float, autocast: bool) -> None:
     found, kept = [], []
     for recompute in ("none", "activations"):
         net, (x, offsets) = make(name, recompute), rows(*COUNTS)
@@ -67,7 +67,7 @@ def test_activations_are_bitwise_the_same_and_keep_less(name: str, at_most: floa
 
 
 @pytest.mark.parametrize("name", ["preact", "vit"])
-def test_activations_have_second_derivatives(name: str) -> None:
+def test_recomputed_activations_have_second_derivatives(name: str) -> None:
     found = []
     for recompute in ("none", "activations"):
         net, (x, offsets) = make(name, recompute, dtype=torch.float64), rows(*COUNTS, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_activations_have_second_derivatives(name: str) -> None:
     torch.testing.assert_close(*found)
 
 
-def test_only_some_parameters_learn() -> None:
+def test_some_parameters_may_be_frozen() -> None:
     found = []
     for recompute in ("none", "all"):
         net, (x, offsets) = make(recompute=recompute), rows(*COUNTS)
@@ -92,10 +92,10 @@ def test_only_some_parameters_learn() -> None:
 
 def test_one_expert_at_a_time_has_activations() -> None:
     def most_alive(*counts: int) -> int:
-        """The most bytes that wait at one time while a backward runs."""
+        """The largest number of bytes saved at the same time while the backward runs."""
         net, alive, most = make(), 0, 0
 
-        class Waiting:
+        class Saved:
             def __init__(self, x: Tensor) -> None:
                 self.x = x
                 count(x.nbytes)
@@ -107,14 +107,14 @@ def test_one_expert_at_a_time_has_activations() -> None:
             most = max(most, alive)
 
         loss = net(*rows(*counts)).sum()
-        with saved_tensors_hooks(Waiting, lambda waiting: waiting.x):
+        with saved_tensors_hooks(Saved, lambda saved: saved.x):
             loss.backward()
         return most
 
     assert most_alive(*COUNTS) == most_alive(3, 0, 0) > most_alive(2, 0, 0)
 
 
-def test_an_attack_computes_nothing_again() -> None:
+def test_an_attack_recomputes_nothing() -> None:
     kept = []
     for recompute in ("none", "all"):
         net, (x, offsets) = make(recompute=recompute), rows(*COUNTS)
@@ -123,7 +123,7 @@ def test_an_attack_computes_nothing_again() -> None:
     assert kept[0] == kept[1]
 
 
-def test_mode_and_weights_are_those_of_the_forward() -> None:
+def test_the_backward_has_the_mode_and_weights_of_the_forward() -> None:
     net, (x, offsets) = make(), rows(*COUNTS)
     (expected,) = torch.autograd.grad(net(x, offsets).square().sum(), x)
     loss = net(x, offsets).square().sum()
@@ -147,7 +147,7 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(compiled(x, offsets), net(x, offsets))
 
 
-def test_refuses() -> None:
+def test_bad_input_names_the_argument() -> None:
     for name in ("preact", "vit"):
         with pytest.raises(ValueError, match="recompute must be one of none, activations, all, got 'some'"):
             make(name, "some")

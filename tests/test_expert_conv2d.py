@@ -1,5 +1,5 @@
-"""expert_conv2d beyond the common contract: layout, saved tensors, compilation, autocast, bad input; where both are
-alike winograd_conv2d too."""
+"""expert_conv2d beyond the common contract: layout, saved tensors, compilation, autocast, bad input; tested for
+winograd_conv2d, too, where both agree."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ def arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return s.randn(5, 3, 6, 7), s.randn(3, 4, 3, 3, 3), s.randn(3, 4), s.offsets((2, 0, 3))
 
 
-def test_is_a_loop_of_convolutions() -> None:
+def test_equals_a_loop_of_convolutions() -> None:
     x, weight, bias, offsets = arguments()
     parts = [F.conv2d(x[:2], weight[0], bias[0], 2, 1), F.conv2d(x[2:], weight[2], bias[2], 2, 1)]
     torch.testing.assert_close(expert_conv2d(x, weight, bias, offsets, 2, 1), torch.cat(parts))
@@ -125,7 +125,7 @@ def test_bitwise_equal_for_any_number_of_threads() -> None:
 
 
 def test_autocast_on_a_gpu_casts_the_weight_into_the_layout_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for the forward and the backward; without a GPU, so without data."""
+    """It does so once for the forward and the backward; tested without a GPU, and so without data."""
     seen: list[tuple[Tensor, ...]] = []
     monkeypatch.setattr(backends, "choose", lambda op, backend, x: lambda *args: seen.append(args))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")

@@ -15,7 +15,7 @@ def arguments(counts: tuple[int, ...] = (4, 0, 5), k: int = 6, n: int = 3) -> tu
     return s.randn(sum(counts), k), s.randn(len(counts), n, k), s.randn(len(counts), n), s.offsets(counts)
 
 
-def test_is_a_loop_of_linear_layers() -> None:
+def test_equals_a_loop_of_linear_layers() -> None:
     x, weight, bias, offsets = arguments()
     expected = torch.cat([F.linear(x[:4], weight[0], bias[0]), F.linear(x[4:], weight[2], bias[2])])
     torch.testing.assert_close(expert_linear(x, weight, bias, offsets), expected)
@@ -34,7 +34,7 @@ def test_bitwise_equal_for_any_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_no_number_reaches_its_own_results_alone(dtype: torch.dtype) -> None:
+def test_nan_and_infinity_reach_only_their_own_results(dtype: torch.dtype) -> None:
     x, weight, bias, offsets = (t.to(dtype) if t.is_floating_point() else t for t in arguments((9, 0, 7), 530, 21))
     x[2, 529], x[8, 3], weight[2, 20, 8] = float("nan"), float("inf"), float("-inf")
     y = expert_linear(x, weight, bias, offsets)

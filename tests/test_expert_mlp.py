@@ -1,4 +1,4 @@
-"""The expert MLP beyond the common contract: what it keeps, threads, what a gate needs, compilation, errors."""
+"""The expert MLP beyond the common contract: what it saves, threads, gradients of the gates, compilation, errors."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from moe_kernels.testing import Source, check_threads
 from moe_kernels.testing.saved import saved_bytes
 
 T, D, N, E, K = 24, 5, 16, 3, 2
-INDICES = 4 * (E + 1) + 3 * 4 * T * K  # offsets; the gate's weights, the position and the row of each slot
+INDICES = 4 * (E + 1) + 3 * 4 * T * K  # offsets; gate, position and row of each slot
 
 
 def moe_and_routing(activation: str, dtype: torch.dtype, **options: str) -> tuple[RobustMoE, Tensor, Routing]:
@@ -24,7 +24,7 @@ def moe_and_routing(activation: str, dtype: torch.dtype, **options: str) -> tupl
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("activation", "width"), [("gelu", N), ("relu", N), ("swiglu", 2 * N)])
-def test_training_keeps_x_and_the_pre_activation(activation: str, width: int, dtype: torch.dtype) -> None:
+def test_training_saves_x_and_the_pre_activation(activation: str, width: int, dtype: torch.dtype) -> None:
     moe, x, routing = moe_and_routing(activation, dtype)
     kept = saved_bytes(lambda: moe(x, routing=routing), apart_from=moe)
     assert kept == T * (D + width * K) * dtype.itemsize + INDICES
@@ -32,7 +32,7 @@ def test_training_keeps_x_and_the_pre_activation(activation: str, width: int, dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("activation", "width"), [("gelu", N), ("relu", N), ("geglu", 2 * N)])
-def test_an_attack_keeps_the_pre_activation(activation: str, width: int, dtype: torch.dtype) -> None:
+def test_an_attack_saves_the_pre_activation(activation: str, width: int, dtype: torch.dtype) -> None:
     moe, x, _ = moe_and_routing(activation, dtype)
     with attack_mode(moe):
         routing = moe.route(x)
@@ -42,14 +42,14 @@ def test_an_attack_keeps_the_pre_activation(activation: str, width: int, dtype: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_attack_on_relu_with_a_frozen_gate_keeps_one_bit_per_element(dtype: torch.dtype) -> None:
+def test_an_attack_on_relu_with_frozen_gates_saves_one_bit_per_element(dtype: torch.dtype) -> None:
     moe, x, routing = moe_and_routing("relu", dtype)
     with attack_mode(moe):
         kept = saved_bytes(lambda: moe(x, routing=routing.fixed(1)), apart_from=moe)
     assert kept == T * N // 8 + 4 * (E + 1) + 3 * 4 * T
 
 
-def test_recompute_all_keeps_x_alone() -> None:
+def test_recompute_all_saves_only_x() -> None:
     moe, x, routing = moe_and_routing("gelu", torch.float32, recompute="all")
     kept = saved_bytes(lambda: moe(x, routing=routing), apart_from=moe)
     assert kept == 4 * T * D + INDICES
@@ -71,7 +71,7 @@ def test_recompute_changes_no_gradient(activation: str) -> None:
         torch.testing.assert_close(other, results[0])
 
 
-def test_a_second_backward_and_every_parameter() -> None:
+def test_a_second_backward_gives_the_same_gradients() -> None:
     moe, x, _ = moe_and_routing("geglu", torch.float32)
     y = moe(x).sum()
     wanted = [x, *moe.parameters()]
@@ -82,7 +82,7 @@ def test_a_second_backward_and_every_parameter() -> None:
 def test_bitwise_equal_for_any_number_of_threads() -> None:
     moe = RobustMoE(33, 129, 5, 2, activation="swiglu")
     x, grad = torch.randn(301, 33, requires_grad=True), torch.randn(301, 33)
-    routing = moe.route(x.detach())  # the router is a layer of torch's
+    routing = moe.route(x.detach())  # outside, since the router is a layer of torch's
 
     def results() -> tuple[Tensor, ...]:
         y = moe(x, routing=routing)
@@ -91,7 +91,7 @@ def test_bitwise_equal_for_any_number_of_threads() -> None:
     check_threads(results)
 
 
-def test_on_a_gpu_some_rows_are_activated_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_rows_are_activated_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_mlp, "CHUNK", 4)
     s = Source(torch.float64)
     args = s.randn(11, 6), s.randn(3, 5, 6), s.randn(3, 5), s.offsets([3, 0, 8]), "gelu", None, None, None
@@ -106,7 +106,7 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), wanted) for y in (compiled, eager)))
 
 
-def test_the_former_name_of_gates_goes_on_working() -> None:
+def test_the_old_name_of_gates_still_works() -> None:
     s = Source(torch.float32)
     z, weight, offsets, gates = s.randn(4, 3), s.randn(2, 5, 3), s.offsets([1, 3]), torch.rand(4, 1)
     order, position, _ = group_by_expert(torch.tensor([[0], [1], [1], [1]]), 2)
@@ -152,7 +152,7 @@ def test_bad_input_says_what_was_expected() -> None:
 
 
 @pytest.mark.parametrize("combined", [False, True])
-def test_a_function_is_an_activation_too(combined: bool) -> None:
+def test_the_activation_may_be_a_function(combined: bool) -> None:
     z, weight, bias, weights = (Source(torch.float64).randn(*shape) for shape in ((6, 4), (E, 2, 2), (E, 2), (3, K)))
     order, position, offsets = group_by_expert(torch.tensor([[0, 2], [2, 0], [0, 2]]), E)
     route = (position, order // K) if combined else (None, None)

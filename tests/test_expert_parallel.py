@@ -1,4 +1,4 @@
-"""Experts spread over 2 and 4 processes compute what one process does."""
+"""Experts spread over 2 and 4 processes compute what a single process does."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def start(folder: Path, size: int, *options: str) -> list[subprocess.Popen[bytes
 
 
 def run(folder: Path, size: int) -> dict[str, list[str]]:
-    """What the processes found, by the name of the check."""
+    """{name of a check: what it reported in each process}"""
     folder.mkdir()
     processes = start(folder, size)
     for process in processes:
@@ -47,7 +47,7 @@ def found(folder: Path) -> dict[int, dict[str, list[str]]]:
 @pytest.mark.parametrize(
     ("size", "name"), [(size, name) for size in (4, 2) for name in CHECKS if size in CHECKS[name][0]]
 )
-def test_processes_equal_one(found: dict[int, dict[str, list[str]]], size: int, name: str) -> None:
+def test_several_processes_compute_what_one_does(found: dict[int, dict[str, list[str]]], size: int, name: str) -> None:
     assert found[size][name] == [""] * size, "\n".join(found[size][name])
 
 
@@ -64,7 +64,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert b"by peer" in error, error.decode()  # closed or reset
 
 
-def test_what_is_known_of_a_tensor_ends_when_it_is_written_to() -> None:
+def test_a_cached_result_is_dropped_when_its_tensor_is_written_to() -> None:
     calls = []
     cached, x = CachedByTensor(lambda x: calls.append(1) or x.sum().item()), torch.ones(3)
     assert [cached(x), cached(x), cached(x.clone())] == [3, 3, 3] and len(calls) == 2

@@ -34,7 +34,7 @@ def loop(mlp: ExpertMLP, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_mlp_is_a_loop_over_experts(activation: str) -> None:
+def test_mlp_equals_a_loop_over_experts(activation: str) -> None:
     mlp, x = ExpertMLP(3, 5, 6, activation), torch.randn(7, 5, requires_grad=True)
     y, expected = mlp(x, OFFSETS), loop(mlp, x)
     torch.testing.assert_close(y, expected)

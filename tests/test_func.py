@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from moe_kernels import ExpertPreActResNet, ExpertResNet18, ExpertViT, RobustMoE, attack_mode, pgd_step_, testing
 
 EVERY = [c for c in testing.CASES if c.has_gradient and testing.differentiable(c.arguments(c.dtypes[0]))]
-# the first with rows of each operator, and those whose gradient is by definition not the derivative
+# The first case with rows of each operator, and all those whose gradient is by definition not the derivative.
 CASES = list({c.op: c for c in reversed(EVERY) if "no_rows" not in c.name}.values())
 CASES += [c for c in EVERY if not c.gradcheck]
 
@@ -22,7 +22,7 @@ def dual(function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[T
 
 
 def check_derivatives(function: Callable[..., Tensor], *at: Tensor) -> None:
-    """<u, J v> of every forward mode is <J^T u, v> of the ordinary backward, and torch.func's J^T u is that, too."""
+    """<u, J v> of every forward mode equals <J^T u, v> of the ordinary backward, and torch.func's J^T u is the same."""
     leaves = tuple(x.detach().requires_grad_() for x in at)
     y = function(*leaves)
     u, along = torch.randn_like(y), tuple(torch.randn_like(x) for x in at)
@@ -42,7 +42,7 @@ def check_derivatives(function: Callable[..., Tensor], *at: Tensor) -> None:
 def test_operators(case: testing.Case) -> None:
     args = case.arguments(torch.float64 if torch.float64 in case.dtypes else torch.float32)
     training = case.op == "expert_batch_norm"
-    if training:  # torch.func refuses a write to running statistics, as it does torch's own batch norm
+    if training:  # torch.func refuses writes to running statistics, torch's own included
         args = (*args[:3], None, None, args[5], True)
     wanted = testing.differentiable(args, case.buffers)
 
@@ -94,7 +94,7 @@ def test_jacobians() -> None:
         torch.testing.assert_close(transform(moe)(x), expected)
 
 
-def test_gradients_of_single_samples_are_refused_in_our_words() -> None:
+def test_per_sample_gradients_are_refused_by_a_clear_message() -> None:
     moe = RobustMoE(3, 4, 2)
     message = "experts must be one tensor for all rows, got one for each sample of torch.func.vmap"
     with pytest.raises(RuntimeError, match=message):

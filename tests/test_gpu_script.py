@@ -1,4 +1,4 @@
-"""`make gpu`, rehearsed: the whole script on the CPU, and what it makes of failures and of a sudden end."""
+"""`make gpu` as a dry run on the CPU: the whole script, failures, and a sudden end."""
 
 import json
 import os
@@ -30,8 +30,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rehearsal(tmp_path: Path) -> None:
-    """Everything, in the order in which a GPU would do it."""
+def test_a_dry_run_does_everything(tmp_path: Path) -> None:
+    """In the order in which it runs on a GPU."""
     import gpu_device
     import gpu_jobs
 
@@ -55,8 +55,8 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert gpu_jobs.LIMIT <= 360
 
 
-def test_the_plan() -> None:
-    """What the machine is asked first, should it be taken away: build and warm, smoke, speed, cases, the rest."""
+def test_the_most_important_jobs_come_first() -> None:
+    """In case the machine is lost midway: build and warm, smoke, speed, cases, then the rest."""
     import gpu_jobs
 
     plan = [list(dict.fromkeys(job.part for job in stage.jobs)) for stage in gpu_jobs.STAGES]
@@ -69,14 +69,14 @@ def test_the_plan() -> None:
         ["tuned"],
     ]
     assert [job.which for job in gpu_jobs.STAGES[2].jobs] == list(gpu_jobs.SECTIONS)
-    assert gpu_jobs.STAGES[2].at_a_time == 1  # what is timed is alone
+    assert gpu_jobs.STAGES[2].at_a_time == 1  # timings run alone
     assert [str(j) for s in gpu_jobs.STAGES for j in s.jobs if j.essential] == ["build", "smoke"]
     names = [str(job) for stage in gpu_jobs.STAGES for job in stage.jobs]
     assert len(names) == len(set(names))
 
 
-def test_a_killed_run_leaves_all_it_found(tmp_path: Path) -> None:
-    """SIGKILL in the middle: every whole line can be read, and --summary says what was cut off."""
+def test_a_killed_run_leaves_its_results(tmp_path: Path) -> None:
+    """After SIGKILL in the middle, every complete line can be read, and --summary says what was cut off."""
     process = subprocess.Popen(
         [*SCRIPT, "--dry-run", "--results", str(tmp_path)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
     )
@@ -97,7 +97,7 @@ def test_a_killed_run_leaves_all_it_found(tmp_path: Path) -> None:
 
 
 def entries(tmp_path: Path, perform: Any, seconds: float = 60) -> list[dict[str, Any]]:
-    """The report of a run of the plan in which `perform` stands for every job."""
+    """The report of a run of the plan in which `perform` stands in for every job."""
     import gpu_jobs
     from gpu_report import Report
 
@@ -108,7 +108,7 @@ def entries(tmp_path: Path, perform: Any, seconds: float = 60) -> list[dict[str,
 
 
 @pytest.mark.parametrize("part", ["build", "smoke"])
-def test_nothing_follows_where_it_cannot_be_right(part: str, tmp_path: Path) -> None:
+def test_nothing_runs_after_a_failed_build_or_smoke_test(part: str, tmp_path: Path) -> None:
     from gpu_report import summary
 
     found = summary(entries(tmp_path, lambda job, seconds: "a fault" if job.part == part else ""))
@@ -116,7 +116,7 @@ def test_nothing_follows_where_it_cannot_be_right(part: str, tmp_path: Path) -> 
     assert "speed RT-ER step" in found["cut_off"] and part not in found["cut_off"]
 
 
-def test_other_jobs_fail_alone(tmp_path: Path) -> None:
+def test_other_failures_stop_no_job(tmp_path: Path) -> None:
     from gpu_report import summary, table
 
     found = summary(entries(tmp_path, lambda job, seconds: "a fault" * (job.part in ("graphs", "speed"))))
@@ -126,7 +126,7 @@ def test_other_jobs_fail_alone(tmp_path: Path) -> None:
     assert "FAILED graphs: a fault" in table(found)
 
 
-def test_the_deadline_cuts_off(tmp_path: Path) -> None:
+def test_jobs_after_the_deadline_are_cut_off(tmp_path: Path) -> None:
     from gpu_report import summary, table
 
     def slow(job: Any, seconds: float) -> str:
@@ -141,7 +141,7 @@ def test_the_deadline_cuts_off(tmp_path: Path) -> None:
     assert "cut off: speed RT-ER step" in table(found)
 
 
-def test_figures_are_on_disk_one_by_one(tmp_path: Path) -> None:
+def test_each_figure_is_written_at_once(tmp_path: Path) -> None:
     from gpu_contest import Contest
     from gpu_report import Report, summary
     from roofline import Work
@@ -191,8 +191,8 @@ def test_a_process_that_dies_or_hangs_is_a_failure() -> None:
     assert "No such file" in run(["./nothing-of-this-name"], {}, 1)
 
 
-def test_the_commands_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The build is for this GPU alone; the sanitizer is probed once, and skipped where it does not start."""
+def test_the_commands_that_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build is for this GPU only; the sanitizer is tried once, and skipped if it does not start."""
     import gpu_jobs
     from gpu_report import Report
 
@@ -219,8 +219,8 @@ def test_the_commands_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not any("initcheck" in command for command, _ in calls)
 
 
-def test_jobs_ask_no_device_for_what_it_lacks() -> None:
-    """Every operator with cases that are run on a GPU has a kernel there; only Winograd's, the CPU's, has none."""
+def test_jobs_run_only_operators_that_the_gpu_has() -> None:
+    """All operators but winograd_conv2d, which exists on the CPU only, have a kernel and cases on a GPU."""
     import gpu_device
 
     from moe_kernels import testing
@@ -232,6 +232,6 @@ def test_jobs_ask_no_device_for_what_it_lacks() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     done = subprocess.run(SCRIPT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2 and "must see a GPU, got none; --dry-run rehearses" in done.stderr

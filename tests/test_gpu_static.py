@@ -1,4 +1,4 @@
-"""`make gpu-static` in small: GEMMs compiled without a GPU, and the judgement on what it finds."""
+"""A part of `make gpu-static`: GEMMs compiled without a GPU, and the faults that it must find."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
-# architecture: (shared memory of a block in KB, matrix instruction); 86 and 120 are consumer GPUs
+# {architecture: (shared memory of a block in KB, matrix instruction)}; 86 and 120 are consumer GPUs
 EXPECTED = {86: (99, "HMMA"), 90: (227, "HGMMA"), 120: (99, "HMMA")}
 GEMMS = (
     "linear swiglu gather 16-bit many",
@@ -21,12 +21,12 @@ GEMMS = (
 
 
 def run(*script: str | Path) -> list[str]:
-    """What a script prints whose Triton compiles."""
+    """The lines printed by a script in which Triton compiles instead of interpreting."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, script)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "TRITON_DEFAULT_FP_FUSION" not in result.stderr  # no variable of the environment changes a result
+    assert "TRITON_DEFAULT_FP_FUSION" not in result.stderr  # no environment variable may change a result
     return result.stdout.splitlines()
 
 
@@ -42,7 +42,7 @@ def test_gemms_compile_to_tensor_cores_and_wide_loads_without_spills() -> None:
 
 
 def test_faulty_kernels_are_found() -> None:
-    """Two products of one step in one accumulator, which some compilers have got wrong, and loads of two bytes."""
+    """Two products per step in one accumulator, which some compilers have got wrong, and loads of only two bytes."""
     assert run(ROOT / "tests/faulty_kernels.py") == [
         "two accumulators: sound",
         "one accumulator: SHARED ACCUMULATOR",

@@ -1,4 +1,4 @@
-"""group_by_expert beyond the general contract: what order, position and offsets promise; threads; errors."""
+"""group_by_expert beyond the common contract: what order, position and offsets promise; threads; errors."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_many_blocks(num_experts: int) -> None:
     assert torch.equal(offsets.diff(), experts.flatten().bincount(minlength=num_experts).int())
 
 
-def test_the_same_for_any_number_of_threads() -> None:
+def test_bitwise_equal_for_any_number_of_threads() -> None:
     experts = torch.randint(16, (20011, 2), dtype=torch.int32)
     check_threads(lambda: group_by_expert(experts, 16))
 

@@ -69,7 +69,7 @@ def loop(plain: nn.ModuleList, x: Tensor) -> Tensor:
     return torch.cat([net(rows) for net, rows in zip(plain, x.split(COUNTS), strict=True) if len(rows)])
 
 
-def test_is_a_loop_over_plain_networks(pair: tuple[GroupedNetwork, nn.ModuleList]) -> None:
+def test_equals_a_loop_over_plain_networks(pair: tuple[GroupedNetwork, nn.ModuleList]) -> None:
     grouped, plain = pair
     x = torch.rand(5, 3, 8, 8, dtype=torch.float64)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -114,7 +114,7 @@ def test_a_nan_stays_with_its_expert(pair: tuple[GroupedNetwork, nn.ModuleList])
     assert torch.equal(grouped(x, OFFSETS)[:3], y[:3])
 
 
-def test_the_part_of_each_row_is_differentiable_twice() -> None:
+def test_parameter_of_each_row_is_twice_differentiable() -> None:
     parameter = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.equal(parameter_of_each_row(parameter, OFFSETS, 5), parameter[[0, 0, 0, 2, 2]])
     assert torch.autograd.gradgradcheck(lambda p: parameter_of_each_row(p, OFFSETS, 5).pow(3), parameter)
@@ -125,7 +125,7 @@ def test_layer_norm_starts_as_torchs() -> None:
     torch.testing.assert_close(ExpertLayerNorm(3, 6)(x, OFFSETS), nn.LayerNorm(6)(x))
 
 
-def test_refuses() -> None:
+def test_bad_input_names_the_argument() -> None:
     with pytest.raises(ValueError, match="depth must be 10, 16, 22, 28 or another 6 n \\+ 4, got 27"):
         ExpertPreActResNet.wide(2, depth=27)
     with pytest.raises(ValueError, match="image_size must be a multiple of patch, and width of heads, got 30 by 4"):

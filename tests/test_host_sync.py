@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from moe_kernels import PGD, ExpertResNet18, RobustMoE, attack_mode, pgd_step_
 from moe_kernels.testing.host_sync import HostSyncs
 
-META = torch.device("meta")  # holds no values: to read one raises
+META = torch.device("meta")  # without values: reading one raises
 
 
 def image_model(device: torch.device) -> RobustMoE:
@@ -30,14 +30,14 @@ def image_model(device: torch.device) -> RobustMoE:
         lambda x: x.to("meta"),
     ],
 )
-def test_a_wait_is_seen(wait: Callable[[Tensor], object]) -> None:
+def test_waits_are_detected(wait: Callable[[Tensor], object]) -> None:
     with HostSyncs() as syncs:
         wait(torch.randn(3))
     assert syncs.calls
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
-def test_the_layer(activation: str) -> None:
+def test_the_layer_never_waits(activation: str) -> None:
     """Forward and backward, from the router's logits to the gradients of all parameters."""
     moe = RobustMoE(8, 16, 4, 2, activation=activation, device=META)
     x = torch.empty(6, 8, device=META, requires_grad=True)
@@ -49,7 +49,7 @@ def test_the_layer(activation: str) -> None:
     assert all(p.grad is not None and p.grad.device == META for p in (x, *moe.parameters()))
 
 
-def test_a_training_step_of_grouped_resnets() -> None:
+def test_a_training_step_of_grouped_resnets_never_waits() -> None:
     model = image_model(META)
     x, y = torch.empty(5, 3, 8, 8, device=META), torch.empty(5, dtype=torch.long, device=META)
     with HostSyncs() as syncs:
@@ -57,7 +57,7 @@ def test_a_training_step_of_grouped_resnets() -> None:
     assert syncs.calls == []
 
 
-def test_an_attack_step() -> None:
+def test_an_attack_step_never_waits() -> None:
     model = image_model(META)
     x, y = torch.empty(5, 3, 8, 8, device=META), torch.empty(5, dtype=torch.long, device=META)
     with attack_mode(model), HostSyncs() as syncs:

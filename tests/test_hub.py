@@ -1,4 +1,4 @@
-"""RobustMoE through huggingface_hub's mixin, in a local folder; and without the package."""
+"""RobustMoE is saved and loaded by huggingface_hub's mixin, in a local folder, and works without that package."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from moe_kernels import RobustMoE
 from moe_kernels.nn import hub
 
 
-def test_a_layer_comes_back(tmp_path: Path) -> None:
+def test_a_saved_layer_is_loaded(tmp_path: Path) -> None:
     moe = RobustMoE(6, 10, 3, 1, activation="swiglu", bias=False, gate="sigmoid", device="cpu", dtype=torch.float64)
     moe.save_pretrained(tmp_path)
     assert {"config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
@@ -31,7 +31,7 @@ def test_a_layer_comes_back(tmp_path: Path) -> None:
         (RobustMoE.from_experts([nn.Linear(4, 4), nn.Linear(4, 4)], nn.Linear(4, 2)), r"experts of its own"),
     ],
 )
-def test_what_cannot_be_saved_says_so(moe: RobustMoE, what: str, tmp_path: Path) -> None:
+def test_a_layer_that_cannot_be_saved_says_why(moe: RobustMoE, what: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"needs a layer made from plain arguments, got one with {what}"):
         moe.save_pretrained(tmp_path)
 

@@ -1,4 +1,4 @@
-"""InOrder: the same meaning as torch's sums and products, and the rounding of the textbook's, whatever the CPU."""
+"""InOrder computes torch's sums and products, but rounds as a textbook loop does, on every CPU."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def results(dtype: torch.dtype) -> list[Tensor]:
-    """Of every operation that InOrder computes itself, the gradients included."""
+    """The results of every operation that InOrder computes itself, including gradients."""
     s = Source(dtype)
     x, w, b = (s.randn(*shape).requires_grad_() for shape in ((3, 4, 7, 6), (5, 4, 3, 2), (5,)))
     a, c, v = (s.randn(*shape).requires_grad_() for shape in ((4, 6), (6, 5), (6,)))
@@ -25,7 +25,7 @@ def results(dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_means_what_torch_means(dtype: torch.dtype) -> None:
+def test_computes_what_torch_computes(dtype: torch.dtype) -> None:
     with InOrder():
         ours = results(dtype)
     for y, expected in zip(ours, results(dtype), strict=True):
@@ -34,7 +34,7 @@ def test_means_what_torch_means(dtype: torch.dtype) -> None:
 
 
 def test_rounds_term_by_term() -> None:
-    """A half unit in the last place, added to 1 again and again, is lost every time; together the halves are not."""
+    """Half a unit in the last place is lost each time that it is added to 1, but not if the halves are added first."""
     halves = torch.tensor([1.0] + [EPS / 2] * 64)
     with InOrder():
         found = [halves.sum(), halves @ torch.ones(65), (halves[None] @ torch.ones(65, 1))[0, 0]]
@@ -44,7 +44,7 @@ def test_rounds_term_by_term() -> None:
         assert halves.flip(0).sum() == 1 + 32 * EPS
 
 
-def test_what_it_does_not_sum_is_refused() -> None:
+def test_other_convolutions_are_refused() -> None:
     x = torch.ones(1, 4, 5, 5)
     with InOrder(), pytest.raises(ValueError, match="in one group and not transposed"):
         F.conv2d(x, torch.ones(4, 1, 3, 3), groups=4)

@@ -15,7 +15,7 @@ from moe_kernels import PGD, RobustMoE
 
 
 class Net(nn.Module):
-    """A classifier with a layer inside, whose routing its result does not show."""
+    """A classifier with a mixture inside, whose routing does not show in its result."""
 
     def __init__(self, gate: str = "softmax", top_k: int = 2, reentrant: bool | None = None) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class Net(nn.Module):
         return y
 
     def shown(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Result and balance loss, by a routing in the open."""
+        """Result and balance loss, computed with an explicit routing."""
         h = self.first(x)
         routing = self.moe.route(h)
         return self.moe(h, routing=routing), routing.balance_loss()
 
 
 def gradients(net: Net, run: Any, x: Tensor) -> list[Tensor]:
-    """Of the result and the balance loss of the layer inside, which run(x) has run."""
+    """Gradients of the result of run(x) plus the balance loss of the mixture inside."""
     net.zero_grad()
     (run(x).square().mean() + net.moe.last_routing.balance_loss()).backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters()]
@@ -59,7 +59,7 @@ def net(request: pytest.FixtureRequest) -> Net:
 X = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
 
 
-def test_it_is_that_of_the_last_forward_in_training_mode(net: Net) -> None:
+def test_is_the_routing_of_the_last_forward_in_training_mode(net: Net) -> None:
     with pytest.raises(RuntimeError, match=r"^last_routing needs keep_routing = True, and then a forward in training"):
         _ = net.moe.last_routing
     assert all(map(torch.equal, gradients(net, net, X), expected(net, X)))
@@ -81,14 +81,14 @@ def test_under_checkpoints(net: Net) -> None:
     assert all(map(torch.equal, gradients(net, net, X), wanted))
     kept = net.moe.last_routing.logits
     net(X).sum().backward()
-    assert net.moe.last_routing.logits is not kept  # the forward's, and not what the backward computed again
-    net.reentrant = True  # whose forward has no gradient to give
+    assert net.moe.last_routing.logits is not kept  # the forward's, not that of the backward's repetition
+    net.reentrant = True  # its forward runs without grad
     net(X)
     with pytest.raises(RuntimeError, match="outside checkpoints with use_reentrant=True"):
         _ = net.moe.last_routing
 
 
-def test_what_a_checkpoint_computes_again_is_not_kept(net: Net) -> None:
+def test_a_forward_repeated_by_a_checkpoint_is_not_kept(net: Net) -> None:
     net.reentrant = False
     y = net(X)
     kept = net.moe.last_routing.logits

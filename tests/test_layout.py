@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports run one way, and every operator has all of its files."""
+"""The layout of the project: imports run one way, and every operator has all of its files."""
 
 import ast
 import graphlib
@@ -93,8 +93,8 @@ def test_imports_run_one_way(folder: str) -> None:
 
 
 def modules_run(name: str, path: Path, files: dict[str, Path]) -> set[str]:
-    """Those among the files that a module's imports run, also its imports in functions and for annotations alone:
-    the modules that are named, and every package around them that is not around the module itself."""
+    """The modules among `files` that a module's imports run, including imports in functions and for annotations: the
+    imported modules and every package around them, apart from the packages around the module itself."""
     named = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -109,7 +109,7 @@ def modules_run(name: str, path: Path, files: dict[str, Path]) -> set[str]:
     return (named | {package for package in around if not f"{name}.".startswith(f"{package}.")}) & files.keys()
 
 
-def test_there_is_no_circle_of_imports() -> None:
+def test_imports_have_no_circle() -> None:
     files = {
         ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__"): path
         for folder, package in ((ROOT, "moe_kernels"), (ROOT / "python", "rter"))
@@ -125,7 +125,7 @@ def test_there_is_no_circle_of_imports() -> None:
         pytest.fail(f"a circle: {' is imported by '.join(circle.args[1])}")
 
 
-# Classes and objects of torch that this project meets; what their attributes with an underscore are, torch may change.
+# Classes and objects of torch that this project uses; torch may change any of their attributes with an underscore.
 PRIVATE = {
     name
     for thing in (
@@ -141,8 +141,8 @@ PRIVATE = {
 
 
 def private_to_torch(path: Path, own: set[str]) -> list[str]:
-    """The private names of torch that a file uses: in imports, behind a name of torch's, or of torch's objects, also
-    as a string; `own` are attributes that this project itself defines."""
+    """The private names of torch that a file uses: in imports, after a name of torch's, or as attributes of torch's
+    objects, also as strings; `own` are the attributes that this project itself defines."""
     tree, found, torch_names = ast.parse(path.read_text()), [], {"torch"}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
@@ -170,7 +170,7 @@ def root(node: ast.AST) -> str | None:
     return node.id if isinstance(node, ast.Name) else None
 
 
-def test_private_names_of_torch_stand_in_one_file() -> None:
+def test_private_names_of_torch_are_in_one_file() -> None:
     paths = [*(ROOT / "moe_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")]
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
     own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}

@@ -1,4 +1,5 @@
-"""Inside attack_mode a forward keeps little, and the input gradient is bitwise torch's but for large convolutions."""
+"""Inside attack_mode a forward saves little, and the input gradient equals torch's to the bit, apart from large
+convolutions."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -50,7 +51,7 @@ class DecoderNet(nn.Module):
 
 
 class Alone(nn.Module):
-    """A grouped network of one expert as a network of its own."""
+    """A grouped network of one expert as an ordinary network."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -132,7 +133,7 @@ def test_saved_bytes(net: Callable[[], nn.Module], size: int, eager: int, lean: 
     ids=["resnet-18", "expert-resnet-18", "vit", "expert-vit"],
 )
 def test_saved_bytes_under_autocast(net: Callable[[], nn.Module], eager: int, lean: int, copies: int) -> None:
-    """Per image, and in attack_mode beside them copies of weights in 16 bits and the offsets."""
+    """Bytes per image; attack_mode also saves copies of the weights in 16 bits, and the offsets."""
     model = net().eval()
 
     def kept(images: int, mode: AbstractContextManager[None]) -> int:
@@ -180,7 +181,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation(name: str) -> None:
+def test_an_operation_equals_torchs(name: str) -> None:
     function, most = OPERATIONS[name]
     x = IMAGE.clone().requires_grad_()
     frozen = nn.ParameterList([CONV, TRANSPOSED, IMAGE]).requires_grad_(False)
@@ -198,7 +199,7 @@ def test_operation(name: str) -> None:
         (lean_ddgrad,) = torch.autograd.grad(lean_dx, grad, IMAGE)
     assert lean.stride() == y.stride() and torch.equal(lean, y)
     assert torch.equal(lean_dx, dx)
-    torch.testing.assert_close(lean_ddgrad, ddgrad)  # torch's double backward of batch norm rounds otherwise
+    torch.testing.assert_close(lean_ddgrad, ddgrad)  # torch's double backward of batch norm rounds differently
     torch.set_rng_state(state)
 
 
@@ -241,7 +242,7 @@ def test_trainable_parameters_inside_get_their_gradients() -> None:
     assert all(torch.equal(p.grad, e) for p, e in zip(other.parameters(), expected, strict=True))
 
 
-def test_the_unusual_is_left_to_torch() -> None:
+def test_unusual_calls_are_left_to_torch() -> None:
     weight = S.randn(4, 4, 3, 3)
 
     def function(x: Tensor) -> Tensor:
@@ -282,7 +283,7 @@ def to_a_number(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [under_builtin_hooks, in_forward_mode, of_numpys_integers, to_a_number])
-def test_what_torch_allows(function: Callable[[Tensor], Tensor]) -> None:
+def test_whatever_torch_allows_works_inside(function: Callable[[Tensor], Tensor]) -> None:
     x = IMAGE.clone().requires_grad_()
     expected = torch.autograd.grad(function(x).sum(), x)
     with attack_mode(function):
@@ -330,7 +331,7 @@ def test_torch_compile_inside() -> None:
         torch.testing.assert_close(input_gradient(compiled, x, weights), input_gradient(net, x, weights))
 
 
-def test_a_second_backward_works_and_a_changed_weight_is_noticed() -> None:
+def test_a_second_backward_works_and_a_changed_weight_is_an_error() -> None:
     net = nn.Conv2d(3, 4, 3)
     x = S.randn(2, 3, 8, 8).requires_grad_()
     with attack_mode(net):
@@ -343,8 +344,8 @@ def test_a_second_backward_works_and_a_changed_weight_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_by_itself_keeps_no_more_than_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without recomputing, and with few elements left to torch."""
+def test_saves_no_more_than_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even without recomputing, and although small operations are left to torch."""
     monkeypatch.undo()
     net = NETWORKS[name]().eval()
     for images in (1, 2, 32):
@@ -355,7 +356,7 @@ def test_by_itself_keeps_no_more_than_eager(name: str, monkeypatch: pytest.Monke
             assert saved_bytes(lambda x=x: net(x), apart_from=net) <= eager
 
 
-def test_a_large_batch_keeps_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_batch_saves_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     net, x = ResNet18().eval(), S.rand(32, 3, 32, 32).requires_grad_()
     with attack_mode(net):

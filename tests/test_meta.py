@@ -1,4 +1,4 @@
-"""Modules made on the meta device, given memory and reset equal those made directly, in distribution."""
+"""Modules made on the meta device, then given memory and reset, are initialised like those made directly."""
 
 import inspect
 from collections.abc import Callable
@@ -49,7 +49,7 @@ MAKE: dict[type[nn.Module], Callable[[], nn.Module]] = {
 
 
 def modules() -> set[Any]:
-    """Every class of module that moe_kernels.nn defines and that can be made."""
+    """Every module class in moe_kernels.nn that can be instantiated."""
     files = [file for _, file in inspect.getmembers(moe_kernels.nn, inspect.ismodule)]
     found = {c for file in files for _, c in inspect.getmembers(file, inspect.isclass)}
     return {c for c in found if issubclass(c, nn.Module) and c.__module__.startswith("moe_kernels.nn")}

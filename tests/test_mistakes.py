@@ -1,4 +1,4 @@
-"""Mistakes that users make are one line that names the argument, what was expected and what came, or are understood."""
+"""A user's mistake gives one line that names the argument, what was expected and what came, or is understood."""
 
 import math
 import warnings
@@ -44,7 +44,7 @@ X, Y = torch.rand(4, 3), torch.tensor([0, 1, 2, 0])
     ],
 )
 @pytest.mark.parametrize("attack", [PGD, APGD])
-def test_what_is_no_tensor(attack: type[PGD | APGD], x: Tensor, y: Tensor, message: str) -> None:
+def test_attacks_refuse_what_is_not_a_tensor(attack: type[PGD | APGD], x: Tensor, y: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attack(nn.Linear(3, 3))(x, y)
 
@@ -58,7 +58,7 @@ def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "bounds", [([0, 0, 0], [1, 1, 1]), (torch.zeros(3), torch.ones(3)), 1, (0, 1, 2), "01", (1, 0)]
 )
-def test_bounds_that_are_no_pair_of_numbers(bounds: object) -> None:
+def test_bounds_must_be_a_pair_of_numbers(bounds: object) -> None:
     for make in (PGD, APGD):
         with pytest.raises(ValueError, match=r"bounds must be \(low, high\) with low < high, two numbers, got"):
             make(nn.Linear(3, 3), bounds=bounds)
@@ -88,13 +88,13 @@ def test_unknown_norms(norm: object) -> None:
             make(nn.Linear(3, 3), norm=norm)
 
 
-def test_arguments_behind_eps_have_names() -> None:
+def test_arguments_after_eps_are_keyword_only() -> None:
     for attack in (APGD, ExpertAttack, JointAttack):
         with pytest.raises(TypeError, match="positional arguments"):
             attack(RobustMoE(3, 4, 2), 0.1, 10)
 
 
-def test_step_sizes_in_pixels_of_255() -> None:
+def test_a_step_size_in_pixels_of_255_is_warned_of() -> None:
     with pytest.warns(
         UserWarning, match=r"alpha=2 spans bounds \(0, 1\) and the ball of eps=0.03.*; write 2/255, not 2"
     ):
@@ -108,7 +108,7 @@ def test_step_sizes_in_pixels_of_255() -> None:
 
 
 @pytest.mark.parametrize("attack", [PGD, APGD])
-def test_probabilities_in_the_place_of_logits(attack: type[PGD | APGD]) -> None:
+def test_probabilities_instead_of_logits_are_warned_of(attack: type[PGD | APGD]) -> None:
     net = nn.Linear(3, 3)
     with pytest.warns(UserWarning, match="model returned probabilities where logits are expected"):
         attack(nn.Sequential(net, nn.Softmax(1)))(X, Y)
@@ -120,7 +120,7 @@ def test_probabilities_in_the_place_of_logits(attack: type[PGD | APGD]) -> None:
         attack(nn.Sequential(net, nn.Softmax(1)), loss=lambda p, y: -p.gather(1, y[:, None])[:, 0])(X, Y)
 
 
-def test_a_module_made_in_inference_mode() -> None:
+def test_a_module_made_in_inference_mode_is_refused() -> None:
     with torch.inference_mode():
         net = nn.Sequential(nn.Linear(3, 3))
     message = "model must be made outside torch.inference_mode, got 0.weight made inside"
@@ -130,7 +130,7 @@ def test_a_module_made_in_inference_mode() -> None:
         assert net.training and all(p.requires_grad for p in net.parameters())
 
 
-def test_what_a_layer_is_given() -> None:
+def test_a_layer_refuses_wrong_dtypes_and_routings() -> None:
     moe = RobustMoE(3, 4, 2, dtype=torch.bfloat16)
     with pytest.raises(
         ValueError, match=r"x must have the dtype of the router's weight, torch.bfloat16, got torch.float32"
@@ -148,14 +148,14 @@ def test_what_a_layer_is_given() -> None:
 
 
 @pytest.mark.parametrize("x", [X.numpy(), X.tolist(), None])
-def test_a_layer_given_no_tensor(x: object) -> None:
+def test_a_layer_refuses_what_is_not_a_tensor(x: object) -> None:
     moe = RobustMoE(3, 4, 2)
     for run in (moe, moe.route, lambda x: moe(x, routing=moe.route(X))):
         with pytest.raises(ValueError, match=r"x must be a tensor, got (numpy.ndarray|list|NoneType)"):
             run(x)
 
 
-def test_experts_between_two() -> None:
+def test_an_expert_is_no_fraction() -> None:
     routing = RobustMoE(3, 4, 2).route(X)
     with pytest.raises(ValueError, match=r"e must be an expert between 0 and E - 1 = 1, got 0\.5"):
         routing.fixed(0.5)
@@ -163,13 +163,13 @@ def test_experts_between_two() -> None:
         routing.select(0.5)
 
 
-def test_a_layer_given_a_scalar() -> None:
+def test_a_layer_refuses_a_scalar() -> None:
     with pytest.raises(ValueError, match=r"x must have 3 features, got shape \[\]"):
         RobustMoE(3, 4, 2)(torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("attack", [PGD, APGD])
-def test_what_an_attack_is_made_of(attack: type[PGD | APGD]) -> None:
+def test_an_attack_refuses_a_bad_eps_or_model(attack: type[PGD | APGD]) -> None:
     net = nn.Linear(3, 3)
     for eps in ([0.1] * 4, np.full(4, 0.1), np.array(["a"])):
         with pytest.raises(ValueError, match="eps must be finite and >= 0: a number"):
@@ -180,7 +180,7 @@ def test_what_an_attack_is_made_of(attack: type[PGD | APGD]) -> None:
                 make(model)
 
 
-def test_what_a_mixture_is_made_of() -> None:
+def test_a_mixture_refuses_bad_experts_or_routers() -> None:
     router = nn.Linear(3, 2)
     assert RobustMoE.from_experts((nn.Linear(3, 3) for _ in range(2)), router).num_experts == 2
     for experts in (None, 2):

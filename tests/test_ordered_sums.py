@@ -1,4 +1,4 @@
-"""No gradient of ours is summed by an operation that on a GPU adds atomically, and so in another order every time."""
+"""None of this package's gradients is summed by an operation that adds atomically on a GPU, in a varying order."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from moe_kernels.testing import Source
 aten = torch.ops.aten
 S = Source(torch.float32)
 
-# torch.use_deterministic_algorithms names them: what adds to places that an index tensor or a window chooses.
+# From torch.use_deterministic_algorithms: operations that add to places chosen by an index tensor or a window.
 INDEXED = {aten.index_add, aten.index_add_, aten.scatter_add, aten.scatter_add_}
 WINDOWED = {
     aten.scatter_reduce,
@@ -33,7 +33,7 @@ ACCUMULATING = {aten.index_put, aten.index_put_, aten._index_put_impl_, aten._un
 
 
 class AtomicSums(TorchDispatchMode):
-    """Collects in `calls` what adds more than one term to a place; one alone has no order."""
+    """Collects in `calls` the operations that add more than one term to a place; a single term has no order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def image_router() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
 
 
-def test_atomic_sums_are_seen() -> None:
+def test_atomic_sums_are_detected() -> None:
     with pytest.raises(AssertionError, match="index_add"):
         check(lambda x: x.index_select(0, torch.tensor([0, 0, 1])), S.randn(2, 3))
 
@@ -125,7 +125,7 @@ def test_layers_and_sums() -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_gathered_gradient_is_the_ordered_sum(top_k: int, dtype: torch.dtype) -> None:
-    """Slots of a row are added in the order of its experts, in fp32 or wider, and rounded once."""
+    """A row's slots are added in the order of its experts, in fp32 or wider, and rounded once."""
     s = Source(dtype)
     moe = RobustMoE.from_experts([nn.Identity() for _ in range(3)], nn.Flatten(), top_k, gate="hard", renormalize=False)
     x, grad = s.randn(6, 3).requires_grad_(), s.randn(6, 3)

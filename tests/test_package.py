@@ -1,4 +1,4 @@
-"""The wheel alone runs the README; the sdist holds what a wheel is built from."""
+"""The wheel is enough to run the README; the sdist contains all that a wheel is built from."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ PACKAGES = {"moe_kernels": ROOT / "moe_kernels", "rter": ROOT / "python/rter"}
 
 
 def modules() -> set[str]:
-    """Every Python file of both packages, by its place in a wheel."""
+    """The path in a wheel of every Python file of both packages."""
     return {f"{name}/{p.relative_to(folder)}" for name, folder in PACKAGES.items() for p in folder.rglob("*.py")}
 
 
@@ -32,7 +32,7 @@ def call(*command: object, cwd: Path = ROOT) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the work tree, whose objects are compiled already."""
+    """A wheel built from the work tree, whose objects are compiled already."""
     folder = tmp_path_factory.mktemp("wheel")
     for stale in [*ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")]:
         shutil.rmtree(stale)
@@ -41,7 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("moe_kernels-*.whl"))
 
 
-def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_contains_every_module_and_nothing_else(wheel: Path) -> None:
     held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert {n for n in held if n.endswith(".py")} == modules()
     libraries = {re.sub(r"\..*", "", n) for n in held if not n.endswith(".py")} - {"moe_kernels/_cuda"}
@@ -77,7 +77,7 @@ def test_the_readme_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     assert "rt-er" in call(tmp_path / "env/bin/rter", "train", "--help", cwd=tmp_path)
 
 
-def test_the_sdist_holds_what_a_wheel_is_built_from(tmp_path: Path) -> None:
+def test_the_sdist_contains_what_a_wheel_is_built_from(tmp_path: Path) -> None:
     call(sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         held = {n.partition("/")[2] for n in archive.getnames()}
@@ -87,8 +87,8 @@ def test_the_sdist_holds_what_a_wheel_is_built_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_an_isolated_build_asks_for_torch_only_where_there_is_none(installed: bool, tmp_path: Path) -> None:
-    """pip builds where no package of the user is on the path; setup.py then finds the user's torch by its place."""
+def test_an_isolated_build_requires_torch_only_if_it_is_missing(installed: bool, tmp_path: Path) -> None:
+    """pip builds where none of the user's packages can be imported; setup.py finds the user's torch by its path."""
     packages = Path(sysconfig.get_path("purelib"))
     (tmp_path / "backend").mkdir()
     for part in packages.glob("setuptools*"):

@@ -19,7 +19,7 @@ def logits_and_losses(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, T
 
 
 def at_least_as_strong(model: nn.Module, strong: Tensor, weak: Tensor, y: Tensor) -> Tensor:
-    """Asserts it for every sample; returns where `strong` is truly stronger."""
+    """Asserts for every sample that `strong` is at least as strong as `weak`; returns where it is stronger."""
     (strong_logits, strong_loss), (weak_logits, weak_loss) = (logits_and_losses(model, x, y) for x in (strong, weak))
     strong_success, weak_success = strong_logits.argmax(1) != y, weak_logits.argmax(1) != y
     assert (strong_success | ~weak_success).all()
@@ -85,10 +85,10 @@ def test_restarts_are_never_worse() -> None:
 
 @pytest.mark.parametrize("loss", ["ce", "kl"])
 @pytest.mark.parametrize("best_iterate", [True, False])
-def test_restarts_are_spent_on_samples_that_withstand(best_iterate: bool, loss: str) -> None:
+def test_restarts_attack_only_samples_that_withstand(best_iterate: bool, loss: str) -> None:
     model, (x, _) = network().eval(), images(64)
     y = model(x).argmax(1)
-    y[:9] = (y[:9] + 1) % 4  # which the model misreads
+    y[:9] = (y[:9] + 1) % 4  # which the model misclassifies
     options = {"eps": 0.03, "alpha": 0.01, "steps": 3, "seed": 3, "best_iterate": best_iterate, "loss": loss}
     every = PGD(model, attack_misclassified=True, **options)(x, y)
     sizes: list[int] = []
@@ -103,7 +103,7 @@ def test_restarts_are_spent_on_samples_that_withstand(best_iterate: bool, loss: 
     assert torch.equal(x_adv[:9], x[:9]) and not torch.equal(every[:9], x[:9])
 
 
-def test_what_belongs_to_the_whole_batch_is_given_the_whole_batch() -> None:
+def test_a_loss_with_targets_of_the_whole_batch_gets_the_whole_batch() -> None:
     model, (x, y) = network(), images(8)
     target = torch.rand(8)
     x_adv = PGD(model, 0.1, 0.05, 2, loss=lambda logits, y: logits[:, 0] * target, restarts=3, seed=0)(x, y)
@@ -152,7 +152,7 @@ def test_the_start_fills_the_ball(norm: str) -> None:
     assert abs((size**d).mean() - 1 / 2) < 0.01  # size^d is uniform in [0, 1]
     assert abs((size**d < 0.25).float().mean() - 0.25) < 0.01
     assert delta.mean(0).abs().max() < 0.01
-    second_moment = 1 / (d + 2) if norm == "L2" else 2 / ((d + 1) * (d + 2))  # of a coordinate, uniform in the ball
+    second_moment = 1 / (d + 2) if norm == "L2" else 2 / ((d + 1) * (d + 2))  # of one coordinate, uniform in the ball
     assert (delta.square().mean(0) - second_moment).abs().max() < 0.004
 
 
@@ -179,7 +179,7 @@ def test_a_seed_repeats_and_none_does_not() -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("seed", [None, 5])
-def test_the_global_random_state_stays(norm: str, seed: int | None) -> None:
+def test_the_global_random_state_does_not_change(norm: str, seed: int | None) -> None:
     x, y = images()
     before = torch.get_rng_state()
     PGD(network().train(), norm=norm, seed=seed, restarts=2)(x, y)
@@ -262,7 +262,7 @@ def test_autocast_is_followed() -> None:
         assert (x_adv - x).abs().max() == pytest.approx(8 / 255, rel=1e-3)
 
 
-def test_keywords_reach_the_model_and_their_graph_survives() -> None:
+def test_keywords_reach_the_model_and_keep_their_graph() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -286,7 +286,7 @@ def test_keywords_reach_the_model_and_their_graph_survives() -> None:
     ("options", "forwards"),
     [({}, 4), ({"best_iterate": False}, 3), ({"restarts": 2}, 9), ({"restarts": 2, "best_iterate": False}, 9)],
 )
-def test_forwards(options: dict[str, Any], forwards: int) -> None:
+def test_the_number_of_forwards(options: dict[str, Any], forwards: int) -> None:
     model, (x, y) = network(), images()
     calls: list[None] = []
     model.register_forward_hook(lambda *_: calls.append(None))

@@ -76,7 +76,7 @@ def test_bad_input(x: Tensor, y: Tensor, options: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize("attack", [PGD, APGD])
-def test_numbers_of_numpy_and_magnitudes_that_require_grad(attack: type[PGD | APGD]) -> None:
+def test_eps_and_alpha_may_be_numpy_numbers_or_require_grad(attack: type[PGD | APGD]) -> None:
     eps = torch.full((2,), 0.1)
     expected = attack(NETWORK, eps, steps=3, seed=4)(X, Y)
     numbers: dict[str, Any] = {"steps": np.int64(3), "seed": np.int64(4)}

@@ -1,4 +1,4 @@
-"""The losses that PGD ascends, its targets, and the gradients that lead nowhere, which it counts."""
+"""The losses that PGD ascends, its targets, and its counts of zero and NaN gradients."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_kernels.attacks import PGD
 
 
-def test_success_comes_before_loss() -> None:
+def test_a_success_outranks_any_loss() -> None:
     def model(x: Tensor) -> Tensor:
         return torch.cat([1 - x, x], 1)  # class 1 above 0.5
 
@@ -57,7 +57,7 @@ def test_targets_are_reached(loss: str) -> None:
     assert torch.equal(model(x_adv).argmax(1), targets)
 
 
-def test_a_target_reached_is_kept() -> None:
+def test_a_reached_target_is_kept() -> None:
     x, targets = torch.tensor([[0.9, 0.1]]), torch.tensor([0])
 
     def away(logits: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""pgd_step_: exactness of the constraints, gradients that are zero or not finite, layouts, threads, messages."""
+"""pgd_step_: exact constraints, gradients that are zero or not finite, layouts, threads, messages."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_closed_forms() -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_zero_gradient_makes_no_step(norm: str) -> None:
+def test_a_zero_gradient_gives_no_step(norm: str) -> None:
     x_adv, grad, x = images(3, 40)
     expected = x_adv.clone()
     assert torch.equal(pgd_step_(x_adv, torch.zeros_like(grad), x, torch.inf, 0.5, norm), expected)
@@ -101,7 +101,7 @@ def test_layouts_agree(norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_same_bits_for_any_number_of_threads(norm: str) -> None:
+def test_bitwise_equal_for_any_number_of_threads(norm: str) -> None:
     x_adv, grad, x = images(7, 3, 80, 80)
     check_threads(lambda: [pgd_step_(x_adv.clone(), grad, x, 0.2, 0.1, norm)])
 
@@ -122,7 +122,7 @@ def test_model_input_comes_with_the_same_step(norm: str, shape: tuple[int, ...])
             assert model_input.dtype == dtype and model_input.is_contiguous(memory_format=layout)
 
 
-def test_model_input_from_the_reference_and_outside_of_the_graph() -> None:
+def test_model_input_of_the_reference_is_outside_the_graph() -> None:
     x_adv, grad, x = images(3, 2, 4)
     mean, std = torch.rand(2, requires_grad=True), torch.rand(2) + 0.5
     ours, theirs = (
@@ -186,7 +186,7 @@ def test_mistakes(change: dict[str, Any], message: str) -> None:
         pgd_step_(**(good | {"eps": 0.1, "alpha": 0.1} | change))
 
 
-def test_what_a_backward_needs_must_not_be_overwritten() -> None:
+def test_overwriting_what_a_backward_needs_is_an_error() -> None:
     x_adv, weight = torch.rand(2, 3), torch.rand(2, 3, requires_grad=True)
     y = (x_adv * weight).sum()
     pgd_step_(x_adv, torch.ones(2, 3), torch.zeros(2, 3), 0.1, 0.1)

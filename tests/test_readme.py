@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""The README's Python code runs as it is printed there."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ S = Source(torch.float32)
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Also where the README is run without conftest.py, and whichever of these tests a process runs before."""
+    """Makes the tests independent of conftest.py, without which the wheel's test runs them, and of each other."""
     torch.manual_seed(0)
     S.generator.manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""What attack_mode computes again is what it was, to the bit and to the second derivative, or it is an error."""
+"""What attack_mode recomputes is bitwise the same, up to second derivatives, or an error is raised."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ MEANS_BYTES = 2 * 4 * 2 * TOKENS  # mean and deviation of each token
 
 
 class Net(nn.Module):
-    """A norm and a linear map, in front of a function."""
+    """A norm and a linear map, which a function uses."""
 
     def __init__(self, function: Callable[["Net", Tensor], Tensor]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def attention(net: Net, x: Tensor) -> Tensor:
 
 
 def block(net: Net, x: Tensor) -> Tensor:
-    """Of a transformer, with a scale behind its attention."""
+    """A transformer block with a scale after its attention."""
     x = x + net.linear(attention(net, x))[..., :D] * net.head_norm.weight.repeat(2)
     return x + F.gelu(net.map(x)).unflatten(2, (3, D)).sum(2)
 
@@ -63,7 +63,7 @@ def shifted_windows(net: Net, x: Tensor) -> Tensor:
 
 
 def products_of_all_kinds(net: Net, x: Tensor) -> Tensor:
-    """Of matrices, with one matrix, and of batches that differ; with out= torch refuses."""
+    """Products of matrices, of a batch with one matrix, and of batches of different shapes; torch refuses out=."""
     h = net.norm(x)
     heads = h.unflatten(2, (2, 8)).transpose(1, 2)
     with pytest.raises(RuntimeError, match="out="):
@@ -78,7 +78,7 @@ def attention_with_norms(net: Net, x: Tensor) -> Tensor:
 
 
 def noise_written_anew(net: Net, x: Tensor) -> Tensor:
-    """As randomised smoothing does between its samples."""
+    """Noise is written anew between two uses, as in randomised smoothing."""
     noise, y = torch.ones(D), x
     for value in (0.5, -0.5):
         y = y + F.gelu(net.norm(x) + noise.fill_(value))
@@ -131,7 +131,7 @@ def without_nonlinearity(net: Net, x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-# name: (function, bytes kept beside the norm's input and its statistics, None if they do not matter)
+# {name: (function, bytes saved besides the norm's input and statistics, or None if they do not matter)}
 FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int | None]] = {
     "gelu": (lambda net, x: F.gelu(net.map(x)), 0),
     "silu and tanh-gelu": (lambda net, x: F.silu(net.map(x)) * 2 + F.gelu(net.map(x), approximate="tanh"), None),
@@ -166,7 +166,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int | None]] = {
 
 
 def derivatives(net: Net, x: Tensor) -> list[Tensor]:
-    """The gradient, and where torch has it that of a function of the gradient."""
+    """The gradient and, where torch supports it, the gradient of a function of the gradient."""
     x = x.clone().requires_grad_()
     y = net(x)
     gradient = torch.autograd.grad(y.square().sum(), x, create_graph=True)
@@ -190,7 +190,7 @@ def test_first_and_second_derivatives_are_bitwise_those_of_eager(name: str, auto
 
 
 @pytest.mark.parametrize("changed", ["the norm's input", "a weight"])
-def test_a_changed_source_is_noticed(changed: str) -> None:
+def test_a_changed_source_is_an_error(changed: str) -> None:
     net, x = Net(lambda net, x: F.gelu(net.map(x))), torch.randn(2, TOKENS, D, requires_grad=True)
     with attack_mode(net, "activations"):
         h = 2 * x
@@ -202,8 +202,8 @@ def test_a_changed_source_is_noticed(changed: str) -> None:
 
 
 @pytest.mark.parametrize("function, maps", [(attention, 1), (attention_by_hand, 1), (block, 3)])
-def test_what_several_need_is_computed_once(function: Callable[[Net, Tensor], Tensor], maps: int) -> None:
-    """Queries, keys and values; the sum behind the attention, for the second norm and for what follows it."""
+def test_what_several_operations_need_is_computed_once(function: Callable[[Net, Tensor], Tensor], maps: int) -> None:
+    """One linear map gives queries, keys and values; the sum after the attention goes to a norm and to a later sum."""
     net, x = Net(function), torch.randn(2, TOKENS, D, requires_grad=True)
     with attack_mode(net, "activations"):
         y = net(x).sum()
@@ -235,7 +235,7 @@ def test_trainable_weights_inside_get_their_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_nothing_is_kept_that_the_forward_has_freed() -> None:
+def test_nothing_that_the_forward_frees_is_kept() -> None:
     net, x = Net(lambda net, x: net.map(x)), torch.randn(2, TOKENS, D, requires_grad=True)
     with attack_mode(net, "activations"), torch.autograd.graph.save_on_cpu():
         ys = [F.gelu(net(x)) for _ in range(3)]

@@ -20,7 +20,7 @@ OFFSETS = Source(torch.float32).offsets(COUNTS)
 
 
 def pair(width: int = 4, **kinds: torch.dtype) -> tuple[ExpertResNet18, nn.ModuleList]:
-    """Three plain networks with statistics of their own, and the grouped network of their state dicts."""
+    """Three plain networks with different statistics, and the grouped network of their state dicts."""
     plain = nn.ModuleList(ResNet18(7, 2, width) for _ in COUNTS).to(**kinds)
     randomize_statistics(plain)
     return ExpertResNet18.from_state_dicts([net.state_dict() for net in plain]), plain
@@ -37,7 +37,7 @@ def by_expert(plain: nn.ModuleList, name: str) -> Tensor:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_is_a_loop_over_plain_networks(training: bool, layout: torch.memory_format) -> None:
+def test_equals_a_loop_over_plain_networks(training: bool, layout: torch.memory_format) -> None:
     grouped, plain = pair(dtype=torch.float64)
     grouped.train(training), plain.train(training)
     x = torch.randn(5, 2, 16, 16, dtype=torch.float64).contiguous(memory_format=layout)

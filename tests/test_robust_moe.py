@@ -197,7 +197,7 @@ def test_shared_experts_are_added_to_every_row() -> None:
     torch.testing.assert_close(both, moe(x) + dense(x))
 
 
-def test_the_bias_against_the_load_evens_it() -> None:
+def test_the_bias_evens_out_the_load() -> None:
     moe = RobustMoE(6, 10, 4, top_k=1, gate="sigmoid", balance_bias=True)
     with torch.no_grad():
         moe.router.weight[0] += 1  # which most rows prefer at first
@@ -211,9 +211,9 @@ def test_the_bias_against_the_load_evens_it() -> None:
         RobustMoE(6, 10, 4).update_bias(torch.ones(4))
 
 
-def test_under_checkpoint_rows_whose_logits_tie_keep_their_experts() -> None:
-    """Two experts' rows of the router differ by rounding alone: a router that was computed again in another way would
-    send rows to the other, and the gradients would be of another forward."""
+def test_under_checkpoint_rows_with_tied_logits_keep_their_experts() -> None:
+    """Two experts' rows of the router differ by rounding only: a router that was recomputed in a different way would
+    send rows to the other expert, and the gradients would be those of another forward."""
     torch.manual_seed(0)
     moe = RobustMoE(16, 32, num_experts=4, top_k=1, activation="silu", gate="sigmoid")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""docs/roofline.md is what its script writes, and the cost model counts what it says it counts."""
+"""docs/roofline.md is what its script writes, and the cost model counts the operations that it claims to count."""
 
 import subprocess
 import sys

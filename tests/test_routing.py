@@ -78,7 +78,7 @@ def test_logits_without_experts(shape: tuple[int, ...]) -> None:
         Routing.from_logits(torch.zeros(shape), 1)
 
 
-def test_a_row_routes_alone() -> None:
+def test_a_row_is_routed_alone() -> None:
     logits = torch.randn(9, 4)
     whole, part = Routing.from_logits(logits, 2), Routing.from_logits(logits[3:5], 2)
     assert torch.equal(whole.weights[3:5], part.weights) and torch.equal(whole.experts[3:5], part.experts)

@@ -1,4 +1,4 @@
-"""A trunk that all experts share, and the experts behind it, equal plain ResNet-18s whose first layers are one."""
+"""A trunk shared by all experts, followed by the experts, equals plain ResNet-18s that share their first layers."""
 
 import itertools
 
@@ -18,7 +18,7 @@ FIRST = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # of the plain
 
 
 def plain_networks(shared_stages: int, **kinds: torch.dtype) -> list[ResNet18]:
-    """One for each expert, whose stem and first stages are the same modules."""
+    """One network per expert; their stem and first stages are the same modules."""
     nets = [ResNet18(7, 2, 4).to(**kinds) for _ in COUNTS]
     for net, name in itertools.product(nets, FIRST[: shared_stages + 2]):
         setattr(net, name, getattr(nets[0], name))
@@ -54,7 +54,7 @@ def plain_forward(plain: list[ResNet18], x: Tensor, shared_stages: int) -> Tenso
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shared_stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("recompute", ["none", "activations", "all"])
-def test_is_a_loop_over_plain_networks(shared_stages: int, recompute: str, training: bool) -> None:
+def test_equals_a_loop_over_plain_networks(shared_stages: int, recompute: str, training: bool) -> None:
     plain = plain_networks(shared_stages, dtype=torch.float64)
     trunk, experts = (net.train(training) for net in trunk_and_experts(plain, shared_stages, recompute=recompute))
     for net in plain:
@@ -89,7 +89,7 @@ def test_without_shared_stages_it_is_the_whole_network() -> None:
     assert names == [set(ResNet18(width=2).state_dict())] * 2
 
 
-def test_a_step_keeps_less_and_finds_the_same_bit_for_bit() -> None:
+def test_a_step_saves_less_and_gives_the_same_bits() -> None:
     found, kept = [], []
     for recompute in ("none", "activations", "all"):
         torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_a_step_keeps_less_and_finds_the_same_bit_for_bit() -> None:
 
 
 def test_a_mixture_under_attack_mode() -> None:
-    """The gradient by the image, through the routes and the experts, in attack mode as outside of it."""
+    """The images' gradient, through the routes and the experts, is the same in attack mode as outside."""
     trunk = randomize_statistics(ResNet18Trunk(1, 2, 4).double()).eval()
     router = nn.Sequential(nn.Flatten(), nn.Linear(4 * 8 * 8, 3)).double()
     experts = randomize_statistics(ExpertResNet18(3, 7, 2, 4, shared_stages=1).double()).eval()
@@ -120,7 +120,7 @@ def test_no_images() -> None:
     assert ResNet18Trunk(2, 2, 4)(torch.rand(0, 2, 8, 8)).shape == (0, 8, 4, 4)
 
 
-def test_refuses() -> None:
+def test_bad_input_names_the_argument() -> None:
     with pytest.raises(ValueError, match="shared_stages must be a whole number from 1 to 4, got 0"):
         ResNet18Trunk(0)
     with pytest.raises(ValueError, match="shared_stages must be a whole number from 0 to 4, got 5"):

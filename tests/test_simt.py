@@ -1,4 +1,4 @@
-"""The emulation of CUDA blocks computes what a GPU computes, and each planted fault is caught."""
+"""The emulation of CUDA blocks computes what a GPU computes, and detects each planted fault."""
 
 import re
 
@@ -9,7 +9,7 @@ from simt import build
 @pytest.mark.parametrize(
     ("kernel", "expected"), [("everything", [1] * 64), ("neighbour", [*range(2, 65), 1])], ids=lambda p: str(p)[:10]
 )
-def test_right_kernels(kernel: str, expected: list[int]) -> None:
+def test_correct_kernels_give_the_right_result(kernel: str, expected: list[int]) -> None:
     done = build.run("self_test", kernel)
     assert done.returncode == 0, done.stderr
     assert [int(word) for word in done.stdout.split()] == expected
@@ -32,7 +32,7 @@ def test_right_kernels(kernel: str, expected: list[int]) -> None:
         ("shuffle_meets_barrier", "thread 0 waits at line .* for mask ffffffff"),
     ],
 )
-def test_planted_faults(kernel: str, message: str) -> None:
+def test_planted_faults_are_caught(kernel: str, message: str) -> None:
     done = build.run("self_test", kernel)
     assert done.returncode != 0
     assert re.search(message, done.stderr), done.stderr

@@ -1,4 +1,4 @@
-"""topk_route beyond the general contract: ties, gates in closed form, masks, gradients behind the gates, errors."""
+"""topk_route beyond the common contract: ties, gates in closed form, masks, gradients through the gates, errors."""
 
 import math
 from collections.abc import Callable
@@ -96,7 +96,7 @@ def test_saves_only_logits_and_experts() -> None:
     assert [(x.shape, x.dtype) for x in saved] == [(logits.shape, logits.dtype), (experts.shape, experts.dtype)]
 
 
-def test_the_same_bits_for_any_number_of_threads() -> None:
+def test_bitwise_equal_for_any_number_of_threads() -> None:
     logits, cotangent = torch.randn(4097, 17, requires_grad=True), torch.randn(4097, 2)
 
     def run() -> tuple[torch.Tensor, ...]:
@@ -146,7 +146,7 @@ def test_backward_op_equals_autograd_of_the_reference() -> None:
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("groups", [None, (4, 2), (2, 2), (8, 3)])
-def test_choosing_by_bias_and_groups(gate: str, renormalize: bool, groups: tuple[int, int] | None) -> None:
+def test_bias_and_groups_choose_as_in_the_paper(gate: str, renormalize: bool, groups: tuple[int, int] | None) -> None:
     logits, bias, k = torch.randn(33, 8, dtype=torch.float64, requires_grad=True), torch.randn(8).double() / 3, 3
     weights, experts = topk_route(logits, k, gate, renormalize, bias=bias, groups=groups, scale=2.5)
     scores = logits.sigmoid() if gate == "sigmoid" else logits.softmax(-1)

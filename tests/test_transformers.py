@@ -1,4 +1,5 @@
-"""transformers' mixtures through our operators: every family that the installed version has, beside their own code."""
+"""Every family of mixtures in the installed transformers gives the same results by this package's operators as by its
+own code."""
 
 import copy
 import importlib
@@ -33,7 +34,7 @@ CONFIG = {
 
 
 def families() -> list[tuple[str, str]]:
-    """Module and class of all experts that transformers' interface for experts reaches."""
+    """(module, class) of all experts that use transformers' interface for experts."""
     spec = importlib.util.find_spec("transformers")
     assert spec is not None and spec.origin is not None, "make installs transformers for the tests"
     found = []
@@ -53,7 +54,7 @@ def experts_of(module: str, name: str, dtype: torch.dtype, **config: Any) -> nn.
 
 
 def rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, experts, of which the last gets none, and weights that are exact in every dtype."""
+    """Hidden states, expert ids (the last expert gets no rows), and weights that are exact in every dtype."""
     source = Source(torch.float64, seed=1)
     x, weights = (t.to(torch.bfloat16).to(dtype) for t in (source.randn(T, H), source.rand(T, K)))
     return x, torch.stack([torch.randperm(E - 1)[:K] for _ in range(T)]), weights
@@ -104,13 +105,13 @@ NORMED = ("transformers.models.muse_spark.modeling_muse_spark", "MuseSparkExpert
 @pytest.mark.parametrize("all_foreign", [False, True])
 @pytest.mark.parametrize("family", [QWEN, GPT_OSS, NEMOTRON, NORMED])
 @pytest.mark.parametrize("registered", ["activations", "all"], indirect=True)
-def test_slots_of_foreign_experts_add_nothing(family: tuple[str, str], all_foreign: bool) -> None:
+def test_slots_of_other_processes_experts_add_nothing(family: tuple[str, str], all_foreign: bool) -> None:
     experts = experts_of(*family, torch.float32)
     x, index, weights = rows(torch.float32)
     foreign = torch.zeros(T, K, dtype=torch.bool)
     foreign[::3, 0], foreign[4:6], foreign[:] = True, True, foreign | all_foreign
     out = results(experts, "moe_kernels", x, torch.where(foreign, E + torch.arange(K), index), weights)
-    # Of an expert whose weight is 0 no gradient but the weight's own remains.
+    # An expert whose weight is 0 gets no gradient; only the weight itself has one.
     index, weights = index.masked_fill(foreign, 0), weights.masked_fill(foreign, 0)
     with InOrder():
         low = results(experts, "eager", x, index, weights)
@@ -120,7 +121,7 @@ def test_slots_of_foreign_experts_add_nothing(family: tuple[str, str], all_forei
     assert not out[0][foreign.all(1)].any()
 
 
-def test_foreign_slots_are_those_of_transformers_own_code() -> None:
+def test_slots_of_other_processes_experts_are_those_of_transformers_own_code() -> None:
     _, index, _ = rows(torch.float32)
     index[::3, 0], index[5] = E, E
     check(experts_of(*QWEN, torch.float32), torch.float32, index)
@@ -176,14 +177,14 @@ def test_under_autocast_the_family_equals_its_own_code() -> None:
     assert_matches(out, low, exact, torch.bfloat16)
 
 
-def test_what_has_no_kernel_runs_in_the_models_own_code_with_one_warning() -> None:
+def test_without_a_kernel_the_models_own_code_runs_with_one_warning() -> None:
     experts = experts_of(*QWEN, torch.float32)
     experts.gate_up_proj.data = experts.gate_up_proj.data.half()
     experts.down_proj.data = experts.down_proj.data.half()
     x, index, weights = rows(torch.float16)
     experts.config._experts_implementation = "moe_kernels"
     said = pytest.warns(RuntimeWarning, match="Qwen2MoeExperts runs without moe_kernels: the weights are .*float16")
-    with said, pytest.raises(RuntimeError):  # which their own code raises, too
+    with said, pytest.raises(RuntimeError):  # raised by their own code, too
         experts(x.float(), index, weights)
     with warnings.catch_warnings(), pytest.raises(RuntimeError):
         warnings.simplefilter("error", RuntimeWarning)

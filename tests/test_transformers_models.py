@@ -1,4 +1,4 @@
-"""Whole models of transformers with our operators in their mixtures: attacks, prompts, routers and loading."""
+"""Whole models of transformers with this package's operators in their mixtures: attacks, prompts, routers, loading."""
 
 import math
 import re
@@ -55,7 +55,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> 
     torch.manual_seed(0)
     settings = getattr(transformers, f"{family}Config")(**TINY | MODELS[family] | config)
     model = getattr(transformers, f"{family}ForCausalLM")(settings).to(torch.bfloat16).to(dtype).eval()
-    for name, p in model.named_parameters():  # so that routes are clear and no gate is flat
+    for name, p in model.named_parameters():  # routes without near ties, gates with a gradient
         if p.ndim > 1:
             p.data = (p.data * 10).to(dtype)
         elif "bias" in name:
@@ -101,7 +101,7 @@ def test_a_model_in_bf16_equals_itself_under_one_route(family: str) -> None:
     assert_matches(out, low, exact, torch.bfloat16)
 
 
-def test_a_soft_prompt_is_no_token_ids() -> None:
+def test_a_soft_prompt_refuses_token_ids() -> None:
     from moe_kernels.integrations.transformers import SoftPrompt
 
     model = SoftPrompt(model_of("Mixtral"))
@@ -135,7 +135,7 @@ def test_an_attack_has_the_gradient_of_their_own_code_and_computes_none_of_a_wei
     assert_matches(grads[1], grads[0], exact, torch.float32)
 
 
-def test_an_attack_keeps_at_most_half_of_what_theirs_keep() -> None:
+def test_an_attack_saves_at_most_half_of_what_their_own_code_saves() -> None:
     from moe_kernels.integrations.transformers import register
 
     register()

@@ -1,4 +1,4 @@
-"""The Triton kernels as the CUDA implementation of their operators: registered, found, and called alike."""
+"""The Triton kernels are registered as the CUDA implementation of their operators, and take the same arguments."""
 
 import inspect
 
@@ -17,7 +17,7 @@ OPS = (
 )
 
 
-def test_registered_for_cuda() -> None:
+def test_kernels_are_registered_for_cuda() -> None:
     assert set(OPS) == set(_library.TRITON)
     for op in OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{op}", "CUDA")

@@ -33,7 +33,7 @@ def image_case(
     size: tuple[int, int],
     bias: bool = True,
 ) -> Case:
-    """Images and weights that lie as in the networks."""
+    """Images and weights in the memory layout of the networks."""
 
     def make(s: Source) -> tuple[Any, ...]:
         x = innermost_channels(s.randn(sum(counts), c, *size))
@@ -127,7 +127,7 @@ def test_layouts_are_kept() -> None:
 
 
 def test_any_layout_gives_the_same_bits() -> None:
-    """Weights as their parameter lies, contiguous, or with channels innermost, and images of either layout."""
+    """Weights contiguous, as parameters are, or with channels innermost; images in either layout."""
     x, weight, bias, offsets, stride, padding = arguments(LAID_OUT[-1], torch.float32)
     y = expert_conv2d(x, weight, bias, offsets, stride, padding, tile=TILE)
     dx = expert_conv2d_input_grad(y, weight, offsets, *x.shape[2:], stride, padding, tile=TILE)
@@ -141,7 +141,7 @@ def test_any_layout_gives_the_same_bits() -> None:
         assert torch.equal(grads, dweight)
 
 
-def test_more_positions_than_32_bits_count() -> None:
+def test_more_positions_than_32_bits_can_count_are_refused() -> None:
     x, weight = torch.empty(2**21, 3, 32, 32, device="meta"), torch.empty(2, 4, 3, 1, 1, device="meta")
     with pytest.raises(ValueError, match=r"fewer than 2\^31 positions .* got \[2097152, 3, 32, 32\]"):
         expert_conv2d(x, weight, None, torch.empty(3, dtype=torch.int32, device="meta"), (1, 1), (0, 0))

@@ -65,7 +65,7 @@ def test_tma_descriptors(dtype: torch.dtype, gather: bool) -> None:
 
 
 @pytest.mark.parametrize("expanded", [(0,), (0, 1), (1,)], ids=["rows", "rows and columns", "columns"])
-def test_no_descriptor_of_an_expanded_axis(expanded: tuple[int, ...]) -> None:
+def test_an_expanded_axis_has_no_descriptor(expanded: tuple[int, ...]) -> None:
     """The gradient of a sum has strides of 0, which TMA does not take."""
     x, _, _, offsets, _ = aligned_arguments(torch.float16, gather=False)
     grad = Source(torch.float16, DEVICE, seed=1).randn(1 if 0 in expanded else len(x), 1 if 1 in expanded else 48)
@@ -77,7 +77,7 @@ def test_no_descriptor_of_an_expanded_axis(expanded: tuple[int, ...]) -> None:
 
 @by_tile
 def test_rows_of_other_experts_do_not_leak(tile: Tile) -> None:
-    """A row of NaN stays in its row, and in its expert's weight gradient."""
+    """A row of NaN affects only its own result and its own expert's weight gradient."""
     x, weight, _, offsets, _ = aligned_arguments(torch.float32, gather=False)
     x[40] = float("nan")  # the first row of the last expert
     y = expert_linear(x, weight, None, offsets, tile=tile)

@@ -1,4 +1,5 @@
-"""Offsets beyond 2^31 elements in every Triton kernel: operands spread over sparse memory give what packed ones do."""
+"""Offsets beyond 2^31 elements in every Triton kernel: operands spread over sparse memory give the results of packed
+ones."""
 
 import dataclasses
 from collections.abc import Callable
@@ -72,11 +73,11 @@ EACH_AXIS = [
 
 @pytest.fixture
 def sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, torch.dtype], Tensor]:
-    """Makes zeros in a file that has only the pages that somebody wrote."""
+    """Makes zeros in a sparse file, which takes space only for pages that were written."""
     copy = torch.UntypedStorage.copy_
 
     def copy_others(self: torch.UntypedStorage, source: torch.UntypedStorage, *args: Any) -> torch.UntypedStorage:
-        """The interpreter copies every argument's whole storage back, also onto itself."""
+        """Skips copies of a storage onto itself: the interpreter copies every argument's whole storage back."""
         return self if self.data_ptr() == source.data_ptr() else copy(self, source, *args)
 
     monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_others)
@@ -89,8 +90,8 @@ def sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, to
 
 
 def spread(x: Tensor, axis: int, sparse: Callable[[int, torch.dtype], Tensor]) -> Tensor:
-    """x with the last index of an axis more than 2^31 elements from the first. What lies as far below the first, where
-    an offset of 32 bits would lead, are zeros."""
+    """x with the last index of an axis more than 2^31 elements after the first. As far before the first, where a 32-bit
+    offset would wrap to, there are zeros."""
     stride = list(x.stride())
     stride[axis] = (FAR // (x.shape[axis] - 1) // 64 + 1) * 64
     reach = sum((size - 1) * step for size, step in zip(x.shape, stride, strict=True))
@@ -99,15 +100,15 @@ def spread(x: Tensor, axis: int, sparse: Callable[[int, torch.dtype], Tensor]) -
 
 
 @pytest.mark.parametrize(("name", "argument", "axis"), EACH_AXIS)
-def test_of_strides(name: str, argument: int, axis: int, sparse: Callable[[int, torch.dtype], Tensor]) -> None:
+def test_large_strides(name: str, argument: int, axis: int, sparse: Callable[[int, torch.dtype], Tensor]) -> None:
     call, packed = CALLS[name]
     far = [spread(x, axis, sparse) if i == argument else x for i, x in enumerate(packed)]
     assert torch.equal(call(*far), call(*packed))
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "swiglu"])
-def test_of_rows(activation: str | None, sparse: Callable[[int, torch.dtype], Tensor]) -> None:
-    """The last rows of a result of more than 2^31 elements, and of the pre-activation."""
+def test_the_last_rows_of_a_large_result(activation: str | None, sparse: Callable[[int, torch.dtype], Tensor]) -> None:
+    """The last rows of a result and a pre-activation of more than 2^31 elements."""
     args = X[:3], WEIGHT[:1], BIAS[:1], OFFSETS[:2]
     z = torch.empty(3, 40, dtype=DTYPE)
     expected = expert_linear(*args, activation=activation, z=z, tile=TILE)
@@ -122,10 +123,10 @@ def test_of_rows(activation: str | None, sparse: Callable[[int, torch.dtype], Te
     assert activation is None or torch.equal(far_z[-3:], z)
 
 
-def test_of_rows_of_the_hidden_gradient(
+def test_the_last_rows_of_a_large_hidden_gradient(
     sparse: Callable[[int, torch.dtype], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last program's rows of more than 2^31 elements."""
+    """The rows of the last program, of more than 2^31 elements."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     n, height = 64, 4

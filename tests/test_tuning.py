@@ -1,4 +1,4 @@
-"""autotune(): the fastest tile that the device has room for, inside the context alone."""
+"""autotune() picks the fastest tile that fits the device, and only inside its context."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ FAST = SHIPPED._replace(n=2 * SHIPPED.n)
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
-    """The tiles that were timed, on a device that has room for small ones and is fastest with FAST."""
+    """The tiles timed so far, on a simulated device that fits only small tiles and is fastest with FAST."""
     seen: list[Tile] = []
 
     def milliseconds(make: Callable[[Tile], Launch], tile: Tile) -> float:
@@ -48,7 +48,7 @@ def run(rows: int = 6) -> Tensor:
     return y
 
 
-def test_tunes_once_for_a_magnitude_and_only_inside(timed: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tunes_once_per_magnitude_and_only_inside(timed: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[int] = []
     run_launch = Launch.run
     monkeypatch.setattr(Launch, "run", lambda self: (launched.append(self.arguments["BLOCK_N"]), run_launch(self)))
@@ -57,7 +57,7 @@ def test_tunes_once_for_a_magnitude_and_only_inside(timed: list[Tile], monkeypat
     with autotune():
         run()
         assert len(timed) == len(set(timed)) == len(tuning.neighbours(SHIPPED)) > 5
-        run(8)  # as 6, up to a power of two
+        run(8)  # like 6, rounded up to a power of two
         assert len(timed) == len(tuning.neighbours(SHIPPED))
         run(9)
         assert len(timed) == 2 * len(tuning.neighbours(SHIPPED))
@@ -65,7 +65,7 @@ def test_tunes_once_for_a_magnitude_and_only_inside(timed: list[Tile], monkeypat
     assert launched == [SHIPPED.n, FAST.n, FAST.n, FAST.n, SHIPPED.n]
 
 
-def test_a_graph_that_is_captured_is_not_disturbed(timed: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_timed_during_a_graph_capture(timed: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_capturing", lambda: True)
     with autotune():
         run()
@@ -87,7 +87,7 @@ def test_neighbours_can_be_compiled(shipped: Tile) -> None:
         (None, RuntimeError("an illegal memory access was encountered"), RuntimeError),
     ],
 )
-def test_a_tile_that_cannot_be_compiled_or_has_no_room_takes_forever(
+def test_a_tile_that_does_not_compile_or_fit_takes_forever(
     monkeypatch: pytest.MonkeyPatch, compiling: Exception | None, running: Exception | None, expected: Any
 ) -> None:
     def raises(error: Exception | None) -> float:

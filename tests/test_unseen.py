@@ -1,4 +1,4 @@
-"""What a model sees of its tensors in attack_mode differs from eager by rounding alone, from the first step on."""
+"""What a model sees of its own tensors in attack_mode differs from eager only by rounding, from the first step on."""
 
 import threading
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def rules_for_few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Net(nn.Module):
-    """A convolution that Winograd's algorithm computes, and a batch norm, in the hands of a function."""
+    """A convolution that Winograd's algorithm computes and a batch norm, which a function uses."""
 
     def __init__(self, function: Callable[["Net", Tensor], Tensor]) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ FUNCTIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
 
 
 def steps(net: Net, x: Tensor) -> tuple[list[Tensor], list[tuple[int, ...]]]:
-    """Results and input gradients of three steps, and the strides of all that modules return."""
+    """Results and input gradients of three steps, and the strides of everything that modules return."""
     torch.manual_seed(0)
     found, strides = [], []
     hooks = [m.register_forward_hook(lambda m, i, y: strides.append(y.stride())) for m in net.modules()]
@@ -145,7 +145,7 @@ def error(x: Tensor, exact: Tensor) -> float:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_step_is_that_of_eager(name: str, layout: torch.memory_format) -> None:
+def test_every_step_equals_eager(name: str, layout: torch.memory_format) -> None:
     function = FUNCTIONS[name]
     torch.manual_seed(0)
     nets = [randomize_statistics(Net(function)).eval().requires_grad_(False) for _ in range(3)]
@@ -153,7 +153,7 @@ def test_every_step_is_that_of_eager(name: str, layout: torch.memory_format) -> 
         net.load_state_dict(nets[0].state_dict())
     x = Source(torch.float32).rand(3, 16, 8, 8).contiguous(memory_format=layout)
     if layout == torch.channels_last and ("view" in name or name in ("TorchScript", "another thread")):
-        return  # which eager torch refuses, too
+        return  # eager torch refuses it, too
     eager, strides = steps(nets[0], x)
     exact, _ = steps(nets[1].double(), x.double())
     with attack_mode(nets[2]):
@@ -163,7 +163,7 @@ def test_every_step_is_that_of_eager(name: str, layout: torch.memory_format) -> 
         assert error(ours, truth) <= 10 * error(theirs, truth) + 1e-6
 
 
-def test_a_convolution_of_many_products_is_winograds_from_the_first_step() -> None:
+def test_large_convolutions_use_winograds_algorithm_from_the_first_step() -> None:
     net, x = Net(lambda net, x: net.conv(x)).requires_grad_(False), Source(torch.float32).rand(3, 16, 8, 8)
     eager, _ = steps(net, x)
     with attack_mode(net), torch.profiler.profile() as profile:
@@ -177,7 +177,7 @@ def wrong_signs(x: Tensor, exact: Tensor) -> int:
     return int((x.sign() != exact.sign()).sum())
 
 
-def test_by_winograds_algorithm_the_gradient_has_the_error_and_the_signs_of_eager() -> None:
+def test_winograds_gradient_has_the_error_and_the_signs_of_eager() -> None:
     net = randomize_statistics(ResNet18(width=16)).eval().requires_grad_(False)
     x = Source(torch.float32).rand(3, 3, 32, 32)
     eager = steps(net, x)[0][-1]
@@ -204,7 +204,7 @@ def test_second_derivatives_through_winograds_algorithm() -> None:
 
 
 @pytest.mark.parametrize("bad", ["channels", "bias", "dtype", "leaf"])
-def test_what_torch_refuses_is_refused_in_its_words(bad: str) -> None:
+def test_what_torch_refuses_is_refused_with_its_message(bad: str) -> None:
     x, weight = torch.rand(2, 16, 8, 8, requires_grad=True), torch.rand(16, 16, 3, 3)
     calls: dict[str, Callable[[], Tensor]] = {
         "channels": lambda: F.conv2d(x, weight[:, :15].repeat(1, 2, 1, 1)),
@@ -221,7 +221,7 @@ def test_what_torch_refuses_is_refused_in_its_words(bad: str) -> None:
 
 
 @pytest.mark.parametrize("width", [4, 16])
-def test_under_autocast_emulated_16_bits_are_computed_in_32(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emulated_16_bit_dtypes_are_computed_in_fp32_by_autocast(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "is_emulated", lambda x: True)
     net = randomize_statistics(ResNet18(width=width)).eval().requires_grad_(False)
     x = Source(torch.float32).rand(2, 3, 32, 32)

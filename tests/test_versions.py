@@ -1,4 +1,4 @@
-"""docs/versions.md speaks of every supported torch and of no failure."""
+"""docs/versions.md covers every supported torch and reports no failure."""
 
 import re
 import runpy
@@ -16,7 +16,7 @@ def test_every_version_was_tried_and_none_failed() -> None:
     assert f"torch >= {VERSIONS['OLDEST'].removesuffix('.0')}," in text
 
 
-def test_the_page_is_written_from_the_results() -> None:
+def test_the_page_follows_from_the_results() -> None:
     results = [
         {"torch": "2.11.0+cu130", "cuda": "13.0", "build": "26 operators"},
         {"torch": "2.13.0", "test": "**fails**"},

@@ -1,4 +1,4 @@
-"""winograd_conv2d beyond the common contract and beyond what test_expert_conv2d.py holds for both convolutions."""
+"""winograd_conv2d beyond the common contract and the tests for both convolutions in test_expert_conv2d.py."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def test_rounds_at_most_twice_as_much_as_a_direct_convolution() -> None:
     assert error < 4 * usual
 
 
-def test_is_a_loop_of_convolutions() -> None:
+def test_equals_a_loop_of_convolutions() -> None:
     x, weight, bias, offsets = arguments()
     parts = [F.conv2d(x[:2], weight[0], bias[0], 1, (0, 2)), F.conv2d(x[2:], weight[2], bias[2], 1, (0, 2))]
     torch.testing.assert_close(
@@ -37,7 +37,7 @@ def test_is_a_loop_of_convolutions() -> None:
     )
 
 
-def test_the_layout_changes_no_bit() -> None:
+def test_every_layout_gives_the_same_bits() -> None:
     x, weight, bias, offsets = arguments()
     last = winograd_conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, offsets, 1)
     assert torch.equal(last, winograd_conv2d(x, weight, bias, offsets, 1))
@@ -56,7 +56,7 @@ def test_second_derivatives_are_those_of_expert_conv2d() -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_what_is_no_number_stays_in_its_tiles() -> None:
+def test_nan_and_infinity_stay_in_their_tiles() -> None:
     x, weight, offsets = torch.ones(1, 1, 12, 12), torch.ones(1, 1, 1, 3, 3), Source(torch.float32).offsets((1,))
     x[0, 0, 5, 5] = torch.nan
     wrong = winograd_conv2d(x, weight, None, offsets, 1)[0, 0].isnan()
@@ -65,7 +65,7 @@ def test_what_is_no_number_stays_in_its_tiles() -> None:
     assert torch.equal(wrong, expected)
 
 
-def test_a_layer_takes_it_where_it_saves_work() -> None:
+def test_a_layer_uses_it_where_it_saves_work() -> None:
     s = Source(torch.float32)
     x, offsets = s.randn(5, 16, 12, 12), s.offsets((2, 0, 3))
     for saves, layer in {
@@ -85,7 +85,7 @@ def test_a_layer_takes_it_where_it_saves_work() -> None:
 
 @pytest.mark.parametrize("level", ["x86-64-v3", "x86-64-v4"])
 def test_few_tiles_are_left_to_the_vendor(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of 4 x 4 results each, and of 5 x 5, most of whose four tiles lie beyond the edge."""
+    """Images of 4 x 4 results, and of 5 x 5 results, whose four tiles lie mostly beyond the edge."""
     monkeypatch.setattr(_library, "level", level)
     fewest = {"x86-64-v3": {16: 9, 64: 9}, "x86-64-v4": {16: 8, 64: 4}}[level]
     for channels, tiles in fewest.items():

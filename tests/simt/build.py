@@ -24,7 +24,7 @@ FLAGS = [
 
 @functools.cache
 def _program(driver: str) -> Path:
-    """The compiled driver, kept until a source changes; of several processes that want it, one compiles it."""
+    """The compiled driver, kept until a source changes; if several processes need it, one compiles it."""
     source = HERE / f"{driver}.cpp"
     command = [os.environ.get("CXX", "g++"), *FLAGS, f"-I{ROOT / 'csrc'}", f"-I{HERE}", str(source)]
     headers = sorted([*HERE.glob("*.h"), *ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/cuda/*.cuh")])

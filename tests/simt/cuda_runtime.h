@@ -1,8 +1,8 @@
 // CUDA blocks on the CPU: stands in for the toolkit's header, so that a .cuh compiles with g++ and runs under its
 // sanitizers. The blocks run one after the other, the threads of a block as fibers of one OS thread: one runs until it
 // waits or returns. simt::order chooses both orders, so that a result that depends on them shows. A block ends with a
-// message on stderr and exit status 70 where threads wait for one that cannot come, or read a lane that takes no part.
-// Shared memory is static, hence not cleared between blocks; dynamic shared memory is fresh and filled with 0xff.
+// message on stderr and exit status 70 if threads wait for one that cannot come, or read a lane that takes no part.
+// Shared memory is static, and so not cleared between blocks; dynamic shared memory is new and filled with 0xff.
 #pragma once
 
 #include <sanitizer/asan_interface.h>
@@ -47,7 +47,7 @@ namespace simt {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 1 << 15;
 
-inline int order = 0;  // of blocks and threads: 0 rising, 1 falling, else a shuffle's seed, for threads at every round
+inline int order = 0;  // of blocks and threads: 0 ascending, 1 descending, else a seed to shuffle (threads: each round)
 
 template <class... Parts>
 [[noreturn]] void fail(const char* format, Parts... parts) {
@@ -81,7 +81,7 @@ struct Block {
 
 inline Block block;
 
-// From the scheduler into thread t, until it waits or returns.
+// Switches from the scheduler to thread t, until that waits or returns.
 inline void resume(int t) {
   Thread& thread = block.threads[t];
   block.current = t;
@@ -92,7 +92,7 @@ inline void resume(int t) {
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
-// From the running thread back to the scheduler; returns when the wait is over.
+// Switches from the running thread back to the scheduler; returns when the wait is over.
 inline void wait(State state, int line) {
   Thread& thread = block.threads[block.current];
   thread.state = state;
@@ -111,7 +111,7 @@ inline void thread_main() {
   setcontext(&block.scheduler);
 }
 
-// Lets the threads go on that wait at the block's barrier, if all do.
+// Lets the threads continue that wait at the block's barrier, if all of them do.
 inline bool release_barrier() {
   const auto count = [](State s) {
     return std::count_if(block.threads.begin(), block.threads.end(), [=](const Thread& t) { return t.state == s; });
@@ -128,7 +128,7 @@ inline bool release_barrier() {
   return true;
 }
 
-// Lets the lanes of thread t's warp operation go on, if every lane that its mask names waits there too.
+// Lets the lanes of thread t's warp operation continue, if every lane that its mask names waits there, too.
 inline bool release_warp(int t) {
   const Thread& first = block.threads[t];
   if (first.state != State::kWarp) return false;
@@ -202,7 +202,7 @@ T* dynamic_shared() {
   return reinterpret_cast<T*>(block.dynamic_shared.data());
 }
 
-// Every lane's operand of one warp operation, after all lanes of the mask have come.
+// Every lane's operand of one warp operation, after all lanes of the mask have arrived.
 template <class T>
 const uint64_t* exchange(unsigned mask, T value, int line) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -271,7 +271,7 @@ unsigned __match_any_sync(unsigned mask, T value, int line = __builtin_LINE()) {
   return equal;
 }
 
-// One OS thread: reading, changing and writing is atomic as it is.
+// With one OS thread, reading, changing and writing is atomic anyway.
 template <class T>
 T atomicAdd(T* address, T value) {
   const T old = *address;

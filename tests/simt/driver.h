@@ -1,4 +1,4 @@
-// What a driver of one operator needs: raw arrays from files, and one run for every order of blocks and threads.
+// Shared by the drivers of the operators: raw arrays from files, and a run for every order of blocks and threads.
 #pragma once
 
 #include <cstdio>
@@ -15,7 +15,7 @@
 
 namespace simt {
 
-// An array whose first element lies `shift` elements into its allocation, which ends with its last element.
+// An array that begins `shift` elements into its allocation and ends with it.
 template <class T>
 struct Array {
   std::vector<T> memory;
@@ -72,7 +72,7 @@ auto in_every_order(Run run) {
   return result;
 }
 
-// Calls f with a value of the named floating type; those that a GPU is promised.
+// Calls f with a value of the named floating-point type, one of those supported on a GPU.
 template <class F>
 void with_float(const std::string& dtype, F f) {
   if (dtype == "float32") return f(float{});

@@ -35,7 +35,7 @@ def name(dtype: torch.dtype) -> str:
 
 
 def storage(x: Tensor) -> Tensor:
-    """The bytes of x in the order of its memory if it is channels-last, else row by row."""
+    """The bytes of x: in memory order if it is channels-last, else row by row."""
     dense = (
         x.detach() if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.detach().contiguous()
     )
@@ -43,7 +43,7 @@ def storage(x: Tensor) -> Tensor:
 
 
 def drive(driver: str, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor], *arguments: Any) -> Any:
-    """Runs a driver on the inputs and returns its outputs, of the shapes, layouts and dtypes of `outputs`."""
+    """Runs a driver on the inputs and returns its outputs, with the shapes, layouts and dtypes of `outputs`."""
     with tempfile.TemporaryDirectory() as folder:
         for array, x in inputs.items():
             if x is not None:

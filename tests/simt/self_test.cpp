@@ -1,4 +1,4 @@
-// self_test NAME: one small kernel, right or with one planted fault; prints what it computed.
+// self_test NAME: one small kernel, correct or with one planted fault; prints what it computed.
 #include "cuda/launch.cuh"
 #include "driver.h"
 
@@ -17,12 +17,12 @@ void neighbour(int* out) {
   out[threadIdx.x] = numbers[(threadIdx.x + 1) % kThreads];
 }
 
-// What the last block leaves.
+// The value that the last block to run leaves.
 void order_of_blocks(int* out) {
   if (threadIdx.x == 0) out[0] = blockIdx.x;
 }
 
-// A sum that threads join as they come, which rounds each time.
+// A sum to which threads add in the order in which they run; every addition rounds.
 void unordered_sum(int* out) {
   __shared__ float sum;
   if (threadIdx.x == 0) sum = 0;
