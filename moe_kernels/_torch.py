@@ -39,6 +39,26 @@ def all_to_all(x: Tensor, received: list[int], sent: list[int], group: Any) -> T
     return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), received, sent, group))
 
 
+def compiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model under torch.compile, whose failures are one line.
+
+    Raises:
+        RuntimeError: by the result, if torch.compile fails, as it does without a C++ compiler.
+    """
+    run = torch.compile(model)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return run(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise RuntimeError(f"compile must be False for this model, since torch.compile fails: {reason}") from error
+
+    return forward
+
+
 def release_graph_pool(pool: Any) -> None:
     """Ends a failed recording of a CUDA graph into its memory pool."""
     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)

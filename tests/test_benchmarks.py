@@ -200,6 +200,17 @@ def test_peaks_have_verdicts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert "PGD-10 | as usually written | 500 | 600 | 1.00 | | | 900 |" in found
 
 
+def test_compiled_attack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import compiled_attack
+
+    small = {"a linear map": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), 2, 2, 2)}
+    monkeypatch.setattr(compiled_attack, "CASES", small)
+    monkeypatch.setattr(sys, "argv", ["compiled_attack.py", "--repeats", "1"])
+    compiled_attack.main()
+    line = r"a linear map: [\d.e-]+ s compiled, [\d.e-]+ s not \([\d.]+ x\); first call [\d.]+ s\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
+
+
 def test_bf16_attack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import bf16_attack
 

@@ -51,6 +51,7 @@ class APGD(Attack):
         attack_misclassified: whether samples that are misclassified without an attack take part in the first run; if
             not, they are returned unchanged. Which samples withstand does not depend on it.
         recompute: "none", or "activations", which saves memory in a transformer and takes longer; see `attack_mode`.
+        compile: compute the gradient steps by torch.compile(model), as in `PGD`.
 
     Attributes:
         nan_gradients, zero_gradients: as in `PGD`.
@@ -75,13 +76,14 @@ class APGD(Attack):
         draws: int = 1,
         attack_misclassified: bool = False,
         recompute: str = "none",
+        compile: bool = False,
     ) -> None:
         if norm_name(norm) not in ("Linf", "L2"):
             raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}")
         if not callable(loss) and loss not in (*LOSSES, "dlr_targeted"):
             expected = "'ce', 'dlr', 'dlr_targeted', 'margin' or a callable (logits, y) -> [B]"
             raise ValueError(f"loss must be {expected}, got {loss!r}")
-        super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed, recompute)
+        super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed, recompute, compile)
         self.loss = loss
         self.n_target_classes = check.count("n_target_classes", n_target_classes, 1)
         self.draws = check.count("draws", draws, 1)

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_kernels import _checks as check
 from moe_kernels import _fsdp as fsdp
+from moe_kernels._torch import compiled
 from moe_kernels.attacks.attack_mode import MODES, frozen, mode_of
 from moe_kernels.attacks.losses import Loss
 from moe_kernels.ops.pgd_step_ import norm_name, step_unchecked_
@@ -46,8 +47,11 @@ class Attack(ABC):
         bounds: tuple[float, float],
         seed: int | None,
         recompute: str = "none",
+        compile: bool = False,
     ) -> None:
         check.one_of("recompute", recompute, MODES)
+        if compile and recompute != "none":
+            raise ValueError(f'recompute must be "none" with compile=True, since torch chooses then, got {recompute!r}')
         self.steps, self.restarts = check.count("steps", steps, 0), check.count("restarts", restarts, 1)
         if restarts > 1 and not random_start:
             raise ValueError(f"restarts must be 1 without random_start, since all would be equal, got {restarts}")
@@ -61,6 +65,8 @@ class Attack(ABC):
         self.random_start = random_start
         self.attack_misclassified = True
         self.recompute = recompute
+        self.compile = compile
+        self._compiled: tuple[Any, Callable[..., Any]] | None = None  # the model, and what has been made of it
         low, high = (b.item() if isinstance(b, Tensor) else b for b in bounds)
         self.bounds = low, high
         self.seed = None if seed is None else int(seed)
@@ -105,7 +111,7 @@ class Attack(ABC):
         _check_values(x, labels, self.bounds)
         self._probabilities = None
         self._least_classes = int(labels.max()) + 1
-        idle = self.recompute == "none" and x.numel() <= _IDLE.get(self.model, 0)
+        idle = self.compile or (self.recompute == "none" and x.numel() <= _IDLE.get(self.model, 0))
         self._in_model = nullcontext() if idle else mode_of(self.model, self.recompute)
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             x_adv = self._attack(x.detach(), y.to(torch.int64, copy=True), kwargs)
@@ -152,9 +158,17 @@ class Attack(ABC):
         generator.seed() if self.seed is None else generator.manual_seed(self.seed)
         return generator
 
+    def _forward(self) -> Callable[..., Any]:
+        """The model; with `compile`, where gradients are recorded, what torch.compile has made of it once."""
+        if not self.compile or not torch.is_grad_enabled():
+            return self.model
+        if self._compiled is None or self._compiled[0] is not self.model:
+            self._compiled = self.model, compiled(self.model)
+        return self._compiled[1]
+
     def _logits(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         with self._in_model as mode:
-            logits = self.model(fsdp.as_input(self.model, x), **kwargs)
+            logits = self._forward()(fsdp.as_input(self.model, x), **kwargs)
         if x.requires_grad and mode is not None and not mode.applied:
             self._in_model = nullcontext()
             if isinstance(self.model, nn.Module):

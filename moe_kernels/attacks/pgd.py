@@ -49,11 +49,15 @@ class PGD(Attack):
             it. None attacks them in a single run, as training needs, but not with restarts.
         capture: "auto" records the third step as a CUDA graph and replays it from then on, if x is on a GPU; False
             never does. A model that makes the host wait for the device, or draws random numbers on the host, cannot be
-            recorded: its steps run one by one, and a warning says why.
+            recorded: its steps run one by one, and a warning says why. Ignored with compile=True.
         freeze_routing: take gradients under the route of the clean x, from `model.route(x)`, passed on as
             `model(x, routing=...)`, and judge only the last iterate of each restart, under its own route. A weaker
             attack, since it never aims at the route: for training, not for evaluation.
         recompute: "none", or "activations", which saves memory in a transformer and takes longer; see `attack_mode`.
+        compile: compute the gradient steps by torch.compile(model) instead of `attack_mode`'s rules; the parameters are
+            frozen as ever. The first call compiles, which takes a minute or more, and so does the first with another
+            size of batch, whose result serves all further sizes. Pays for many calls of ten steps and more on small
+            batches; docs/attack.md has times.
 
     Attributes:
         nan_gradients, zero_gradients: in how many (sample, step) pairs of the last call the gradient held a NaN, and in
@@ -61,6 +65,7 @@ class PGD(Attack):
 
     Raises:
         ValueError: if an argument, here or in the call, is not as described.
+        RuntimeError: by the call, if torch.compile fails on the model.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class PGD(Attack):
         capture: str | bool = "auto",
         freeze_routing: bool = False,
         recompute: str = "none",
+        compile: bool = False,
     ) -> None:
         if norm_name(norm) not in NORMS:
             raise ValueError(f"norm must be 'Linf', 'L2' or 'L1', got {norm!r}")
@@ -93,7 +99,7 @@ class PGD(Attack):
             raise ValueError(f"capture must be 'auto' or False, got {capture!r}")
         if freeze_routing and not hasattr(model, "route"):
             raise ValueError(f"freeze_routing needs a model with a method route, got {type(model).__name__}")
-        super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed, recompute)
+        super().__init__(model, eps, steps, norm, random_start, restarts, bounds, seed, recompute, compile)
         self.alpha = magnitude("alpha", alpha)
         if self.norm == "Linf" and not isinstance(self.alpha, Tensor) and not isinstance(self.eps, Tensor):
             width = bounds[1] - bounds[0]
@@ -143,7 +149,7 @@ class PGD(Attack):
                 best.offer(x_adv, objective.detach(), success)
             self._step(x_adv, grad, x, eps, alpha)
 
-        repeat(step, self.steps, x.device if self.capture == "auto" and x.is_cuda else None)
+        repeat(step, self.steps, x.device if self.capture == "auto" and not self.compile and x.is_cuda else None)
         if self.restarts == 1 and self.attack_misclassified and not self.best_iterate:
             best.x = x_adv  # saves a forward
         else:
