@@ -1,4 +1,4 @@
-"""PGD on networks as users write them, beside eager torch in three hands, torch.compile and the attack libraries."""
+"""PGD on networks as users write them, against eager torch in three variants, torch.compile and attack libraries."""
 
 import copy
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from moe_kernels.testing.networks import ResNet18, ViT, randomize_statistics
 EPS, ALPHA = 8 / 255, 2 / 255
 # `make` installs two of them; adv_lib needs torchvision
 LIBRARIES = [name for name in ("torchattacks", "foolbox", "adv_lib") if find_spec(name)]
-MAX_MOVED_OTHERWISE = {torch.float32: 0.001, torch.bfloat16: 0.1}  # of the pixels, by a gradient of the other sign
+MAX_MOVED_OTHERWISE = {torch.float32: 0.001, torch.bfloat16: 0.1}  # fraction of pixels whose gradient flips its sign
 TRAINABLE, FROZEN, COMPILED = "eager, parameters trainable", "eager, frozen", "torch.compile, frozen"
 BY_HAND = "eager by hand: frozen, norms folded, channels-last"
 
@@ -61,7 +61,7 @@ class Case(NamedTuple):
     images: int
     size: int
     steps: int
-    targets: dict[str, str]  # by the rivals, but for those whose library is not installed
+    targets: dict[str, str]  # by rival; those whose library is not installed are skipped
 
     def __str__(self) -> str:
         attack = "one step" if self.steps == 1 else f"PGD-{self.steps}"
@@ -96,7 +96,7 @@ REST = [
 
 
 def cases(of: list[Case]) -> list[Any]:
-    """Each with ours and each rival."""
+    """Each case with our contender and with each rival."""
     missing = [name for name in LIBRARY_TARGETS if name not in LIBRARIES]
     return [
         pytest.param(case, name, id=f"{name}-{case}")
@@ -114,7 +114,7 @@ def model_and_images(network: str, images: int, size: int) -> tuple[nn.Module, T
 
 
 def attack_of_library(name: str, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    """From x itself."""
+    """PGD of the library, started at x itself."""
     if name == "torchattacks":
         import torchattacks
 
@@ -134,7 +134,7 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
 
 
 def eager_attack(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    """The gradients of the parameters, which nobody froze, included."""
+    """PGD that also computes the gradients of the parameters, since nobody froze them."""
     x_adv = x
     for _ in range(steps):
         x_adv = x_adv.clone().requires_grad_()
@@ -162,7 +162,7 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def by_hand(model: nn.Module) -> nn.Module:
-    """Each batch norm folded into the convolution that is registered before it, in channels-last."""
+    """The frozen model in channels-last, with each batch norm folded into the convolution registered before it."""
     model = frozen(model)
     for module in list(model.modules()):
         children = list(module.named_children())
@@ -178,7 +178,7 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(frozen(model))  # type: ignore[return-value]
 
 
-# What is done to the model before the attack is timed, and the attack.
+# For each contender, what is done to the model before the timing, and the attack that is timed.
 CONTENDERS: dict[str, tuple[Callable[[nn.Module], nn.Module], Attack]] = {
     "moe_kernels": (lambda model: model, attack),
     TRAINABLE: (lambda model: model, eager_attack),
@@ -197,12 +197,14 @@ def in_bf16(attack: Attack, *inputs: object, **settings: object) -> Tensor:
 def check(
     attack: Attack, model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, like: nn.Module | None = None
 ) -> None:
-    """The second step begins where it should, with the gradient of fp64 there; later ones amplify rounding."""
+    """Checks the start of the second step, and its gradient against fp64; later steps amplify rounding."""
     exact = copy.deepcopy(like or model).double()
     x_adv, found = second_step(model, partial(attack, model, x, y, steps=2))
     x = x.double()
     moved = (x_adv - pgd_step(x, direction(exact, x, y), x, EPS, ALPHA)).abs() > ALPHA / 2
-    assert moved.double().mean() <= MAX_MOVED_OTHERWISE[dtype], f"the first step moves {moved.sum()} pixels otherwise"
+    assert moved.double().mean() <= MAX_MOVED_OTHERWISE[dtype], (
+        f"the first step moves {moved.sum()} pixels the wrong way"
+    )
     error = (found - direction(exact, x_adv, y)).norm()
     assert error <= MAX_GRADIENT_ERROR[dtype], f"the second gradient is wrong by {error:.1e}"
 

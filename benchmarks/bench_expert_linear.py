@@ -1,4 +1,4 @@
-"""Grouped linear layers beside torch's grouped GEMM, a loop, and one dense GEMM of equal FLOPs."""
+"""Grouped linear layers against torch's grouped GEMM, a loop, and one dense GEMM of equal FLOPs."""
 
 import itertools
 from typing import Any

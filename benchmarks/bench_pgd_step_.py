@@ -1,4 +1,4 @@
-"""The fused PGD update beside the usual seven kernels and beside a plain copy of its bytes."""
+"""The fused PGD update against the usual seven kernels and against a plain copy of the same number of bytes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from moe_kernels.testing import Source
 EPS, ALPHA = 8 / 255, 2 / 255
 
 
-SHAPES = [(256, 3, 32, 32), (64, 3, 224, 224)]  # in the cache, and beyond it
+SHAPES = [(256, 3, 32, 32), (64, 3, 224, 224)]  # fits the cache, exceeds it
 
 
 @pytest.mark.parametrize("shape", first_is_core(SHAPES), ids=str)

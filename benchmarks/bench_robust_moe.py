@@ -1,4 +1,4 @@
-"""The whole layer, forward and backward, beside F.grouped_mm with argsort and index_add, and beside a loop."""
+"""The whole layer, forward and backward, against F.grouped_mm with argsort and index_add, and against a loop."""
 
 import copy
 from functools import partial

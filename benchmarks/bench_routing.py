@@ -1,4 +1,4 @@
-"""Routing, sorting and combining beside torch's sort and index_add."""
+"""Routing, sorting and combining against torch's sort and index_add."""
 
 import pytest
 import torch

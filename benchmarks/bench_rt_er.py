@@ -1,4 +1,4 @@
-"""One RT-ER step for four ResNet-18 experts beside the loop over images that the papers' public code runs."""
+"""One RT-ER step for four ResNet-18 experts against the loop over images in the paper's public code."""
 
 import copy
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from moe_kernels.testing import Source
 
 
 def make_router() -> nn.Module:
-    """Spreads the images, whose mean is normalised away, over four experts."""
+    """A router that spreads the images over four experts, since their mean is normalised away."""
     torch.manual_seed(0)
     pixels = 3 * 32 * 32
     return nn.Sequential(nn.Flatten(), nn.LayerNorm(pixels, elementwise_affine=False), nn.Linear(pixels, 4))
 
 
 def make_experts() -> ExpertResNet18:
-    """In eval mode, in which both ways agree, with statistics of order 1."""
+    """Experts in eval mode, in which both contenders compute the same, with statistics of order 1."""
     experts = ExpertResNet18(4).eval()
     for norm in experts.modules():
         if isinstance(norm, ExpertBatchNorm2d):
@@ -39,7 +39,7 @@ def images(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def check(moe: RobustMoE, loop: OneImageAtATime, step: Callable[..., Tensor], x: Tensor, y: Tensor, bf16: bool) -> None:
-    """The attacks' second gradient is fp64's, the parameters' are the loop's."""
+    """Checks the attacks' second gradient against fp64, and the parameters' gradients against the loop."""
     bound = MAX_GRADIENT_ERROR[torch.bfloat16 if bf16 else torch.float32]
     x_adv, found = second_step(moe, partial(step, moe, x, y, 2))
     routes = moe.route(x_adv[: len(x)].float(), top_k=1), moe.route(x, top_k=2).select(1)

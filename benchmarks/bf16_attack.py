@@ -1,8 +1,8 @@
 """What bf16 costs in accuracy on scikit-learn's digits: `python benchmarks/bf16_attack.py [--seeds N]`.
 
-Trains each model twice, in fp32 and with bf16 autocast in training, its attack included, and attacks both in fp32; and
-attacks the fp32 model with bf16 gradients, and wholly in bf16, where the attack also takes its successes from bf16
-logits. What an attack finds is judged in fp32.
+Trains each model twice, in fp32 and with bf16 autocast (in its attack too), and attacks both in fp32. Also attacks the
+fp32 model with bf16 gradients, and entirely in bf16, where the attack judges its success by bf16 logits. What an attack
+finds is always evaluated in fp32.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moe_kernels.attacks import APGD
 
-STEPS = 20  # of the APGD that measures
+STEPS = 20  # of the APGD that measures robust accuracy
 MODELS: dict[str, dict[str, Any]] = {
     "RT-ER, 4 small networks": {"method": "rt-er", "epochs": 8},
     "PGD-AT, a ResNet-18 of width 16": {
@@ -48,7 +48,7 @@ def trained(settings: dict[str, Any], amp: str, seed: int, folder: Path) -> tupl
 
 
 class Bf16Gradients(nn.Module):
-    """The logits of fp32 with the gradient of bf16."""
+    """fp32 logits with bf16 gradients."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Bf16Gradients(nn.Module):
 
 
 def robust_accuracy(model: nn.Module, attacked: nn.Module, data: Data, eps: float) -> float:
-    """Percent of the test images that the model reads rightly after APGD-CE on `attacked`."""
+    """Percentage of the test images that the model classifies correctly after APGD-CE on `attacked`."""
     x_adv = APGD(attacked, eps, steps=STEPS, seed=0)(data.test.x, data.test.y)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return 100 * (model(x_adv).argmax(1) == data.test.y).double().mean().item()
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def cost(rows: list[list[float]], i: int) -> str:
-    """Mean difference to fp32 over the seeds, and its standard error."""
+    """The mean difference from fp32 over the seeds, with its standard error."""
     differences = [row[i] - row[0] for row in rows]
     error = f" +- {stdev(differences) / len(rows) ** 0.5:.1f}" if len(rows) > 1 else ""
     return f"{mean(differences):+.1f}{error}"

@@ -1,4 +1,4 @@
-"""`contest`: times one of several ways to compute the same thing, after checking that it is right."""
+"""`contest`: times one of several ways to compute the same thing, after checking its result."""
 
 import os
 import statistics
@@ -17,7 +17,7 @@ from moe_kernels import build_info
 OURS = "moe_kernels"
 BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # in hardware
 MAX_RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-# Of a ResNet-18's input gradient, of which a ReLU on the other side of 0 changes 2e-3; bf16 alone makes 0.07 to 0.13.
+# For a ResNet-18's input gradient: a ReLU that flips changes it by 2e-3, bf16 alone by 0.07 to 0.13.
 MAX_GRADIENT_ERROR = {torch.float32: 1e-2, torch.bfloat16: 0.2}
 
 Contest = Callable[..., None]
@@ -32,11 +32,11 @@ def first_is_core(values: list[Any]) -> list[Any]:
 
 @pytest.fixture
 def contest(benchmark: Any) -> Contest:
-    """Times `contenders[name]`, all contenders of one `group` side by side; `exact()` is the fp64 truth.
+    """Times `contenders[name]`; `group` names the table of all contenders, `exact()` is the fp64 result.
 
-    A machine is not equally fast at all times, so every round of another's follows one of ours, and the ratio is the
-    median of such pairs; each is called once untimed before, as it would be in a loop. `targets` says of the others
-    what it should be: {"a loop": ">= 1.3"}. A round is `calls` calls; `rounds` is for what takes many seconds.
+    The speed of a machine varies, so every round of a rival follows one of ours, and the ratio is the median over such
+    pairs; before each round there is an untimed call, as there would be in a loop. `targets` gives the ratio that each
+    rival should have, as in {"a loop": ">= 1.3"}. A round is several calls; give `rounds` for what takes many seconds.
     """
 
     def run(
@@ -75,7 +75,7 @@ def contest(benchmark: Any) -> Contest:
 
 
 def second_step(model: nn.Module, attack: Callable[[], object]) -> tuple[Tensor, Tensor]:
-    """Where an attack of two steps differentiates the model again, and the direction."""
+    """Where the second step of an attack differentiates the model, and the direction of the gradient there."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def watch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -90,7 +90,7 @@ def second_step(model: nn.Module, attack: Callable[[], object]) -> tuple[Tensor,
 
 
 def direction(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """Of the gradient of the cross-entropy at x."""
+    """The direction of the gradient of the cross-entropy at x."""
     leaf = x.detach().requires_grad_()
     return unit(torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)[0])
 
@@ -105,7 +105,7 @@ def repeat(function: Callable[[], Any], calls: int) -> None:
 
 
 def seconds_of(function: Callable[[], Any], calls: int = 1) -> float:
-    """Of `calls` calls, after another."""
+    """How long `calls` calls take, after an untimed one."""
     function()
     begin = time.perf_counter()
     repeat(function, calls)

@@ -1,9 +1,9 @@
-"""Experts on two processes: what travels in a step, and its time, by all-to-all and by gathering all rows.
+"""Experts on two processes: the traffic and the time of a step, by all-to-all and by gathering all rows.
 
-A RobustMoE of 8 experts of width 256 and hidden width 1024, k for each of 1024 tokens on each of 2 processes of one
-thread, fp32, with gloo; beside them one process of two threads with the tokens of both. Bytes and messages are those
-that the first process sends to the other, counted at the collectives. A step of an attack has the gradient of the
-tokens alone, under a forced route whose counts are known already; one of training also that of all weights.
+A RobustMoE of 8 experts of width 256 and hidden width 1024, k experts for each of 1024 tokens on each of 2 processes
+with one thread, fp32, gloo; for comparison, one process with two threads and the tokens of both. Bytes and messages are
+those that the first process sends to the other, counted at the collectives. A step of an attack computes the gradient
+of the tokens alone, under a forced route whose counts are known; a step of training also those of all weights.
 """
 
 import os
@@ -37,10 +37,10 @@ PROCESSES, TOKENS, WIDTH, HIDDEN, EXPERTS, REPEATS = 2, 1024, 256, 1024, 8, 9
 
 
 class GatheringAll(nn.Module):
-    """The alternative: the rows of all processes go to each, which sends back what its experts add to each row.
+    """The alternative: every process gets the rows of all, and sends back what its experts contribute to each row.
 
     Args:
-        moe: the layer, whose experts are spread already.
+        moe: the layer, whose experts are already spread over the processes.
         group: the processes.
     """
 
@@ -61,7 +61,7 @@ class GatheringAll(nn.Module):
         return collectives.reduce_scatter_tensor_autograd(index_sum(y, source, len(rows)), "sum", 0, self.group)
 
     def _own_slots(self, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all processes' slots those for this one's experts, sorted by these; their rows, and offsets."""
+        """The slots of all processes that go to this one's experts, sorted by expert; their rows; their offsets."""
         own = EXPERTS // PROCESSES
         experts = collectives.all_gather_tensor(experts, 0, self.group).flatten() - own * dist.get_rank(self.group)
         slots = ((experts >= 0) & (experts < own)).nonzero().squeeze(1)
@@ -70,7 +70,7 @@ class GatheringAll(nn.Module):
 
 
 class Sent(TorchDispatchMode):
-    """Counts what this process sends to the others inside."""
+    """Counts what this process sends to the others while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def compare(found: dict[str, list[Tensor]], expected: Tensor) -> None:
-    """All have the same gradients, and that of the tokens is one process's."""
+    """Checks that all have the same gradients, and that the tokens' gradient is that of one process."""
     first = next(iter(found.values()))
     for name, grads in found.items():
         for g, e in zip([*grads, grads[0]], [*first, expected], strict=True):
@@ -154,7 +154,7 @@ def process(rank: int, folder: str) -> None:
             counted[name] = f"{sent.bytes:,} | {sent.messages}"
         compare(found, alone()[0].chunk(PROCESSES)[rank])
         times: dict[str, list[float]] = {name: [] for name in (*steps, "one process")}
-        for _ in range(REPEATS):  # in turns, so that all see the same machine
+        for _ in range(REPEATS):  # in turns, since the speed of a machine varies
             for name, step in steps.items():
                 dist.barrier()
                 times[name].append(seconds(lambda step=step: (step(), dist.barrier())))

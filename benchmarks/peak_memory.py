@@ -1,9 +1,9 @@
 """Prints the peak memory of whole processes, on Linux: `python benchmarks/peak_memory.py [IMAGES STEPS]`.
 
-Each contender runs in a process of its own; what the process held before it began, the networks included, is
-subtracted. glibc's allocator, left alone, keeps what is freed for later; told to give back every block of 64 KiB, it
-shows what a contender needs. Its peak with the allocator's defaults stands beside. An RT-ER step has its peak in the
-loss, after its attacks, of which two steps are therefore enough.
+Each contender runs in a process of its own; what the process held before the start, networks included, is subtracted.
+By default glibc's allocator keeps freed memory for later; told to return every block of 64 KiB, it shows what a
+contender needs. The peak with the allocator's defaults is in the last column. An RT-ER step has its peak in the loss,
+after the attacks, so attacks of two steps are enough.
 """
 
 import os
@@ -41,7 +41,7 @@ def rt_er_by_image(batch: int, steps: int) -> Callable[[], object]:
     return partial(rt_er_step_by_image, loop, *images(batch), EPS, ALPHA, steps)
 
 
-# title: {contender: what makes it}; the ratio is to the last one
+# title -> contender -> function that makes it; ratios are to the last contender
 CONTENDERS: dict[str, dict[str, Callable[[int, int], Callable[[], object]]]] = {
     "PGD on a ResNet-18": {"moe_kernels": partial(attack, True), "as usually written": partial(attack, False)},
     "RT-ER step, 4 x ResNet-18": {
@@ -56,14 +56,14 @@ TARGETS = {"moe_kernels, recompute='all'": 1 / 3}
 
 
 def status(field: str) -> float:
-    """MB of this process, VmRSS now or VmHWM at most."""
+    """Memory of this process in MB: VmRSS, the current value, or VmHWM, the peak."""
     found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024 / 1e6
 
 
 def measure(batch: int, steps: int, title: str, name: str, **environment: str) -> tuple[float, float]:
-    """MB that the process held before and, at its peak, beyond."""
+    """MB that the process held before the contender, and MB by which its peak exceeds that."""
     command = [sys.executable, __file__, str(batch), str(steps), title, name]
     out = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment}).stdout
     before, beyond = map(float, out.split())

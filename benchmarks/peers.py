@@ -71,7 +71,7 @@ def pgd(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float, alp
 
 
 class OneImageAtATime(nn.Module):
-    """A MoE that sends every image alone through the expert its router picks: a forward for each image."""
+    """A MoE that sends every image separately through the expert its router picks: one forward per image."""
 
     def __init__(self, experts: list[nn.Module], router: nn.Module) -> None:
         super().__init__()

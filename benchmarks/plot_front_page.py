@@ -36,7 +36,7 @@ ATTACKS = {  # the bar's label: the contender of bench_attack.py
 
 
 def seconds_in_turns(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median of each over rounds in which they take turns, for no machine is equally fast at all times."""
+    """The median time of each contender; they take turns, since the speed of a machine varies."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():

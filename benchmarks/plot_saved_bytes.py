@@ -1,4 +1,4 @@
-"""Draws where the bytes go that a forward saves: `python benchmarks/plot_saved_bytes.py OUT.svg`."""
+"""Draws what a forward saves for its backward, by kind: `python benchmarks/plot_saved_bytes.py OUT.svg`."""
 
 import sys
 from collections import Counter

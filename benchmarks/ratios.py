@@ -20,7 +20,7 @@ def verdict(value: float, target: str) -> str:
 
 
 def readable(seconds: float) -> str:
-    """Three digits and a unit."""
+    """Seconds as three digits and a unit."""
     unit, size = next(((u, s) for u, s in (("s", 1), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
     digits = f"{seconds / size:.3g}"
     return f"{float(digits):g} {unit}"

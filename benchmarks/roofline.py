@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-COPY = 4.3e12  # bytes/s read and written by a large device-to-device copy on an H200
-MATRIX = 790e12  # flop/s of a bf16 8192 x 8192 x 8192 product of random numbers there
+COPY = 4.3e12  # bytes/s, reads plus writes, of a large device-to-device copy on an H200
+MATRIX = 790e12  # flop/s of a bf16 product of random 8192 x 8192 matrices there
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one call must move and compute; `bf16` operands where it multiplies matrices."""
+    """What one call must move and compute; matrix products have bf16 operands."""
 
     kernel: str
     shape: str
@@ -84,7 +84,7 @@ class Shapes(NamedTuple):
     rt_er: tuple[int, int, int]  # images, experts, width of the ResNet-18
 
 
-# Those for which others publish grouped GEMMs and MoE layers, and RT-ER on CIFAR-10 at a batch of 512.
+# Shapes for which others publish times of grouped GEMMs and MoE layers, and RT-ER on CIFAR-10 at a batch of 512.
 TARGETS = Shapes(
     linear=(Linear(16 * 2048, 2048, 768, 16), Linear(8 * 4096, 2048, 768, 8), Linear(64 * 512, 2048, 768, 64)),
     layer=Layer(32768, 2048, 768, 128, 8),
@@ -105,7 +105,7 @@ def linear(shape: Linear) -> dict[str, Work]:
 
 
 def conv(shape: Conv) -> dict[str, Work]:
-    """Forward, input gradient and weight gradient, in bf16; the weight gradient may add parts of its sum."""
+    """Forward, input gradient and weight gradient, in bf16; the weight gradient may sum partial results."""
     images, experts, c_in, c_out, size, kernel, stride = shape
     weight, positions = experts * c_out * c_in * kernel**2, images * (size // stride) ** 2
     moved = 2 * (images * c_in * size**2 + weight + positions * c_out)
@@ -117,7 +117,7 @@ def conv(shape: Conv) -> dict[str, Work]:
 
 
 def routing(shape: Layer) -> dict[str, Work]:
-    """What surrounds the experts, from logits in fp32 and rows in bf16."""
+    """The operators around the experts, on fp32 logits and bf16 rows."""
     tokens, d, _, experts, k = shape
     slots, logits = tokens * k, 4 * tokens * experts
     return {
@@ -131,7 +131,7 @@ def routing(shape: Layer) -> dict[str, Work]:
 
 
 def layer(shape: Layer) -> dict[str, Work]:
-    """The whole layer in bf16, whose hidden activations are written once and read once.
+    """The whole layer in bf16; hidden activations are written once and read once.
 
     Forward: router, route, sort (3), up, down, combine. Backward: dO W2, the hidden gradient, dW2, dW1, dX, its sum
     over each token's slots (8), the routing's gradient, the router's two and their sum with dX.
@@ -186,7 +186,7 @@ def resnet18(images: int, experts: int, width: int, size: int = 32) -> Iterator[
 def rt_er(shape: tuple[int, int, int], steps: int = 10) -> dict[str, Work]:
     """One training step: both attacks as 2 B images, forward and input gradient, then 3 B images trained.
 
-    The convolutions alone; norms and ReLUs may be fused into them, so the bytes of none else are a floor.
+    Counts the convolutions alone: norms and ReLUs could be fused into them, so their bytes do not belong to the floor.
     """
     batch, experts, width = shape
     name = f"{batch} images, {experts} x ResNet-18 of width {width}, PGD-{steps} twice"
@@ -200,7 +200,7 @@ def rt_er(shape: tuple[int, int, int], steps: int = 10) -> dict[str, Work]:
 
 
 def attack(shape: tuple[int, int, int], steps: int) -> dict[str, Work]:
-    """A step of both attacks of RT-ER as one batch, and all of them: forward and input gradient of the convolutions."""
+    """One step, and all steps, of both RT-ER attacks as one batch: the convolutions' forward and input gradient."""
     batch, experts, width = shape
     name = f"{2 * batch} images, {experts} x ResNet-18 of width {width}"
     layers = [conv(layer)[part] for layer in resnet18(2 * batch, experts, width) for part in ("forward", "dX")]

@@ -1,4 +1,4 @@
-"""The RT-ER step of our benchmarks, on any device."""
+"""The RT-ER step that the benchmarks time, on any device."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ EPS, ALPHA = 8 / 255, 2 / 255
 
 
 class PartlyForced(nn.Module):
-    """The last images under a forced route, those before them under their own, wherever an attack moves them."""
+    """The last images under a forced route, those before them under their own, which an attack can change."""
 
     def __init__(self, moe: RobustMoE, forced: Routing) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class PartlyForced(nn.Module):
 
 
 def rt_er_step(moe: RobustMoE, x: Tensor, y: Tensor, steps: int, **settings: Any) -> Tensor:
-    """The loss, after its gradients: both attacks, PGD with these settings, as one batch, its forwards as another."""
+    """The loss, with gradients in .grad: both attacks (PGD with these settings) as one batch, all forwards as one."""
     second = moe.route(x, top_k=2).select(1)
     attack = PGD(PartlyForced(moe, second), EPS, ALPHA, steps, best_iterate=False, **settings)
     x1, x2 = attack(torch.cat([x, x]), torch.cat([y, y])).chunk(2)

@@ -1,7 +1,7 @@
-"""Prints what a forward saves for its backward, plainly and in attack_mode: `python benchmarks/saved_bytes.py`.
+"""Prints what a forward saves for its backward, in eager torch and in attack_mode: `python benchmarks/saved_bytes.py`.
 
-The targets of attack_mode are stated for fp32. In bf16 eager keeps half as much, but a ReLU still one bit in
-attack_mode, so that the ratios are about half of those in fp32.
+The targets of attack_mode are for fp32. In bf16 eager torch keeps half as much, while a ReLU in attack_mode still keeps
+one bit, so the ratios are about half of those in fp32.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Alone(nn.Module):
         return self.experts(x, torch.tensor([0, x.shape[0]], dtype=torch.int32))
 
 
-# name: (network, size of its images, most MB per image in attack_mode or least ratio of eager to it)
+# name -> (network, size of its images, target: MB per image in attack_mode, or ratio of eager to that)
 NETWORKS = {
     "ResNet-18": (ResNet18, 32, "<= 0.08 MB"),
     "PreAct ResNet-18": (lambda: PreActResNet(((64, 2), (128, 2), (256, 2), (512, 2)), 64), 32, ">= 35"),
@@ -46,7 +46,7 @@ Mode = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def per_image(net: nn.Module, size: int, autocast: bool, mode: Mode = lambda _: nullcontext()) -> int:
-    """Bytes by which another image raises what a batch, of small images a large one, keeps."""
+    """How many more bytes a batch keeps with one more image; for small images, a large batch."""
 
     def of(batch: int) -> int:
         x = torch.rand(batch, 3, size, size).requires_grad_()
@@ -57,7 +57,7 @@ def per_image(net: nn.Module, size: int, autocast: bool, mode: Mode = lambda _: 
 
 
 def judged(value: float, target: str) -> str:
-    """Cells of a target, such as "<= 0.08 MB", and of whether the value meets it."""
+    """Two cells: a target, such as "<= 0.08 MB", and whether the value meets it."""
     return f"{target} | {verdict(value, target.removesuffix(' MB'))}"
 
 

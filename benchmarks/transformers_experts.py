@@ -1,7 +1,7 @@
-"""A transformers mixture by each implementation of its experts: bytes that a forward keeps, and the time of a step.
+"""Implementations of the experts of a transformers mixture: bytes that a forward keeps, and the time of a step.
 
-A Mixtral of two layers of width 256 with 8 experts, 2 for each of 512 tokens. Attack: all is frozen, and only the
-embeddings get a gradient. LoRA: the experts are frozen, the attention is trained. Training: everything is trained.
+A Mixtral with two layers of width 256 and 8 experts, 2 for each of 512 tokens. Attack: everything is frozen, and only
+the embeddings get a gradient. LoRA: the experts are frozen, the attention is trained. Training: everything is trained.
 """
 
 import statistics
@@ -55,7 +55,7 @@ def main() -> None:
             expected = grad if expected is None else expected
             assert (grad - expected).abs().max() <= 1e-4 * expected.abs().max(), name
             kept[name] = saved_bytes(forward, apart_from=model) / (TOKENS[0] * TOKENS[1]) / 1000
-        for _ in range(REPEATS):  # in turns, so that all see the same machine
+        for _ in range(REPEATS):  # in turns, since the speed of a machine varies
             for name, seen in times.items():
                 choose(model, name)
                 begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The constants of the CPU kernels beside other values: what csrc/ means where it names tuned_constants.py.
+"""Times the CPU kernels with other values of their tuned constants; comments in csrc/ cite its results.
 
     python benchmarks/tuned_constants.py              # as Markdown; minutes to compile, half a minute to time
     python benchmarks/tuned_constants.py --compile    # only compile, into build/

@@ -1,9 +1,9 @@
-"""`make gpu`: every proof and every figure that needs a GPU, in six minutes.
+"""`make gpu`: every check and every figure that needs a GPU, in six minutes.
 
-Builds for this GPU, smoke test, speed, all cases, sanitizers, the most telling first: see `gpu_jobs.stages`. Every
-check and every figure is appended to one file as soon as it exists, so nothing is lost where the machine is taken away;
-`--summary FILE` says what such a file holds. Exits with 1 if anything was wrong or cut off, whereas a benchmark that
-fails is only recorded. `--dry-run` rehearses all of it on the CPU with tiny sizes.
+Build for this GPU, smoke test, speed, all cases, sanitizers, the most informative first: see `gpu_jobs.STAGES`. Every
+check and figure is appended to one file as soon as it exists, so nothing is lost if the machine is taken away;
+`--summary FILE` prints what such a file holds. Exits with 1 if a check failed or was cut off; a benchmark that fails is
+only recorded. `--dry-run` rehearses all of it on the CPU with tiny sizes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 from gpu_jobs import ROOT, Job
 from gpu_report import Report, summary, table
 
-sys.path.append(str(ROOT / "benchmarks"))  # where the bounds of the kernels and their rivals are
+sys.path.append(str(ROOT / "benchmarks"))  # for the kernels' floors and their rivals
 
 PARTS = {
     "warm": "gpu_checks",
@@ -44,8 +44,8 @@ PARTS = {
 
 
 def work(part: str, which: str, tool: str, path: Path, dry: bool) -> None:
-    """A part, in this process."""
-    if part == "build":  # rehearsed: it was built before
+    """Does a part of the work in this process."""
+    if part == "build":  # only in a rehearsal, where everything is built already
         importlib.import_module("moe_kernels")
         return
     if part == "warm" and not dry:
@@ -60,7 +60,7 @@ def work(part: str, which: str, tool: str, path: Path, dry: bool) -> None:
 
 
 def rehearse(job: Job, seconds: float, path: Path) -> str:
-    """In this process, but for what is rehearsed under g++'s sanitizers instead of compute-sanitizer."""
+    """Runs a job in this process, except those under a sanitizer, which g++'s sanitizers stand in for."""
     if job.tool:
         return gpu_jobs.run([*job.command(path), "--dry-run"], gpu_jobs.environment(), seconds)
     try:
@@ -92,7 +92,7 @@ def versions() -> dict[str, str]:
 
 
 def perform(dry: bool, results: Path | None, limit: float) -> int:
-    """Runs everything; the process's exit status."""
+    """Runs everything; returns the exit status."""
     start, facts = time.perf_counter(), versions()
     device = "rehearsal on the CPU" if dry else torch.cuda.get_device_name()
     folder = results or ROOT / "benchmarks/results" / re.sub(r"\W+", "-", device.lower())
@@ -104,7 +104,7 @@ def perform(dry: bool, results: Path | None, limit: float) -> int:
     report.add(kind="begin", device=device, gpus=0 if dry else torch.cuda.device_count(), versions=facts, plan=names)
     print(f"{device}; results in {path}", flush=True)
     if not dry and torch.cuda.device_count() > 1:
-        print(f"{torch.cuda.device_count()} GPUs, of which all but one check use cuda:0", flush=True)
+        print(f"{torch.cuda.device_count()} GPUs; all checks but one use cuda:0", flush=True)
     signal.signal(signal.SIGTERM, gpu_jobs.stop_all)
     signal.signal(signal.SIGINT, gpu_jobs.stop_all)
     if dry:
@@ -122,12 +122,14 @@ def perform(dry: bool, results: Path | None, limit: float) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="by default benchmarks/results/<device>")
-    parser.add_argument("--seconds", type=float, help="after which nothing runs any more")
     parser.add_argument(
-        "--summary", type=Path, metavar="FILE", help="say what a file of results holds, and run nothing"
+        "--results", type=Path, metavar="DIR", help="folder for results (default: benchmarks/results/<device>)"
     )
-    parser.add_argument("--part", choices=PARTS, help="run only this, in this process (what a job does)")
+    parser.add_argument("--seconds", type=float, help="time limit for everything")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE", help="print what a file of results holds, and run nothing"
+    )
+    parser.add_argument("--part", choices=PARTS, help="run only this part, in this process (as a job does)")
     parser.add_argument("--which", default="")
     parser.add_argument("--tool", default="")
     parser.add_argument("--into", type=Path)

@@ -28,7 +28,7 @@ def even_offsets(device: Device, rows: int, experts: int) -> Tensor:
 
 
 class LinearCalls:
-    """expert_linear and its gradients on random operands of a shape, an equal part of the rows for each expert."""
+    """expert_linear and its gradients on random operands of a shape, with equally many rows for each expert."""
 
     def __init__(self, device: Device, shape: Linear) -> None:
         rows, k, n, experts = shape
@@ -64,7 +64,7 @@ class ConvCalls:
 
 
 def triton_calls(device: Device) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A call of each of Triton's kernels that is timed, the convolutions of an RT-ER step first."""
+    """A call of every Triton kernel that is timed, the convolutions of an RT-ER step first."""
     shapes = device.shapes
     batch, experts, width = shapes.rt_er
     networks = {c for n in (2, 3) for c in roofline.resnet18(n * batch, experts, width, device.attack[1])}

@@ -19,19 +19,19 @@ from moe_kernels import PGD, RobustMoE, _library, attack_mode, pgd_step_, testin
 
 
 def poison(on: bool) -> None:
-    """Fills fresh memory with NaN, so that an element nobody wrote is seen."""
+    """Fills fresh memory with NaN, so that elements that are never written show."""
     torch.use_deterministic_algorithms(on, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = on
 
 
 def share(items: list[Any], which: str) -> list[Any]:
-    """The part "3/8", say, of the items; all for ""."""
+    """The items of a shard such as "3/8"; all items for ""."""
     first, step = map(int, which.split("/")) if which else (0, 1)
     return items[first::step]
 
 
 def warm(device: Device, report: Report, which: str, tool: str) -> None:
-    """Compiles Triton's kernels, while nvcc compiles the others: those that are timed, then those of the cases."""
+    """Compiles Triton's kernels while nvcc compiles the others: first those that are timed, then those of the cases."""
     calls = [(f"warm {name}", call) for name, call in gpu_calls.triton_calls(device)]
     pairs = [(case, dtype) for case in device.cases for dtype in dtypes(device, case)]
     calls += [(f"warm {c} {str(d)[6:]}", lambda c=c, d=d: warm_case(device, c, d)) for c, d in pairs]
@@ -40,14 +40,14 @@ def warm(device: Device, report: Report, which: str, tool: str) -> None:
 
 
 def warm_case(device: Device, case: testing.Case, dtype: torch.dtype) -> None:
-    """The case on the CPU, and of all operators that it reaches, those of Triton on the device too."""
+    """Runs the case on the CPU, and on the device those of the operators it reaches that Triton computes."""
     for function, args in testing.reached(case, dtype):
         if function.name().split("::")[1].split(".")[0] in _library.TRITON:
             function(*(a.to(device.name) if isinstance(a, Tensor) else a for a in args))
 
 
 def smoke(device: Device, report: Report, which: str, tool: str) -> None:
-    """One case of every operator, with its gradients, against the reference. Whatever follows rests on this."""
+    """One case of every operator, with its gradients, against the reference. Everything after depends on this."""
     poison(True)
     failed = []
     for case in first_cases():
@@ -73,7 +73,7 @@ def cases(device: Device, report: Report, which: str, tool: str) -> None:
 
 
 def dtypes(device: Device, case: testing.Case) -> list[torch.dtype]:
-    """Those of the device that the case has; fp16 wherever bf16 is."""
+    """The device's dtypes that the case supports; fp16 wherever bf16 is supported."""
     return [d for d in device.dtypes if d in case.dtypes or _takes_half(case, d)]
 
 
@@ -93,7 +93,7 @@ def check_case(device: Device, case: testing.Case, dtype: torch.dtype) -> None:
 
 
 def everything(case: testing.Case, dtype: torch.dtype, device: Device) -> Outputs:
-    """Results and gradients from copies of the arguments, made in the order of the current stream."""
+    """Results and gradients from copies of the arguments, all made on the current stream."""
     args = [a.detach().clone() if isinstance(a, Tensor) else a for a in case.arguments(dtype, device.name)]
     outputs = testing.as_tuple(testing.operator(case)(*args))
     if not case.has_gradient:
@@ -109,7 +109,7 @@ def assert_equal(ours: Outputs, theirs: Outputs) -> None:
 
 
 def kernel_tests(device: Device, report: Report, which: str, tool: str) -> None:
-    """The tests of the Triton kernels that reach further than their operators: tiles, epilogues, descriptors."""
+    """The tests of the Triton kernels that go beyond their operators: tiles, epilogues, descriptors."""
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_triton_expert_*.py"))]
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
     if not device.dry and importlib.util.find_spec("xdist"):
@@ -141,7 +141,10 @@ class LayerStep:
 
 
 class AttackSteps:
-    """PGD from x on a mixture of ResNets, of public parts, inside `attack_mode`: PGD itself reads x and y first."""
+    """PGD from x on a mixture of ResNets, from public parts: `PGD` itself, which reads x and y, cannot be captured.
+
+    To be called inside `attack_mode`.
+    """
 
     def __init__(self, device: Device, where: str = "") -> None:
         width, size, batch, self.steps = device.attack
@@ -171,7 +174,7 @@ class AttackSteps:
 
 
 def graphs(device: Device, report: Report, which: str, tool: str) -> None:
-    """What was captured once and is replayed on new data gives the bits of an eager run."""
+    """Replays on new data of what was captured once give the same bits as eager runs."""
     poison(True)
     for activation in ("gelu", "swiglu"):
         step = LayerStep(device, activation)
@@ -195,7 +198,7 @@ def graphs(device: Device, report: Report, which: str, tool: str) -> None:
 
 
 def first_act(device: Device, report: Report, which: str, tool: str) -> None:
-    """A captured PGD before anything else in its process: no kernel is loaded, no library has chosen."""
+    """A captured PGD before anything else in its process, when no kernel is loaded and no library has tuned itself."""
     poison(True)
     report.check("a captured PGD first of all", lambda: check_captured_pgd(AttackSteps(device)))
 
@@ -216,7 +219,7 @@ def check_replay(
 
 
 def syncs(device: Device, report: Report, which: str, tool: str) -> None:
-    """The host never waits between router and combine, nor between the steps of an attack."""
+    """Checks that the host never waits between router and combine, nor between the steps of an attack."""
     layer, attack = LayerStep(device, "gelu"), AttackSteps(device)
 
     def check(function: Callable[[], Any]) -> None:

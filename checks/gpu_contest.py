@@ -1,4 +1,4 @@
-"""How a kernel is timed in `make gpu`: its result is checked, then its time is taken beside the others'."""
+"""How a kernel is timed in `make gpu`: its result is checked, then it is timed along with its rivals."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ MAX_RELATIVE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 class Contest:
-    """Times kernels on one device into one report, their names after `prefix`."""
+    """Times kernels on one device into one report; their names start with `prefix`."""
 
     def __init__(self, device: Device, report: Report, prefix: str = "") -> None:
         self.device, self.report, self.prefix = device, report, prefix
@@ -28,7 +28,7 @@ class Contest:
         beside: dict[str, Callable[[], Any]] | None = None,
         budget: int = 100,
     ) -> None:
-        """Our time beside the floor and the others' times; nothing where the result is not the exact one."""
+        """Reports our time with the floor and the rivals' times; nothing if our result is wrong."""
         kernel = self.prefix + work.kernel
         name = f"{kernel}, {work.shape}"
         if exact is not None and not self.report.check(f"right: {name}", lambda: check_result(ours(), exact())):

@@ -1,4 +1,4 @@
-"""Where `make gpu` runs: on a GPU, or rehearsed on the CPU by the nearest thing that one has."""
+"""Where `make gpu` runs: on a GPU, or in a rehearsal on the CPU, with the closest substitutes there are."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ Outputs = tuple[Tensor, ...]
 
 
 def cuda_operators() -> frozenset[str]:
-    """The operators that CUDA C++ computes."""
+    """The operators that are written in CUDA C++."""
     return frozenset(
         op for path in ROOT.glob("csrc/cuda/*.cu") for op in re.findall(r'impl\("(\w+)"', path.read_text())
     )
@@ -62,7 +62,7 @@ class Gpu:
         """The state in which a part of the work runs."""
         timed = part in ("speed", "tuned")
         torch.backends.cudnn.benchmark = timed
-        if not timed:  # the reference is to be exact in its dtype
+        if not timed:  # the reference must not round more than its dtype
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -70,7 +70,8 @@ class Gpu:
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
-        """Another stream than the default, busy for a moment: what is sent past it comes too early and shows."""
+        """A non-default stream that is busy for a moment, so that work sent to another stream by mistake runs too early
+        and shows."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -79,7 +80,8 @@ class Gpu:
         torch.cuda.current_stream().wait_stream(stream)
 
     def capture(self, function: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        """The outputs of a function that always works on the same tensors, and what computes them anew: a graph."""
+        """The outputs of a function that always works on the same tensors, and a graph's replay, which recomputes
+        them."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -109,15 +111,15 @@ class Gpu:
 
 
 class Rehearsal:
-    """The CPU in a GPU's place: Triton's interpreter, a CUDA kernel under emulation with g++'s sanitizers instead of
-    compute-sanitizer, a second run instead of a graph's replay, and tiny sizes."""
+    """The CPU in place of a GPU, at tiny sizes: Triton's interpreter, emulated CUDA kernels under g++'s sanitizers
+    instead of compute-sanitizer, a second run instead of a graph's replay."""
 
     name = "cpu"
     dry = True
     dtypes = (torch.float32,)
     compiler = "aot_eager"
     cases = first_cases()
-    sanitized = frozenset(op for op in Gpu.sanitized if "pgd_step" not in op)  # whose emulation is not in place
+    sanitized = frozenset(op for op in Gpu.sanitized if "pgd_step" not in op)  # its emulation does not work in place
     pytest_options = ("-k", "test_hidden_grad and relu2 and float32")
     shapes = Shapes(
         linear=(Linear(32, 16, 16, 2),),
@@ -133,7 +135,7 @@ class Rehearsal:
 
     @contextmanager
     def prepared(self, part: str, tool: str) -> Iterator[None]:
-        """In the cases, the operators run on CPU tensors what a GPU would run; for networks that would take minutes."""
+        """Makes operators run on CPU tensors what a GPU would run, in the cases only: networks would take minutes."""
         kernels: dict[str, Callable[..., object]] = {}
         if tool:
             sys.path.insert(0, str(ROOT / "tests"))
@@ -143,7 +145,7 @@ class Rehearsal:
         elif part in ("warm", "smoke", "cases"):
             kernels = {op: partial(_library.run_triton, file, op) for op, file in _library.TRITON.items()}
         with warnings.catch_warnings(), torch.library._scoped_library("moe_kernels", "IMPL") as library:
-            warnings.simplefilter("ignore", UserWarning)  # that kernels are overridden
+            warnings.simplefilter("ignore", UserWarning)  # torch warns that kernels are overridden
             for op, kernel in kernels.items():
                 library.impl(op, kernel, "CPU", allow_override=True)
             yield

@@ -1,4 +1,4 @@
-"""The jobs of `make gpu`, in their order: each a process of its own with a time limit, and none takes another down."""
+"""The jobs of `make gpu` in order; each is a process of its own with a time limit, so that none takes another down."""
 
 import os
 import shutil
@@ -18,22 +18,22 @@ from gpu_report import Report
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "checks/gpu.py"
-LIMIT = 360.0  # seconds, of a machine that is held for 15 minutes at most, its start included
+LIMIT = 360.0  # seconds; fits a machine that is rented for 15 minutes, its start included
 SECTIONS = ("RT-ER step", "attack step", "grouped GEMMs", "convolutions", "layer", "passes")
 SANITIZERS = ("memcheck", "racecheck")
-SHARES = 8  # processes that divide what consists of many small pieces
+SHARES = 8  # processes that share work of many small pieces
 
 
 @dataclass(frozen=True)
 class Job:
-    """A part of the work, or of it a section, a shard ("3/8") or what a tool of compute-sanitizer sees."""
+    """A part of the work, or a section or a shard ("3/8") of it; under a tool of compute-sanitizer if one is named."""
 
     part: str
     seconds: float
     which: str = ""
     tool: str = ""
-    essential: bool = False  # nothing is worth doing where it fails
-    proves: bool = True  # where it fails, something is wrong, and not merely unknown
+    essential: bool = False  # if it fails, nothing else is worth doing
+    proves: bool = True  # if it fails, something is wrong, not merely unknown
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.part, self.which, self.tool and f"under {self.tool}")))
@@ -44,7 +44,7 @@ class Job:
 
 
 class Stage(NamedTuple):
-    """Jobs that run together, so many at a time. Stages follow one another, the most telling first."""
+    """Jobs that run together, at most `at_a_time`. Stages run one after the other, the most informative first."""
 
     jobs: list[Job]
     at_a_time: int
@@ -68,7 +68,7 @@ STAGES = (
 
 
 def rehearsed(plan: Sequence[Stage]) -> list[Stage]:
-    """The plan for the CPU, in no hurry: one job at a time, and of those that are alike one, the cases all in one."""
+    """The plan for the CPU: one job at a time with ample time, one of each kind of shard, all cases in one job."""
     return [
         Stage(
             [
@@ -84,13 +84,13 @@ def rehearsed(plan: Sequence[Stage]) -> list[Stage]:
 
 
 class Runner:
-    """Runs jobs until the deadline into one report; `perform` says how a job ended: "" or why it failed."""
+    """Runs jobs until the deadline and reports them; `perform` returns "" if a job succeeded, else why it failed."""
 
     def __init__(self, report: Report, deadline: float, perform: Callable[[Job, float], str]) -> None:
         self.report, self.deadline, self.perform = report, deadline, perform
 
     def run(self, job: Job) -> bool:
-        """Whether the job succeeded; one for which no time is left does not begin."""
+        """Runs a job, unless no time is left; returns whether it succeeded."""
         start = time.perf_counter()
         seconds = min(job.seconds, self.deadline - start)
         begins = seconds > 1 and not stopped.is_set()
@@ -122,7 +122,7 @@ _running: set[subprocess.Popen[str]] = set()
 
 
 def stop_all(*_: object) -> None:
-    """Ends every job that runs, and lets none begin."""
+    """Kills every running job, and lets no other begin."""
     stopped.set()
     for process in tuple(_running):
         _kill(process)
@@ -134,7 +134,7 @@ def _kill(process: "subprocess.Popen[str]") -> None:
 
 
 def run(command: Sequence[str], environment: dict[str, str], seconds: float) -> str:
-    """Runs a command; "" if it succeeded, else why not, with the end of what it wrote."""
+    """Runs a command; returns "" if it succeeded, else why not, with the end of its output."""
     try:
         process = subprocess.Popen(
             command,
@@ -160,12 +160,12 @@ def run(command: Sequence[str], environment: dict[str, str], seconds: float) -> 
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The one to build for, as TORCH_CUDA_ARCH_LIST names it; sm_90's own instructions need sm_90a."""
+    """The architecture to build for, as in TORCH_CUDA_ARCH_LIST; instructions specific to sm_90 need sm_90a."""
     return f"{capability[0]}.{capability[1]}" + "a" * (capability == (9, 0))
 
 
 def environment(capability: tuple[int, int] | None = None) -> dict[str, str]:
-    """What jobs find: this work tree, built in place, and for the build the architecture of the device alone."""
+    """The environment of jobs: this work tree, built in place; for the build, only the device's architecture."""
     paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     if capability is not None:
@@ -174,14 +174,14 @@ def environment(capability: tuple[int, int] | None = None) -> dict[str, str]:
 
 
 def sanitizer(tool: str) -> list[str]:
-    """The command line before that of a program. It looks at our kernels alone, not at torch's calls of the API."""
+    """compute-sanitizer's part of the command line. It checks our kernels alone, not torch's calls of the CUDA API."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     options = ["--tool", tool, "--kernel-name", "kns=moe", "--report-api-errors", "no", "--error-exitcode", "3"]
     return [program, *options]
 
 
 def on_gpu(job: Job, seconds: float, report: Report, capability: tuple[int, int]) -> str:
-    """Runs a job's process. What compute-sanitizer is to look at is skipped, and said to be, where it cannot."""
+    """Runs a job's process. Jobs for compute-sanitizer are skipped, and reported as such, if it does not work here."""
     if job.part == "build":
         return run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], environment(capability), seconds)
     command = job.command(report.path)
@@ -190,7 +190,7 @@ def on_gpu(job: Job, seconds: float, report: Report, capability: tuple[int, int]
     if reason := why_no_sanitizer():
         report.add(kind="skipped", name=str(job), reason=reason)
         return ""
-    without_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or a write past an array stays within the cache
+    without_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a write past an array may stay inside the cache
     return run([*sanitizer(job.tool), *command], environment() | without_cache, seconds)
 
 
@@ -199,7 +199,7 @@ _probed: list[str] = []
 
 
 def why_no_sanitizer() -> str:
-    """ "" where compute-sanitizer can look at a program, which on some virtual machines it cannot; asked once."""
+    """ "" if compute-sanitizer works here, else why not, as on some virtual machines; tried once."""
     with _probe:
         if not _probed:
             program = "import torch; torch.zeros(8, device='cuda').sum().item()"
@@ -208,7 +208,7 @@ def why_no_sanitizer() -> str:
 
 
 def wait_for_the_library(seconds: float = 150) -> None:
-    """Until the CPU library is there, beside whose CUDA part Triton's kernels are compiled."""
+    """Waits for the CPU library, which compiling Triton's kernels needs; the CUDA library is built meanwhile."""
     end = time.monotonic() + seconds
     while subprocess.run([sys.executable, "-c", "from moe_kernels import _C"], capture_output=True).returncode:
         if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""What `make gpu` found: a line of JSON for each check and each figure, on disk as soon as it exists."""
+"""What `make gpu` found: a line of JSON for each check and each figure, written to disk as soon as it exists."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class Report:
             os.close(file)
 
     def check(self, name: str, function: Callable[[], None], kind: str = "check") -> bool:
-        """Whether the function ran through; why not, otherwise, goes into the report."""
+        """Runs the function and reports the outcome; returns whether it raised nothing."""
         start = time.perf_counter()
         error = ""
         try:
@@ -35,13 +35,13 @@ class Report:
         return not error
 
     def entries(self) -> list[dict[str, Any]]:
-        """All whole lines: a machine that is taken away may leave the last one torn."""
+        """All complete lines; if the machine was taken away, the last one may be incomplete."""
         text = self.path.read_text() if self.path.exists() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """What was checked, what failed, every figure, and what of the plan was cut off, also of a run that was killed."""
+    """What was checked, what failed, every figure, and what was cut off; works for a run that was killed, too."""
     begin = next((e for e in entries if e["kind"] == "begin"), {"plan": []})
     jobs = [e for e in entries if e["kind"] == "job"]
     done = {e["name"] for e in jobs if not e["cut_off"]}
@@ -66,7 +66,7 @@ def summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures in few columns, then failures and what was cut off."""
+    """The figures in a few columns, then failures and what was cut off."""
     lines = [f"{'kernel':44}{'ms':>9}{'floor':>9}{'of floor':>9}{'TFLOP/s':>9}{'GB/s':>8}  beside (its time / ours)"]
     for row in results["speed"]:
         beside = ", ".join(f"{who} {ms / row['ms']:.2f}" for who, ms in row["beside_ms"].items())

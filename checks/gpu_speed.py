@@ -1,4 +1,4 @@
-"""The benchmarks of `make gpu`: each result is checked, then timed beside the strongest library call there is."""
+"""The benchmarks of `make gpu`: each result is checked, then timed against the strongest library call there is."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 
 def ceilings(contest: Contest) -> None:
-    """What this very device reaches: a large copy and a large matrix product."""
+    """What this device achieves: a large copy and a large matrix product."""
     size, side = (2**32, 8192) if not contest.device.dry else (64, 8)
     source = torch.empty(size, dtype=torch.uint8, device=contest.device.name).random_()
     target, a, b = torch.empty_like(source), randn(contest.device, side, side), randn(contest.device, side, side)
@@ -153,7 +153,7 @@ def layer(contest: Contest, shape: Layer) -> None:
 
     @torch.no_grad()
     def loop() -> Tensor:
-        """The layer as its definition, each expert alone."""
+        """The layer by its definition, one expert at a time."""
         weights, chosen = topk_route(moe.router(x), k)
         out = torch.zeros(tokens, d, device=device.name)
         for e in range(experts):
@@ -204,7 +204,7 @@ def passes(contest: Contest, shapes: roofline.Shapes) -> None:
 
 
 def rt_er(contest: Contest) -> None:
-    """One training step: both attacks as one batch of 2 B, the forwards as one of 3 B."""
+    """One training step: both attacks as one batch of 2B images, the forwards as one of 3B."""
     shape = contest.device.shapes.rt_er
     mixture = Mixture(contest.device, shape[0])
     work = roofline.rt_er(shape, mixture.steps)["step"]
@@ -261,7 +261,7 @@ def speed(device: Device, report: Report, which: str, tool: str) -> None:
 
 
 def tuned(device: Device, report: Report, which: str, tool: str) -> None:
-    """The grouped GEMMs and convolutions once more, with the tiles that autotune() finds here."""
+    """The grouped GEMMs and convolutions again, with the tiles that autotune() finds on this device."""
     contest = Contest(device, report, "autotuned ")
     with autotune():
         for function, shapes in ((linear, device.shapes.linear), (conv, device.shapes.conv)):

@@ -1,8 +1,8 @@
-"""Compiles every GPU kernel for every architecture, without a GPU, and judges the machine code.
+"""Compiles every GPU kernel for every architecture, without a GPU, and inspects the machine code.
 
-One line per kernel, architecture and configuration; exits with 1 on a spill, on more shared memory than the
-architecture has, and on a GEMM without tensor-core instructions, with operands that are loaded less than 16 bytes at a
-time, or with two products of one step in one accumulator. To see a part: `--arch 90 --match forward`.
+Prints one line per kernel, architecture and configuration. Exits with 1 if a kernel spills registers or needs more
+shared memory than the architecture has, or if a GEMM has no tensor-core instructions, loads operands less than 16 bytes
+at a time, or adds two products of one step into one accumulator. To see a part: `--arch 90 --match forward`.
 """
 
 import argparse
@@ -58,7 +58,7 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", t
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of one kernel needs."""
+    """The resources that the machine code of one kernel needs, and what is wrong with it."""
 
     name: str
     arch: int
@@ -75,7 +75,7 @@ class Report:
     def occupancy(self) -> float:
         """The fraction of a multiprocessor's warps that registers and shared memory let run at once."""
         _, shared_kb, max_warps = LIMITS[self.arch]
-        registers = -(-self.registers * 32 // 256) * 256 * self.warps  # of a block; warps take them by 256
+        registers = -(-self.registers * 32 // 256) * 256 * self.warps  # of a block; allocated to warps in units of 256
         blocks = min(65536 // registers, shared_kb * 1024 // (self.shared + 1024), max_warps // self.warps)
         return blocks * self.warps / max_warps
 
@@ -124,7 +124,7 @@ def tool(name: str, *arguments: str | Path) -> str:
 
 
 def sections(listing: str, heading: str) -> dict[str, str]:
-    """A listing of cuobjdump by function."""
+    """Splits a listing of cuobjdump by function."""
     parts = re.split(heading, listing)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -132,7 +132,7 @@ def sections(listing: str, heading: str) -> dict[str, str]:
 def inspect(
     cubin: Path, arch: int, name: Callable[[str], str], warps: int, dynamic_shared: int = 0, tensor_cores: bool = False
 ) -> list[Report]:
-    """A report on every kernel of a cubin; `name` turns a symbol into what is shown."""
+    """A report on every kernel of a cubin; `name` turns a symbol into the name to print."""
     code = sections(tool("cuobjdump", "-sass", cubin), r"\s*Function : (\S+)\n")
     resources = sections(tool("cuobjdump", "--dump-resource-usage", cubin), r"\s*Function (\S+):\n")
     reports = []
@@ -166,7 +166,7 @@ def triton_kernel(name: str, launch: Launch, arch: int) -> list[Report]:
 
 
 def complaints(launch: Launch, ttir: str, sass: str) -> tuple[str, ...]:
-    """What is wrong with a kernel beyond the resources that it needs."""
+    """What is wrong with a kernel, apart from the resources that it needs."""
     found = []
     if allows_wide_loads(launch) and narrow_loads(sass, indices=launch.arguments.get("rows") is not None):
         found.append("NARROW LOADS")
@@ -176,7 +176,7 @@ def complaints(launch: Launch, ttir: str, sass: str) -> tuple[str, ...]:
 
 
 def allows_wide_loads(launch: Launch) -> bool:
-    """Whether it is a GEMM all of whose rows, of the widths below, are multiples of 16 bytes."""
+    """Whether this is a GEMM whose rows, of the widths below, are all multiples of 16 bytes."""
     if "x" not in launch.arguments:
         return False
     x = launch.arguments["x"]
@@ -186,14 +186,14 @@ def allows_wide_loads(launch: Launch) -> bool:
 
 
 def narrow_loads(sass: str, indices: bool) -> int:
-    """Loads of one or two bytes, and copies to shared memory of less than 16 but for `indices`, which have 4."""
+    """Counts loads of one or two bytes, and copies to shared memory of less than 16 unless they are `indices` of 4."""
     copies = [] if indices else re.findall(r"\bLDGSTS\.(?!\S*\b128\b)\S+", sass)
     return len(copies) + len(re.findall(r"\bLDG\.\S*\b[US](?:8|16)\b", sass))
 
 
 def shares_accumulator(ttir: str) -> bool:
-    """Whether in one step of a loop a product is added to what holds another product of that step."""
-    products: list[set[str]] = [set()]  # for each loop we are in, what holds a product of the step
+    """Whether a step of a loop adds a product to a value that already contains another product of that step."""
+    products: list[set[str]] = [set()]  # for each enclosing loop, the values that contain a product of the step
     regions: list[tuple[str, str]] = []  # (operation, result)
     for line in map(str.strip, ttir.splitlines()):
         result, operation, operands = re.match(r"(?:(%\w+)(?::\d+)? = )?(\S*)(.*)", line).groups()  # type: ignore[union-attr]
@@ -246,7 +246,7 @@ def jobs() -> Iterator[tuple[str, int, Callable[[], list[Report]]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="*", choices=LIMITS, default=LIMITS, help="only these architectures")
-    parser.add_argument("--match", default="", help="only kernels in whose name this regular expression is found")
+    parser.add_argument("--match", default="", help="only kernels whose name contains this regular expression")
     options = parser.parse_args()
     selected = [job for name, arch, job in jobs() if re.search(options.match, name) and arch in options.arch]
     if not selected:

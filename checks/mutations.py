@@ -75,7 +75,7 @@ def copy_of_tree(folder: Path) -> None:
 
 
 def run_gate(folder: Path, gate: tuple[str, ...]) -> tuple[bool, str]:
-    """Whether the gate is green, and what it printed first where it is not."""
+    """Whether the gate passes, and if not, the first thing that it printed."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *gate]
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{folder / 'python'}"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -92,8 +92,8 @@ def cell(code: str) -> str:
 
 HEADER = """# Kernels broken on purpose
 
-Written by `python checks/mutations.py > docs/mutations.md`: each mutation alone, in a copy of the tree; its gate
-passes before it and fails after it.
+Written by `python checks/mutations.py > docs/mutations.md`. Each mutation is made alone, in a copy of the tree; its
+test, the gate, passes before it and fails after it.
 
 | mutation | file | from | to | gate (`pytest`) | what it printed |
 |---|---|---|---|---|---|"""

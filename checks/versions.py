@@ -1,10 +1,10 @@
 """Tries the supported versions of torch, each in an environment of its own, and writes docs/versions.md.
 
     python checks/versions.py                          # all of it; a torch built with CUDA is 5 GB on disk
-    python checks/versions.py 2.11.0 --steps build     # a part, whose results join those of earlier parts
+    python checks/versions.py 2.11.0 --steps build     # a part, whose results are added to those of earlier parts
 
-The library is built from source with each torch (build), loaded by every other (load), tested on the CPU (test), and
-every GPU kernel is compiled with the Triton that belongs to it (compile).
+With each torch, the library is built from source (build), loaded under every other torch (load) and tested on the CPU
+(test), and every GPU kernel is compiled with the matching Triton (compile).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/versions.md"
-OLDEST = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[0] + ".0"  # and the GPU machine's
+OLDEST = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[0] + ".0"  # also the GPU machine's
 MADE_WITH = re.findall(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)[0]
 NEWEST = "2.14.1"
 VERSIONS = list(dict.fromkeys([OLDEST, MADE_WITH, NEWEST]))
@@ -30,8 +30,8 @@ TRAINERS = ["matplotlib", "pillow", "safetensors", "scikit-learn", "scipy", "tqd
 TESTS = ["ops", "pgd*", "apgd", "attack_mode", "triton_*", "cuda_build"]
 ARCHITECTURES = ("80", "90", "100")
 
-# Every operator has a kernel for the CPU and, under a torch built with CUDA, for CUDA, but those that are algorithms
-# for a CPU; and no warning says that a library cannot be loaded.
+# Every operator has a kernel for the CPU and, under a torch built with CUDA, for CUDA, except algorithms that are for
+# the CPU only; and there is no warning that a library cannot be loaded.
 REGISTERED = """
 import warnings
 warnings.simplefilter("error")
@@ -73,7 +73,7 @@ class Environment:
         return self.folder / "results.json"
 
     def run(self, name: str, *arguments: str, tree: Path | None = None, **variables: str) -> str:
-        """Runs this environment's Python in a tree; what it printed."""
+        """Runs this environment's Python in a tree; returns its output."""
         tree = tree or self.tree
         inherited = {k: v for k, v in os.environ.items() if k not in ("PIP_CONSTRAINT", "TRITON_INTERPRET")}
         path = f"{self.folder / 'bin'}:{inherited['PATH']}"
@@ -90,7 +90,7 @@ class Environment:
         return text
 
     def prepare(self) -> dict[str, str]:
-        """The environment, made where it is missing, with the tree as it is now; the versions in it."""
+        """Makes the environment if it is missing, and copies the current tree; returns the versions in it."""
         if not (self.folder / "bin/python").exists():
             say(f"torch {self.version}: making an environment; a build with CUDA is a download of up to 3 GB, once")
             subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
@@ -100,14 +100,14 @@ class Environment:
         return dict(zip(("python", "torch", "cuda", "triton"), facts, strict=True))
 
     def build(self) -> str:
-        """From source; the CUDA library too where nvcc is, for one architecture, as `compile` compiles for all."""
+        """Builds from source; if there is nvcc, the CUDA library too, for one architecture (`compile` covers all)."""
         wanted = {"MOE_KERNELS_CUDA": "1" if shutil.which("nvcc") else "0", "TORCH_CUDA_ARCH_LIST": "9.0a"}
         self.run("build", "setup.py", "-q", "build_ext", "--inplace", **wanted)
         operators = self.run("registered", "-c", REGISTERED).split(",")[0]
         return f"{operators}, {'with' if wanted['MOE_KERNELS_CUDA'] == '1' else 'without'} CUDA"
 
     def load(self, others: list["Environment"]) -> str:
-        """The libraries that the others built: their operators, registered and computing what the reference does."""
+        """Loads the libraries that the others built: operators must be registered and agree with the reference."""
         loaded = []
         for other in others:
             if other.version != self.version and next(other.tree.glob("moe_kernels/_C*.so"), None):
@@ -118,7 +118,7 @@ class Environment:
         return f"of {' and '.join(loaded)}" if loaded else "none to load"
 
     def test(self) -> str:
-        """The tests of operators and attacks on the CPU."""
+        """Runs the tests of operators and attacks on the CPU."""
         names = [*TESTS, *(p.stem for p in ROOT.glob("moe_kernels/ops/*.py") if p.stem != "__init__")]
         files = sorted({str(p.relative_to(self.tree)) for n in names for p in self.tree.glob(f"tests/test_{n}.py")})
         threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
@@ -126,13 +126,13 @@ class Environment:
         return text.splitlines()[-1].split(" in ")[0]
 
     def compile(self) -> str:
-        """Every GPU kernel for every architecture, without spills."""
+        """Compiles every GPU kernel for every architecture; none may spill."""
         text = self.run("compile", "checks/gpu_static.py", "--arch", *ARCHITECTURES)
         return f"{sum(' sm_' in line for line in text.splitlines())} without a spill"
 
 
 def copy_tree(to: Path) -> None:
-    """The files that git knows or would; those that are the same stay, so that a build compiles what changed."""
+    """Copies the files that git tracks or would track; unchanged ones stay, so that only changes are recompiled."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     names = [n for n in listing.split("\0") if n and (ROOT / n).is_file()]
@@ -174,7 +174,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", default=VERSIONS, help="of torch")
     parser.add_argument(
-        "--steps", nargs="*", choices=["build", "load", "test", "compile"], help="only these; none: write the page"
+        "--steps",
+        nargs="*",
+        choices=["build", "load", "test", "compile"],
+        help="only these steps; with none, only write the page",
     )
     parser.add_argument("--environments", type=Path, default=ROOT / ".versions", help="folder for the environments")
     options = parser.parse_args()
@@ -182,12 +185,12 @@ def main() -> int:
     every = [Environment(v, options.environments.resolve() / v) for v in VERSIONS]
     chosen = [e for e in every if e.version in options.versions]
     failures = []
-    # Step by step, since a library is loaded by the others after it was built.
+    # Step by step for all environments, since a library must be built before others can load it.
     for environment in chosen if steps else []:
         try:
             record(environment, environment.prepare())
         except (StepFailedError, OSError) as error:
-            failures.append(f"{environment.version} cannot be had: {error}")
+            failures.append(f"{environment.version} cannot be installed: {error}")
     ready = [e for e in chosen if e.results.exists()]
     for step in steps:
         for environment in ready:

@@ -117,7 +117,7 @@ def test_the_report_of_a_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     figures = json.loads(report.to_json())
     assert figures.keys() >= KEYS and figures == json.loads((tmp_path / "report.json").read_text())
     assert (figures["num_experts"], figures["ra_e"], figures["expert_load"], figures["ra_r"]) == (0, [], [], None)
-    assert figures["routes"] == "none: the model has no experts, so attacks on routes drop out"
+    assert figures["routes"] == "none: the model has no experts, so attacks on routes are skipped"
     assert report.aa is not None and report.verdict.value <= report.aa.value <= report.sa.value == 0.95
     for accuracy in (report.sa, report.ra, report.aa, report.verdict):
         assert 0 <= accuracy.low <= accuracy.value <= accuracy.high <= 1 and accuracy.low < accuracy.high
@@ -128,7 +128,11 @@ def test_the_report_of_a_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(result.attacked <= 19 - first.broken for result in report.attacks[1:] if "autoattack" not in result.name)
     assert sum(result.new for result in report.attacks) == round(20 * (report.sa.value - report.verdict.value))
     text = str(report)
-    for part in ("clean accuracy         95.00%   [76.39%, 99.11%]", "autoattack fab-t", "attacks on routes drop out"):
+    for part in (
+        "clean accuracy         95.00%   [76.39%, 99.11%]",
+        "autoattack fab-t",
+        "attacks on routes are skipped",
+    ):
         assert part in text
     assert report.checks["no image withstands an unbounded attack"] == {"passed": True, "value": 0.0}
     rows = torch.cat([(y == label).nonzero()[0] for label in y.unique()])
@@ -194,7 +198,7 @@ def test_a_route_that_cannot_be_attacked_is_named(kind: str) -> None:
             ),
             r"\[6, 2\]",
         ),
-        "twice": (Twice(layer), "does not run once at each forward"),
+        "twice": (Twice(layer), "does not run exactly once per forward"),
         "lambda": (lambda x: layer(x.flatten(1)), "is no module"),
         "no gradient": (RobustMoE.from_experts([nn.Flatten(), nn.Flatten()], Deaf()), "have no gradient"),
     }
@@ -256,7 +260,7 @@ class Says(nn.Module):
         (lambda z: z.argmax(1), "model must return logits [2, classes] for 2 images, got torch.int64 [2]"),
         (lambda z: z * float("nan"), "model must return finite logits, got nan"),
         (lambda z: z[:, :1], "model must return the logits of at least 2 classes, got shape [2, 1]"),
-        (lambda z: z @ z, "model must take images float32 [2, 3, 8, 8], and raised RuntimeError: mat1 and mat2"),
+        (lambda z: z @ z, "model must accept images float32 [2, 3, 8, 8], but raised RuntimeError: mat1 and mat2"),
     ],
 )
 def test_what_a_model_must_return(function: Any, message: str) -> None:
@@ -353,7 +357,7 @@ def test_a_folder_that_holds_another_half_evaluation(tmp_path: Path, monkeypatch
     with Journal(file, {}, 0, x.device).file, pytest.raises(UserError, match=r"is in use by another evaluation$"):
         evaluate_model(model, x, y, **options)
     file.write_bytes(kept.replace(b'"seconds"', b'"second'))
-    with pytest.raises(UserError, match=r"is damaged: remove it, and the evaluation begins anew$"):
+    with pytest.raises(UserError, match=r"is damaged: remove it to start the evaluation again$"):
         evaluate_model(model, x, y, **options)
     file.unlink()
     assert evaluate_model(model, x, y, **options).sa.value == 0.95

@@ -218,16 +218,16 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         ("train --num-experts 2147483647 --width 2147483647 --out {new}", "a model that fits the memory"),
         ("train --num-experts 99999999999 --out {new}", "num_experts must be below 2^31, got 99999999999"),
         ("train --seed 99999999999999999999 --out {new}", "seed must be below 2^63, got 99999999999999999999"),
-        ("train --alpha-ratio 8 --out {new}", "alpha_ratio must be at most 2: it is a part of eps"),
+        ("train --alpha-ratio 8 --out {new}", "alpha_ratio must be at most 2: it is relative to eps"),
         ("train --drops ² --schedule multi-step --out {new}", "drops must be numbers below epochs"),
         ("train --device gpu --out {new}", "device must be cpu, cuda or cuda:N, got 'gpu'"),
-        ("train --device cuda:99 --out {new}", " finds, which is cpu"),
+        ("train --device cuda:99 --out {new}", " finds, here cpu"),
         ("train --train-images -1 --out {new}", "train_images must be at least 0, got -1"),
-        ("train --train-images 9999 --out {new}", "train_images must be at most 1437 beside those held out, got 9999"),
+        ("train --train-images 9999 --out {new}", "train_images must be at most 1437 besides those held out, got 9999"),
         ("evaluate {full} --steps ²", "must be a whole number above 0, got '²'"),
         (
             "train --data image-folder --data-dir {new} --out {new}",
-            "--data-dir {new} must hold a folder of images for each class, and is no folder",
+            "--data-dir {new} must hold a folder of images for each class, but is not a folder",
         ),
         ("train --method magic --out {new}", "method must be one of standard, pgd-at, trades, "),
         ("train --data letters --out {new}", "data must be one of digits, cifar10, svhn"),
@@ -239,14 +239,14 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         ("train --out {full}", "--out {full} already exists and is not an empty folder"),
         ("train --out {file}", "--out {file} already exists and is not an empty folder"),
         ("train --config {new} --out {new}", "cannot read {new}: No such file or directory"),
-        ("evaluate {full}", "RUN must be a folder made by `rter train`, and {full} holds no config.json"),
+        ("evaluate {full}", "RUN must be a folder made by `rter train`, but {full} holds no config.json"),
         ("sweep --out {new} --methods magic", "--methods must be among rt-er, standard, "),
         ("evaluate {full} --steps 0", "must be a whole number above 0, got '0'"),
         ("evaluate {full} --weights first", "--weights must be last or best for a RUN, got 'first'"),
         ("report {full}", "{full} holds no report.json: run `rter evaluate {full}` first"),
-        ("report {new}", "RUN must be a folder, and {new} does not exist"),
-        ("report {file} --baselines {full}", "RUN must be a folder, and {file} is a file"),
-        ("evaluate {new}", "RUN must be a folder, and {new} does not exist"),
+        ("report {new}", "RUN must be a folder, but {new} does not exist"),
+        ("report {file} --baselines {full}", "RUN must be a folder, but {file} is a file"),
+        ("evaluate {new}", "RUN must be a folder, but {new} does not exist"),
     ],
 )
 def test_a_mistake_is_one_line(command: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,7 +345,8 @@ def test_data_are_found_from_another_folder(
     assert main(["evaluate", *run]) == 2
     error = capsys.readouterr().err
     assert (
-        "data/cifar-10-batches-bin/data_batch_1.bin does not exist" in error and "--data-dir says where it is" in error
+        "data/cifar-10-batches-bin/data_batch_1.bin does not exist" in error
+        and "say with --data-dir where it is" in error
     )
     assert main(["evaluate", *run, "--data-dir", "../moved"]) == 0
     assert main(["train", "--resume", "--out", "../here/run", "--data-dir", "../moved"]) == 0
@@ -362,7 +363,7 @@ def test_a_torn_last_line_is_left_out(demo: Path, tmp_path: Path, capsys: pytest
     (run / "metrics.jsonl").write_bytes(whole[:-9])
     for command in (["evaluate", str(run), *WEAK], ["report", str(run)]):
         assert main(command) == 0
-        assert f"the last line of {run / 'metrics.jsonl'} is torn and left out" in capsys.readouterr().err
+        assert f"skipped the incomplete last line of {run / 'metrics.jsonl'}" in capsys.readouterr().err
     report = json.loads((run / "report.json").read_text())
     assert report["train_seconds"] == json.loads(whole.splitlines()[0])["seconds"]
 

@@ -115,7 +115,7 @@ def test_cifar10_binary_refuses(tmp_path: Path) -> None:
     path = tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin"
     whole = path.read_bytes()
     for content, message in {
-        whole[:-1]: "data_batch_3.bin is damaged: 12291 bytes, the record at byte 9219 has 3072 of 3073",
+        whole[:-1]: "data_batch_3.bin is damaged: 12291 bytes; the record at byte 9219 has 3072 of 3073",
         whole[:-3073]: "data_batch_3.bin is damaged: 3 images, expected 4 as in data_batch_1.bin",
         b"": "data_batch_3.bin is damaged: 0 bytes",
         whole[:3073] + b"\x4d" + whole[3074:]: "data_batch_3.bin is damaged: label 77 at byte 3073, expected 0 to 9",
@@ -130,8 +130,8 @@ def test_cifar10_python_refuses(tmp_path: Path) -> None:
     write_cifar(tmp_path, "py")
     path, images = tmp_path / "cifar-10-batches-py" / "data_batch_2", batch(4)
     for content, message in {
-        python_batch(images)[:-1]: "no whole pickle, after byte",
-        python_batch(images)[:5000]: "no whole pickle, after byte",
+        python_batch(images)[:-1]: "not a complete pickle, after byte",
+        python_batch(images)[:5000]: "not a complete pickle, after byte",
         python_batch(images, labels=[1, 2, 3]): "expected 4 whole numbers as labels, one per image, got 3",
         python_batch(images, labels=[1, 2, 3, b"4"]): "expected 4 whole numbers as labels",
         python_batch(images, labels=[1, 2, 10, 3]): "label 10 at image 2, expected 0 to 9",
@@ -247,7 +247,7 @@ def test_some_of_the_training_images(tmp_path: Path) -> None:
     rows = {tuple(row.tolist()) for row in every.train.pixels.flatten(1)}
     assert all(tuple(row.tolist()) in rows for row in some.train.pixels.flatten(1))
     assert not torch.equal(some.train.y, load_data("digits", 360, 1, train_images=200).train.y)
-    with pytest.raises(UserError, match="train_images must be at most 1437 beside those held out, got 1438"):
+    with pytest.raises(UserError, match="train_images must be at most 1437 besides those held out, got 1438"):
         load_data("digits", 360, 0, train_images=1438)
 
 

@@ -111,7 +111,7 @@ def test_offline_says_what_to_put_where(
         assert main(command) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "cannot fetch http://127.0.0.1:9/train.mat ([Errno " in error
-        assert f"bring the file, md5 {digest}, to {tmp_path / 'train.mat'}" in error
+        assert f"copy the file, md5 {digest}, to {tmp_path / 'train.mat'}" in error
         assert begun == (tmp_path / "train.mat.part").exists()
         (tmp_path / "train.mat.part").write_bytes(CONTENT[:100])
     (tmp_path / "train.mat").write_bytes(CONTENT)
@@ -119,7 +119,7 @@ def test_offline_says_what_to_put_where(
     assert f"ready: {tmp_path / 'train.mat'}" in capsys.readouterr().out
     assert main(["data", "fetch", "letters"]) == 2
     assert main([*command[:-1], str(tmp_path / "train.mat")]) == 2
-    assert f"--data-dir: must be a folder, and {tmp_path / 'train.mat'} is a file" in capsys.readouterr().err
+    assert f"--data-dir: must be a folder, but {tmp_path / 'train.mat'} is a file" in capsys.readouterr().err
 
 
 def packed(kind: str, files: dict[str, bytes], link: str | None = None) -> bytes:

@@ -93,11 +93,11 @@ def test_no_split_is_passed_over_in_silence(tmp_path: Path, capsys: pytest.Captu
         write_image(tmp_path / "train" / "cat" / f"{i}.png", 7)
     write_image(tmp_path / "test" / "0.png", 7)  # without classes, as in competitions
     assert load_data("image-folder", 1, 0, str(tmp_path)).official_test is None
-    assert f"{tmp_path / 'test'} holds no folders of classes" in capsys.readouterr().err
+    assert f"{tmp_path / 'test'} has no subfolders for classes" in capsys.readouterr().err
     write_image(tmp_path / "val" / "cat" / "0.png", 7)
     assert load_data("image-folder", 1, 0, str(tmp_path)).official_test is not None
     (tmp_path / "val").rename(tmp_path / "holdout")
-    message = "is no split by its name: expected one of test, testing, val, validation"
+    message = "is not named as a split: expected one of test, testing, val, validation"
     refused("image-folder", tmp_path, f"{tmp_path / 'holdout'} holds classes of", message, held_out=1)
 
 
@@ -242,7 +242,7 @@ def test_decoded_images_are_kept_beside_the_data(
     kept.unlink()
     kept.mkdir()  # nothing can be written there
     capsys.readouterr()
-    assert len(load(5)) == 5 and "cannot be kept in" in capsys.readouterr().err
+    assert len(load(5)) == 5 and "cannot cache the decoded images in" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == [".rter-0.safetensors", ".rter-2.safetensors", "train"]
 
 
@@ -260,4 +260,4 @@ def test_image_folder_refuses(tmp_path: Path) -> None:
     assert load_data("image-folder", 1, 0, str(tmp_path), image_size=2).train.pixels.shape[2:] == (2, 2)
     write_image(path, 1)
     write_image(tmp_path / "val" / "cow" / "a.png", 1)
-    refused("image-folder", tmp_path, "must have the classes of", "which holds no cow", held_out=1)
+    refused("image-folder", tmp_path, "must have the classes of", "which has no cow", held_out=1)

@@ -144,11 +144,11 @@ def test_mistakes_of_a_function_are_one_line(file: Path, capsys: pytest.CaptureF
         ("needy.py:net", "--model needy.py raised ModuleNotFoundError: No module named 'no_such_package' (line 1)"),
         ("models.py:nett", f"--model models.py has no function nett; it has {KNOWN}: did you mean net?"),
         ("models.py:CLASSES", f"--model models.py has no function CLASSES; it has {KNOWN}"),
-        ("models.py:sized", "--model models.py:sized must be a function without arguments, and wants classes"),
+        ("models.py:sized", "--model models.py:sized must be a function without arguments, but needs classes"),
         ("models.py:broken", "--model models.py:broken raised RuntimeError: no such file (line 24)"),
         ("models.py:nothing", "--model models.py:nothing must return a torch.nn.Module, got dict"),
         ("models.py:likely", "model must return logits, got probabilities (none below 0, and each row sums to 1), "
-                             "which hide gradients: return what stands before the softmax"),
+                             "which hide gradients: return the input of the softmax"),
     ):  # fmt: skip
         here = Path.cwd()
         os.chdir(file.parent)
@@ -163,10 +163,10 @@ def test_mistakes_of_weights_are_one_line(file: Path, capsys: pytest.CaptureFixt
     command = ["--model", f"{file}:net", *SMALL, "--out", str(file.parent / "out"), "--weights", str(path)]
     assert mistake(capsys, *command) == f"--weights {path} does not exist"
     path.write_bytes(b"PK torn")
-    assert mistake(capsys, *command).startswith(f"--weights {path} cannot be read as a state dict of tensors alone: ")
+    assert mistake(capsys, *command).startswith(f"--weights {path} must be a state dict of tensors alone: ")
     torch.save(torch.nn.Linear(2, 2), path)
     said = "it holds a torch.nn.modules.linear.Linear: save model.state_dict()"
-    assert mistake(capsys, *command) == f"--weights {path} cannot be read as a state dict of tensors alone: {said}"
+    assert mistake(capsys, *command) == f"--weights {path} must be a state dict of tensors alone: {said}"
     torch.save([1, 2], path)
     assert mistake(capsys, *command) == f"--weights {path} must hold a state dict of tensors, got list"
     torch.save({name: value for name, value in weights.items() if "bias" not in name} | {"head": torch.ones(2)}, path)

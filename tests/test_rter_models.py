@@ -174,8 +174,8 @@ def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     less = {k: v for k, v in state.items() if k != "experts.1.net.bn1.bias"}
     contents = {
         "gone": "cannot read",
-        "evil": "must be a file of tensors, which is all that is loaded",
-        "module": r"loaded: it holds a torch.nn.modules.linear.Linear: save model.state_dict\(\)$",
+        "evil": "must be a file of tensors and nothing else",
+        "module": r"nothing else: it holds a torch.nn.modules.linear.Linear: save model.state_dict\(\)$",
         "cut": "must be a file of tensors",
         "cut.safetensors": "must be a file of tensors",
         "list": "must hold a state dict of tensors",

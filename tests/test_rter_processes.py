@@ -93,7 +93,7 @@ def test_ctrl_c_stops_the_runs_of_a_sweep(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in error
-    assert error.splitlines()[-1].startswith("rter: stopped; to go on: rter sweep --out ")
+    assert error.splitlines()[-1].startswith("rter: stopped; to resume: rter sweep --out ")
     assert all((run / "resume.safetensors").exists() for run in runs) and not (tmp_path / "standard-2").exists()
 
 

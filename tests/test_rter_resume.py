@@ -192,7 +192,7 @@ def test_other_circumstances_are_said(
     finally:
         torch.set_num_threads(threads)
     said = (
-        f"rter: the run in {run} began with threads {threads} and goes on with threads {threads + 1}, so its weights "
+        f"rter: the run in {run} began with threads {threads} and continues with threads {threads + 1}, so its weights "
         "will not be bit for bit those of an uninterrupted run"
     )
     assert lines_of(capsys).count(said) == 1
@@ -229,7 +229,7 @@ def test_a_signal_saves_first_and_prints_the_command_that_goes_on(
         assert main(["train", "--out", str(run), *flags(CONFIG)]) == 128 + number
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     *_, last = lines_of(capsys)
-    said, _, command = last.partition("; to go on: ")
+    said, _, command = last.partition("; to resume: ")
     assert said == "rter: stopped after step 4 of 6, saved"
     assert command == f"rter train --out {run} --resume" and main(command.split()[1:]) == 0
     assert_same_run(run, whole)
@@ -241,7 +241,7 @@ def test_a_second_signal_stops_at_once(
     run = tmp_path / "run"
     interrupt_step(2, [signal.SIGTERM, signal.SIGINT], monkeypatch)
     assert main(["train", "--out", str(run), *flags(CONFIG)]) == 130
-    assert lines_of(capsys)[-2:] == ["rter: stopping after this step; once more stops at once", "rter: stopped"]
+    assert lines_of(capsys)[-2:] == ["rter: stopping after this step; a second signal stops at once", "rter: stopped"]
     assert not (run / "resume.safetensors").exists()
 
 
@@ -274,7 +274,7 @@ def test_a_signal_to_an_evaluation_prints_the_command_that_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "part", interrupted)
         assert main(words) == 128 + signal.SIGTERM
-    assert lines_of(capsys)[-1] == f"rter: terminated; to go on: rter {' '.join(words)}"
+    assert lines_of(capsys)[-1] == f"rter: terminated; to resume: rter {' '.join(words)}"
     assert not (run / "report.json").exists() and (run / "evaluation.jsonl").stat().st_size > 0
     assert main(words) == 0
 

@@ -1,4 +1,4 @@
-"""Runs the command line; what goes wrong while the rest is imported is one line, too."""
+"""Runs the command line; an error while the rest is imported is reported in one line too."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from rter.errors import missing_package
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 2 for a user's mistake, told in one line."""
+    """Runs one command; returns the exit status, 2 for a user's mistake, which is reported in one line."""
     _open_closed_streams()
     try:
         from rter.commands import run
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Gives /dev/null to closed standard streams, whose numbers would go to the next files, such as one of weights."""
+    """Opens /dev/null for closed standard streams; the next file, one of weights perhaps, would get their number."""
     while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(opened)

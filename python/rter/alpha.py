@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rter.models.classifier import DualClassifier
 
-ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)  # F_R's logits are the smaller
+ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)  # dense near 1, since F_R's logits are smaller
 
 
 def alpha_flags(
@@ -19,16 +19,16 @@ def alpha_flags(
     attack: Callable[[nn.Module], Tensor],
     predict: Callable[[nn.Module, Tensor], Tensor],
 ) -> Tensor:
-    """Attacks the model at each alpha, and counts an image as robust that withstands what was found at every alpha.
+    """Attacks the model at each alpha; an image is robust at an alpha if it withstands what was found at all of them.
 
     Args:
-        model: F_D, whose alpha is put back.
+        model: F_D; its alpha is restored.
         x, y: images and labels.
         attack: model -> adversarial images [n, C, H, W] of all images.
         predict: (model, images) -> classes [n].
 
     Returns:
-        [n, alphas, 2] bool: whether each image is read rightly, and whether it is robust.
+        [n, alphas, 2] bool: whether each image is classified correctly, and whether it is robust.
     """
     own = model.alpha
     try:
@@ -48,11 +48,12 @@ def alpha_curve(flags: Tensor) -> dict[str, Any]:
     """The curve of all images from their flags [n, alphas, 2].
 
     Returns:
-        points, one [alpha, SA, RA, above] for each alpha: above is the point's distance in the plane of SA and RA from
-        the straight line between the two ends, on which a coin that chooses F_R with probability alpha would lie;
-        positive for more SA at the same RA. above and least, the greatest and the least distance of the points between
-        the ends; greatest, that of a model as robust as the better end and without an error on clean images, which no
-        point passes whose RA is not above both ends', where F_S is at least as accurate as F_R.
+        points: one [alpha, SA, RA, above] for each alpha, where above is the point's distance in the plane of SA and
+        RA from the straight line between the two ends, positive for more SA at the same RA. Choosing F_R at random with
+        probability alpha would give points on that line.
+        above, least: the largest and smallest distance of the points between the ends.
+        greatest: the distance of a model as robust as the better end and without an error on clean images. No point
+        exceeds it, if F_S is at least as accurate as F_R and the point's RA is not above that of both ends.
     """
     points = [(sa, ra) for sa, ra in flags.double().mean(0).tolist()]
     start, end = points[0], points[-1]

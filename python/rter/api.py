@@ -1,4 +1,4 @@
-"""The application from Python: the model of a run, and the evaluation of anybody's model."""
+"""The application from Python: the model of a run, and the evaluation of any model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +28,9 @@ def load_model(
 
     Args:
         run: folder of the run.
-        weights: "last", or "best", which were chosen by the held-out images.
-        data_dir: folder of the data set's files, of which the model takes the number of classes and the size of the
-            images, if they have moved since training.
+        weights: "last", or "best", chosen on the held-out images.
+        data_dir: folder of the data set's files, if they have moved since training; the number of classes and the size
+            of the images are read from them.
         device: "cpu", "cuda" or "cuda:N"; None for a GPU, if there is one.
 
     Returns:
@@ -38,7 +38,7 @@ def load_model(
         `forward(x, routing=...)` as `moe_kernels.RobustMoE` has them.
 
     Raises:
-        UserError: if the folder holds no run, or the run's data or weights are not there.
+        UserError: if the folder holds no run, or the run's data or weights are missing.
     """
     if weights not in WEIGHTS:
         raise UserError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
@@ -77,16 +77,17 @@ def evaluate_model(
         bounds: the least and the greatest value of an image.
         batch_size: images that are attacked at a time.
         seed: of all random starts; the same seed gives the same report, bit for bit, on the same machine.
-        out: a folder for report.json and examples.safetensors. Until they are written, it holds every finished batch
-            of every attack, and the same call goes on where a killed one was. Once they are, it returns them.
+        out: a folder for report.json and examples.safetensors. Until they are written, it holds every finished batch of
+            every attack, so that repeating a call that was killed resumes it. Once they are, it returns them.
         progress: show how far each attack is: a bar at a terminal, elsewhere a line every 30 s.
         steps: of PGD and APGD.
-        restarts: of PGD on the whole model; None for 5, in the full suite 20.
+        restarts: of PGD on the whole model; None for 5, or 20 in the full suite.
         queries: of AutoAttack's Square.
-        about: entries of report.json that say more of the model and its data, such as "method" and "data".
+        about: further entries for report.json that describe the model and its data, such as "method" and "data".
 
     Raises:
-        UserError: naming the argument, if one does not fit, or if `out` holds an unfinished one of another model.
+        UserError: if an argument, which the message names, is not as described, or if `out` holds the unfinished
+            evaluation of another model.
     """
     strength = make_strength(eps, norm, suite, bounds, batch_size, seed, steps, restarts, queries)
     x, y = _images(x, y, bounds)
@@ -106,7 +107,7 @@ def evaluate_model(
         if out is not None and (before := Report.finished(out, evaluation)):
             return before
         if progress and not is_deterministic(evaluation):
-            say(f"the model says two things of one image: attacked through the mean of {DRAWS} draws")
+            say(f"the model's output is random: it is attacked through the mean of {DRAWS} draws")
         figures = measure(evaluation)
         found = examples(evaluation)
     for key in ("x", "x_adv"):
@@ -148,7 +149,7 @@ def _images(x: Any, y: Any, bounds: tuple[float, float]) -> tuple[Tensor, Tensor
     if x.ndim != 4 or not len(x):
         raise UserError(f"x must be images [n, C, H, W], at least one, got shape {list(x.shape)}")
     if not x.is_floating_point():
-        raise UserError(f"x must be floats within bounds {bounds}, got {x.dtype}: divide levels by 255")
+        raise UserError(f"x must be floats within bounds {bounds}, got {x.dtype}: divide 8-bit images by 255")
     if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
         raise UserError(f"y must be {len(x)} integer classes, one for each image, got {y.dtype} {list(y.shape)}")
     least, greatest = x.aminmax()

@@ -1,4 +1,4 @@
-"""The PGD of training and evaluation, whose random start is drawn for its purpose alone."""
+"""The PGD of training and evaluation; its random start depends on the seed and on what it is for, nothing else."""
 
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from rter.distributed import Share
 
 
 class Perturbation(Protocol):
-    """What a run's settings and an evaluation's strength say of a perturbation."""
+    """What a run's settings and an evaluation's strength have in common."""
 
     @property
     def norm(self) -> str: ...
@@ -30,19 +30,19 @@ def make_attack(
     alpha_ratio: float | None = None,
     **options: Any,
 ) -> PGD:
-    """PGD, on the cross-entropy unless `options` say otherwise; its random start is drawn for `purpose` alone."""
+    """PGD on the cross-entropy, or what `options` say; each `purpose` has a seed of its own for the random start."""
     alpha = (perturbation.alpha_ratio if alpha_ratio is None else alpha_ratio) * eps
     seed = perturbation.seed_for(*purpose)
     return TrainingPGD(model, eps, alpha, steps, norm=perturbation.norm, seed=seed, **options)
 
 
 class TrainingPGD(PGD):
-    """PGD from a start of training's.
+    """PGD with the starts that training needs.
 
     Args:
-        share: the part of a joint batch that is attacked, from the starts that it has there; None for all of it.
-        start_ratio: radius in which the start is drawn, as a part of the ball's.
-        prior: perturbations to start at instead, where they have the shape of x.
+        share: the part of a joint batch that is attacked, with the same starts as in the joint batch; None for all.
+        start_ratio: radius in which the start is drawn, relative to that of the ball.
+        prior: perturbations to start from instead, if they have the shape of x.
     """
 
     def __init__(

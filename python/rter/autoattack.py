@@ -16,14 +16,14 @@ from rter.journal import Found
 
 
 def auto_attack(evaluation: Evaluation) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Runs APGD-CE, APGD-T and FAB-T, each on what is left by those before it, and Square; records each, and them all.
+    """Runs APGD-CE, APGD-T, FAB-T and Square, each on what the attacks before it left; records each, and the ensemble.
 
-    With fewer than four classes, where targeted DLR is not defined, APGD-CE, FAB and Square run.
+    With fewer than four classes, for which targeted DLR is undefined, runs APGD-CE, FAB and Square.
 
     Returns:
-        which images withstand the ensemble, which its three white-box attacks, and which Square by itself [n], and the
-        flags raised. Square is tried on what the three have broken only where it has broken others: otherwise it
-        cannot have broken more than they did.
+        which images withstand the ensemble, its white-box attacks, and Square by itself, each [n] bool; and the flags
+        raised. Square is tried on what the white-box attacks broke only if it broke anything else, since otherwise it
+        cannot have broken more images than they did.
     """
     with torch.no_grad():
         num_classes = evaluation.model(evaluation.x[:1]).shape[1]
@@ -55,13 +55,11 @@ def auto_attack(evaluation: Evaluation) -> tuple[Tensor, Tensor, Tensor, list[st
 
 
 def _batch(evaluation: Evaluation, name: str, part: Tensor, num_classes: int) -> Found:
-    """One attack of the ensemble on one batch of images that the model reads rightly."""
+    """One attack of the ensemble on one batch of images that the model classifies correctly."""
     try:
         from pyautoattack import AutoAttack
     except ImportError:
-        raise UserError(
-            "the full suite must find the package pyautoattack: install it, or give --suite quick"
-        ) from None
+        raise UserError("the full suite needs the package pyautoattack: install it, or give --suite quick") from None
     strength, x, y = evaluation.strength, evaluation.x[part], evaluation.y[part]
     seed = strength.seed_for("autoattack") % 2**31
     with attack_mode(evaluation.model), _flags() as flags:
@@ -76,7 +74,7 @@ def _batch(evaluation: Evaluation, name: str, part: Tensor, num_classes: int) ->
 
 @contextmanager
 def _flags() -> Iterator[list[str]]:
-    """Collects what pyautoattack warns of, through its logger or as a warning."""
+    """Collects pyautoattack's warnings, from its logger and from Python's."""
     flags: list[str] = []
 
     class Collect(logging.Handler):

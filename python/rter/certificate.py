@@ -4,8 +4,8 @@ For a router g(x) = W x + b the route of x stays with its expert i within
 
     min_j (g_i - g_j) / ||w_i - w_j||,   the norm dual to the perturbation's (L1 for Linf),
 
-and flips just outside, unless the bounds of pixels forbid it. W includes the normaliser: it is the derivative of the
-logits by x.
+and flips just beyond that distance, unless the bounds of the pixels prevent it. W includes the normaliser: it is the
+derivative of the logits with respect to x.
 """
 
 import math
@@ -23,7 +23,7 @@ DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}
 
 
 def affine_router(model: Any, x: Tensor) -> Tensor | None:
-    """W [E, pixels] if the router's logits are affine in x, judged on the images and as many random ones; else None."""
+    """W [E, pixels] if the router's logits are affine in x, as tested on x and as many random images; else None."""
     start = x[:1].clone().requires_grad_()
     logits = model.route(start).logits[0]
     rows = [torch.autograd.grad(logit, [start], retain_graph=True)[0].flatten() for logit in logits]

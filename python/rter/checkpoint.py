@@ -47,7 +47,7 @@ REPORT["baselines"] = {str: REPORT}
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Replaces the file at once: a reader, or a crash, sees the old content or the new one."""
+    """Replaces the file atomically: a reader, or a crash, sees the old content or the new, never a mixture."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with _naming(path):
@@ -62,7 +62,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Adds the path to an error that has none, such as that of a full disk."""
+    """Adds the path to an error that lacks one, such as "No space left on device"."""
     try:
         yield
     except OSError as error:
@@ -82,7 +82,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: did the command that writes it run to its end?") from None
+        raise UserError(f"{path} does not exist: did the command that writes it finish?") from None
     except SafetensorError as error:
         raise damaged(path, str(error)) from None
 
@@ -94,7 +94,7 @@ def floating_dtype(path: Path) -> str:
 
 
 def refusal(error: Exception) -> str:
-    """Why a file of weights was not read, in one line; torch's own is a page on how to trust it."""
+    """Why a file of weights was not read, in one line; torch's own message is a page on how to trust the file."""
     named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
     return f"it holds a {named[1]}: save model.state_dict()" if named else " ".join(str(error).split())[:200]
 
@@ -108,15 +108,15 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def open_run(out: Path, config: Config, resume: bool) -> Iterator[None]:
-    """Makes the folder of a run and its config.json or, with `resume`, takes what is there; holds it for this process.
+    """Makes the folder of a run and its config.json, or resumes the run that is there; locks it for this process.
 
     Raises:
-        UserError: if the folder holds something else, or a run with other settings, or is in use.
+        UserError: if the folder is in use, or holds something else or a run with other settings.
     """
     holds_run = (out / "config.json").exists()
     if holds_run and not resume:
         raise UserError(
-            f"--out {out} already holds a run: give another folder, remove it, or go on with it by --resume"
+            f"--out {out} already holds a run: give another folder, remove it, or continue it with --resume"
         )
     if not holds_run and out.exists() and not (out.is_dir() and set(out.iterdir()) == _unfinished(out)):
         raise UserError(
@@ -140,13 +140,13 @@ def open_run(out: Path, config: Config, resume: bool) -> Iterator[None]:
 
 def _lock(folder: int, out: Path) -> None:
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, in whatever way
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another process that trains") from None
 
 
 def _unfinished(out: Path) -> set[Path]:
-    """What write_atomic was writing when its process was killed."""
+    """The temporary files of write_atomic that a killed process left behind."""
     return {path for path in out.iterdir() if re.fullmatch(r"\..+\.\d+", path.name)}
 
 
@@ -157,17 +157,17 @@ def _demand_equal(config: Config, before: Config, out: Path) -> None:
 
 
 def run_config(run: Path, data_dir: str | None = None) -> Config:
-    """The settings of a run, with its data where they were, or in `data_dir`."""
+    """The settings of a run; `data_dir` overrides where its data is."""
     _demand_folder(run)
     if not (run / "config.json").exists():
-        raise UserError(f"RUN must be a folder made by `rter train`, and {run} holds no config.json")
+        raise UserError(f"RUN must be a folder made by `rter train`, but {run} holds no config.json")
     config = load_config(run / "config.json")
     return config if data_dir is None else config.elsewhere(data_dir)
 
 
 def _demand_folder(run: Path) -> None:
     if not run.is_dir():
-        raise UserError(f"RUN must be a folder, and {run} {'is a file' if run.exists() else 'does not exist'}")
+        raise UserError(f"RUN must be a folder, but {run} {'is a file' if run.exists() else 'does not exist'}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -178,18 +178,19 @@ def read_json(path: Path, form: Any) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: if it is damaged, or has not the `form`, see `_demand_form`.
+        UserError: if it is damaged or does not have the `form`, see `_demand_form`.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8, too
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 too
         raise damaged(path, str(error)) from None
     _demand_form(path, value, form, "the file")
     return value
 
 
 def _demand_form(path: Path, value: Any, form: Any, name: str) -> None:
-    """`form` is a type or some; a dict of forms, of which that of the key `str` is for all; a list of one for all."""
+    """`form` is a type, or a tuple of types, or [form of every item], or {str: form of every value}, or a dict that
+    gives the form of each key."""
     expected = type(form) if isinstance(form, (dict, list)) else form
     if not isinstance(value, expected) or (isinstance(value, bool) and form is not bool):
         kinds = dict.fromkeys(NAMES[kind] for kind in (expected if isinstance(expected, tuple) else (expected,)))
@@ -221,7 +222,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The epochs in a metrics.jsonl. A torn last line, of an epoch in which training was stopped, is no epoch yet.
+    """The epochs in a metrics.jsonl. An incomplete last line, where training was killed, is skipped.
 
     Raises:
         UserError: if another line is damaged.
@@ -233,7 +234,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             if i == len(lines) and not line.endswith(b"\n"):
-                say(f"the last line of {path} is torn and left out: rter train --out {path.parent} --resume goes on")
+                say(f"skipped the incomplete last line of {path}: rter train --out {path.parent} --resume continues")
                 break
             raise damaged(path, f"line {i}: {error}") from None
         _demand_form(path, record, METRICS, f"line {i}")
@@ -242,7 +243,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_lines(path: Path, count: int) -> None:
-    """Cuts the file back to its first `count` lines; what follows, a torn line perhaps, is done again."""
+    """Cuts the file to its first `count` lines; the epochs of later ones, which may be incomplete, are repeated."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if len(lines) < count:
         raise damaged(path, f"it holds {len(lines)} lines where the run's state says {count}")

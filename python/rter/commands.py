@@ -1,4 +1,4 @@
-"""The commands: train, evaluate, export, report, demo, sweep, data. What is large is imported when it is used."""
+"""The commands: train, evaluate, export, report, demo, sweep, data. Large modules are imported when they are used."""
 
 import argparse
 import dataclasses
@@ -86,7 +86,7 @@ def _export(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     run, *others = args.run_folders
     if others and args.baselines:
-        raise UserError("--baselines must be given with one RUN, got several, which are compared by themselves")
+        raise UserError("--baselines must be given with one RUN, got several, which are compared without it")
     from rter.comparison import write_comparison
     from rter.report import compare, make_report
 
@@ -149,10 +149,10 @@ COMMANDS = {
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs one command from the words of the command line; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what its encoding lacks, such as ± in ASCII
+            stream.reconfigure(errors="backslashreplace")  # for characters that its encoding lacks, such as ± in ASCII
     args = argparse.Namespace(command=None)
     try:
         with handling(_terminate, signal.SIGTERM):
@@ -161,8 +161,8 @@ def run(arguments: list[str] | None = None) -> int:
                 COMMANDS[args.command](args)
             finally:
                 sys.stdout.flush()
-    except BrokenPipeError:  # who reads has read enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is buffered still goes
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still buffered
         return 1
     except KeyboardInterrupt as stopped:
         if is_first():
@@ -184,15 +184,15 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def _goes_on(args: argparse.Namespace, words: list[str]) -> str:
-    """The command that goes on with what was stopped, where there is one."""
+    """The end of a message, with the command that resumes what was stopped, if there is one."""
     again = ["rter", *words]
     if args.command == "train" and (args.out / "resume.safetensors").exists():
         again = ["rter", "train", "--out", str(args.out), "--resume"]
         if num_processes() > 1:
             again = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "N"), "-m", *again]
-    elif args.command not in ("evaluate", "sweep"):  # which keep what is finished
+    elif args.command not in ("evaluate", "sweep"):  # these keep what is finished
         return ""
-    return f"; to go on: {shlex.join(again)}"
+    return f"; to resume: {shlex.join(again)}"
 
 
 def _fail(message: str) -> int:

@@ -17,7 +17,7 @@ FORM = {"seeds": [int], "equal_time_epochs": dict, "rows": {str: {key: [OPTIONAL
 
 
 def write_comparison(file: Path) -> Path:
-    """Writes file.md and file.png from the file.json of a sweep; returns the path of the former."""
+    """Writes file.md and file.png from the file.json of a sweep; returns the path of file.md."""
     figures = read_json(file.with_suffix(".json"), FORM)
     seeds, rows = figures["seeds"], figures["rows"]
     if not rows:
@@ -31,7 +31,7 @@ def write_comparison(file: Path) -> Path:
     if others and len(seeds) > 1:
         differences = {name: {key: _difference(rows[first][key], rows[name][key]) for key in PAIRED} for name in others}
         parts += [
-            f"{first} minus the row, paired by seed: mean, and in brackets its 95 % interval (Student's t).",
+            f"{first} minus the row, paired by seed: the mean and, in brackets, its 95 % interval (Student's t).",
             table(differences),
         ]
     plots.draw_comparison(file.with_suffix(".png"), rows)

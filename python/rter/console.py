@@ -1,4 +1,4 @@
-"""What is said to the user beside the results: lines on stderr, where there is one, and the progress of long work."""
+"""Messages to the user other than results: lines on stderr, if it is open, and the progress of long work."""
 
 import signal
 import sys
@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 EVERY = 30.0  # seconds between two lines of progress
-MEASURED = 4  # steps of which a run's time is estimated; the first, which warms up, is not counted
+MEASURED = 4  # steps after which a run's time is estimated; the first is a warm-up and not counted
 
 
 def say(line: str) -> None:
@@ -27,19 +27,19 @@ def at_terminal() -> bool:
 
 
 class Progress:
-    """A bar at a terminal. Elsewhere, as in a queue's log, a line every 30 s, whichever work it is that goes on.
+    """A bar at a terminal. Elsewhere, as in the log of a batch job, a line every 30 s, for all kinds of work together.
 
     Args:
         what: the name of the work.
-        total: how many units it has; None if that is not known.
+        total: how many units it has; None if unknown.
         unit: what it is counted in.
-        done: how many were done before.
-        shown: False says nothing.
-        each: how many images a unit has, for their number in a second.
-        epoch: units in an epoch; then the time of one and of all is said when some units have been measured.
+        done: how many units were done before.
+        shown: False prints nothing.
+        each: how many images a unit has, to report images per second.
+        epoch: units in an epoch; if given, the time of an epoch and of the rest is estimated after the first few units.
     """
 
-    spoken = time.monotonic()  # when any of them spoke last
+    spoken = time.monotonic()  # when any instance last printed a line
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Progress:
         self.bar.close()
 
     def note(self, facts: dict[str, str]) -> None:
-        """Shows the facts behind the bar."""
+        """Shows the facts at the end of the bar."""
         self.bar.set_postfix(facts)
 
     def update(self, units: int = 1, fact: Callable[[], str] = str) -> None:
@@ -95,7 +95,7 @@ class Progress:
             say(", ".join(filter(None, parts)))
 
     def _estimate(self, epoch: int, now: float) -> None:
-        """Says once what an epoch and all that is left will take, if that is longer than until the next line."""
+        """Says once how long an epoch and the rest will take, unless the rest is done before the next line is due."""
         measured = self.done - self.first
         if measured == 1:
             self.warm = now
@@ -124,21 +124,21 @@ def _clock(seconds: float) -> str:
 
 @dataclass
 class Stop:
-    """Whether the user, or a queue whose time is over, has asked for a stop: the number of the signal, or 0."""
+    """Whether a stop was asked for, by the user or by a batch system's time limit: the signal's number, or 0."""
 
     asked: int = 0
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM ask for a stop, which a loop grants where its state is whole; the second stops at once."""
+    """Ctrl-C and SIGTERM ask for a stop, which the loop makes at the end of its step; a second one stops at once."""
     stop = Stop()
 
     def ask(number: int, frame: Any) -> None:
         if stop.asked:
             raise KeyboardInterrupt
         stop.asked = number
-        say("stopping after this step; once more stops at once")
+        say("stopping after this step; a second signal stops at once")
 
     with handling(ask, signal.SIGINT, signal.SIGTERM):
         yield stop
@@ -146,7 +146,7 @@ def stop_signals() -> Iterator[Stop]:
 
 @contextmanager
 def handling(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
-    """The handler for signals, in the main thread, which alone may have one."""
+    """Installs the handler for the signals; does nothing outside the main thread, where Python allows none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

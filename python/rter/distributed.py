@@ -26,7 +26,7 @@ def processes() -> Iterator[None]:
         yield
         return
     store, rank, size = next(distributed.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # its store keeps the addresses of killed processes
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store still has the addresses of killed processes
     distributed.init_process_group(
         store=distributed.PrefixStore(attempt, store),
         rank=rank,
@@ -38,9 +38,9 @@ def processes() -> Iterator[None]:
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """Where this process computes: "cpu", "cuda" or "cuda:N"; None is a GPU, if there is one. It becomes the current.
+    """The device of this process, made the current one: "cpu", "cuda" or "cuda:N"; None for a GPU, if there is one.
 
-    Of several processes that torchrun started on a machine, each has the GPU of its own number.
+    If torchrun started several processes on a machine, each gets the GPU of its own local rank.
     """
     count, several = torch.cuda.device_count(), num_processes() > 1
     if name is None:
@@ -53,7 +53,7 @@ def choose_device(name: str | None = None) -> torch.device:
     number = int(os.environ["LOCAL_RANK"] if several else index or (torch.cuda.current_device() if count else 0))
     if number >= count:
         found = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
-        raise UserError(f"device must be one that torch {torch.__version__} finds, which is {found}, got {name!r}")
+        raise UserError(f"device must be one that torch {torch.__version__} finds, here {found}, got {name!r}")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
@@ -64,7 +64,7 @@ def wait_for_all() -> None:
 
 
 def spread_experts(model: nn.Module, number: int) -> None:
-    """Gives each of `number` processes, which must be all of them, its part of the experts of every mixture."""
+    """Spreads the experts of every mixture over `number` processes, which must be all that there are."""
     if number != num_processes():
         raise UserError(f"expert_parallel must be the number of processes, {num_processes()}, got {number}")
     for moe in [module for module in model.modules() if isinstance(module, RobustMoE)]:
@@ -75,7 +75,7 @@ def spread_experts(model: nn.Module, number: int) -> None:
 
 
 def whole(t: Tensor) -> Tensor:
-    """The tensor itself, or, where it is spread over the processes, all of it on each of them."""
+    """The tensor itself or, if it is spread over the processes, all of it on each of them."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
@@ -88,7 +88,7 @@ def as_spread(t: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Share:
-    """Rows start to stop of a joint batch of `total` rows: those that this process computes."""
+    """The rows from start to stop, of a joint batch of `total` rows, that this process computes."""
 
     start: int
     stop: int
@@ -96,7 +96,7 @@ class Share:
 
     @classmethod
     def of(cls, total: int) -> "Share":
-        """This process's share; all are equal but for one row."""
+        """This process's share; shares differ by one row at most."""
         if not distributed.is_initialized():
             return cls.whole(total)
         rank, size = distributed.get_rank(), distributed.get_world_size()
@@ -113,7 +113,7 @@ class Share:
         return self.stop - self.start == self.total
 
     def joint_rows(self, rows: int) -> tuple[int, Tensor]:
-        """For a batch of `rows`, one or several copies of this share: the joint batch's rows, and which are ours."""
+        """For a batch of one or more copies of this share: how many rows the joint batch has, and which are ours."""
         copies = rows // (self.stop - self.start)
         ours = torch.arange(self.start, self.stop)
         return copies * self.total, (torch.arange(copies)[:, None] * self.total + ours).flatten()
@@ -131,7 +131,7 @@ class Share:
             tensor.copy_(mean.view_as(tensor))
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether any process says so."""
+        """Whether the flag is set in any process."""
         if self.alone:
             return flag
         said = torch.tensor(int(flag), device=device)
@@ -140,14 +140,14 @@ class Share:
 
     @property
     def part(self) -> float:
-        """The part of the joint batch's mean that is due to this share."""
+        """The weight of this share in the joint batch's mean."""
         return (self.stop - self.start) / self.total
 
     def sum_gradients_(self, weights: Sequence[nn.Parameter]) -> None:
-        """Turns the gradients of this share's part of a mean into those of the joint batch's.
+        """Sums the gradients over the processes, each of which has that of its share's part of the joint mean.
 
-        A weight that no process used keeps the gradient None, as in one process. Those of experts that are spread over
-        the processes are the joint batch's already.
+        A weight that no process used keeps the gradient None, as in one process. Experts that are spread over the
+        processes have the gradients of the joint batch already.
         """
         weights = [weight for weight in weights if not isinstance(weight, DTensor)]
         if self.alone or not weights:

@@ -1,4 +1,4 @@
-"""The exceptions that stand for a user's mistake."""
+"""Exceptions that are reported to the user in one line, and hints at what may have been meant."""
 
 import difflib
 import re
@@ -13,14 +13,14 @@ class UserError(Exception):
 
 
 class NonFiniteError(UserError):
-    """The loss or its gradient is no finite number; the weights are those from before the step."""
+    """The loss or its gradient is not finite; the weights are still those from before the step."""
 
     def __init__(self, what: str, value: float) -> None:
         super().__init__(f"{what} became {value}")
 
 
 class Stopped(KeyboardInterrupt):
-    """Work that a signal has stopped where it can go on; `status` is the exit status that stands for the signal."""
+    """A signal stopped work that can be resumed; `status` is the exit status that stands for the signal."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint at the known name nearest to the word, but for case and dashes, to end a message; or nothing."""
+    """The end of a message that suggests the known name closest to the word, whatever its case and dashes; or ""."""
 
     def plain(name: str) -> str:
         return re.sub(r"[\W_]", "", name.lower())

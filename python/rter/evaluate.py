@@ -37,7 +37,7 @@ def strength_of(config: Config, **options: Any) -> Strength:
 
 
 def quick_accuracies(model: RobustClassifier, config: Config, images: Split) -> dict[str, float]:
-    """Clean accuracy, and accuracy under the training attack from a start of its own."""
+    """Clean accuracy, and accuracy under PGD of the training attack's strength."""
     model.eval()
     evaluation = Evaluation(model, images, strength_of(config, steps=config.attack_steps))
     found = evaluation.pgd(model, "quick", among=evaluation.clean)
@@ -46,12 +46,12 @@ def quick_accuracies(model: RobustClassifier, config: Config, images: Split) -> 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run of `rter train`, as it is evaluated.
+    """A run of `rter train` that is to be evaluated.
 
     Args:
         folder: of the run.
         weights: "last" or "best".
-        images: so many of the test images, drawn by the run's seed in the proportions of the classes; None for all.
+        images: how many of the test images, drawn by the run's seed in the proportions of the classes; None for all.
         data_dir: folder of the data set's files, if they have moved since training.
         device: "cpu", "cuda" or "cuda:N"; None for a GPU, if there is one.
         out: folder for the report; None for the run's.
@@ -124,26 +124,28 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
 
     sa                       accuracy on clean images
     ra                       of the whole model, under PGD with restarts on the whole model
-    ra_e                     of each expert alone, under PGD on that expert; none in the suite "pgd"
+    ra_e                     of each expert alone, under PGD on that expert; empty in the suite "pgd"
     ra_r                     of the whole model, under PGD on the router's choice; None without a route
-    aa                       under AutoAttack's standard ensemble; None but in the full suite
-    aa_flags                 what AutoAttack warned of
-    verdict                  part of the images that withstand every attack of the suite
-    attacks                  part of the images that each attack leaves standing: one that gives a figure of its own,
-                             as pgd and autoattack do, of those read rightly, any other of those that stood before it
-    attack_results           of each attack: the images it was tried on, those it broke, the new ones of them, seconds
-    worst_attack             the one that broke most of what pgd left standing
-    intervals                95 % of sa, ra, aa and verdict, by Wilson, over the images
-    expert_load              part of the images that each expert gets, clean and under ra's attack
-    route_flip_rate          part of the images that change expert, under the router's attack and under ra's
-    route_radius             of affine routers: the median distance to a change of expert, and the part of the images
-                             beyond eps, whose route is certified
-    certificate              of the RT-ER paper, see `paper_certificate`
-    images                   their hash: figures of equal images are paired image by image, see rter.paired
-    checks                   of the evaluation itself, see `sanity`
-    identity                 by which the same evaluation is known again: see `Evaluation`
-    eps_curve                [eps, accuracy] pairs; what breaks at one eps counts as broken at every larger one
-    alpha_curve              of a dual model: see rter.alpha
+    aa                       under AutoAttack's standard ensemble; None except in the full suite
+    aa_flags                 AutoAttack's warnings
+    verdict                  fraction of the images that withstand every attack of the suite
+    attacks                  fraction of the images that each attack leaves standing: for attacks with a figure of
+                             their own, such as pgd and autoattack, among those classified correctly; for others,
+                             among those that stood before them
+    attack_results           for each attack: how many images it was tried on, how many it broke, how many of these
+                             no earlier attack had broken, and seconds
+    worst_attack             the attack that broke most of what pgd left standing
+    intervals                95 % intervals of sa, ra, aa and verdict over the images, by Wilson
+    expert_load              fraction of the images that each expert gets, clean and under ra's attack
+    route_flip_rate          fraction of the images that change expert, under the router's attack and under ra's
+    route_radius             for affine routers: the median distance to a change of expert, and the fraction of the
+                             images for which it exceeds eps, so that their route is certified
+    certificate              that of the RT-ER paper, see `paper_certificate`
+    images                   hash of the images; reports with the same hash are paired image by image, see rter.paired
+    checks                   checks of the evaluation itself, see `sanity`
+    identity                 what identifies the same evaluation, see `Evaluation`
+    eps_curve                [eps, accuracy] pairs; an image broken at one eps counts as broken at every larger one
+    alpha_curve              for a dual model, see rter.alpha
     """
     model, strength, x, clean = evaluation.model, evaluation.strength, evaluation.x, evaluation.clean
     whole = evaluation.pgd(
@@ -211,7 +213,7 @@ class _Parts:
 
 
 def _parts(evaluation: Evaluation) -> _Parts:
-    """Attacks the parts of a mixture, and tries on the whole model what is found."""
+    """Attacks the parts of a mixture, and tries what is found on the whole model."""
     model, y, clean = evaluation.model, evaluation.y, evaluation.clean
 
     def attacked(target: nn.Module, name: str, labels: Tensor = y, among: Tensor | None = None) -> Attacked:
@@ -232,7 +234,7 @@ def _parts(evaluation: Evaluation) -> _Parts:
 
 
 def _routes(evaluation: Evaluation, whole: Attacked, route: Attacked | None) -> dict[str, Any]:
-    """What happens to the route, and what is proved of it; nothing of a model without experts."""
+    """What happens to the route, and what is proved about it; zeros and None for a model without experts."""
     model, x, clean = evaluation.model, evaluation.x, evaluation.clean
     loads: dict[str, Any] = {"expert_load": [], "expert_load_adversarial": [], "route_flip_rate_whole": 0.0}
     if evaluation.num_experts:
@@ -256,7 +258,7 @@ def _routes(evaluation: Evaluation, whole: Attacked, route: Attacked | None) -> 
 
 
 def _worst(evaluation: Evaluation) -> str:
-    """The attack that broke most of what PGD left, or PGD if none did."""
+    """The attack that broke most of what PGD left, or PGD if none broke any more."""
     first, *others = (result for result in evaluation.results if result.name != "autoattack")
     worst = max(others, key=lambda result: result.new, default=first)
     return worst.name if worst.new else first.name
@@ -271,7 +273,7 @@ def _mean_of_experts(model: Any, x: Tensor) -> Tensor:
 
 
 def examples(evaluation: Evaluation) -> dict[str, Tensor]:
-    """The first image of each class, its adversarial twin, and what the model says to both."""
+    """The first image of each class, its adversarial version, and the model's predictions for both."""
     model, strength, y = evaluation.model, evaluation.strength, evaluation.y
     rows = torch.cat([(y == label).nonzero()[:1, 0] for label in y.unique()])
 

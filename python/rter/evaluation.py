@@ -1,4 +1,4 @@
-"""An evaluation: a model, its images and the strength of its attacks, and what these have found."""
+"""An evaluation: a model, images, the strength of the attacks, and what these have found."""
 
 import functools
 import hashlib
@@ -28,10 +28,11 @@ class AttackResult:
     Args:
         name: of the attack.
         attacked: how many images it was tried on.
-        broken: how many of them it broke; new, how many of these no earlier attack had broken.
-        accuracy: the part of all images that it leaves standing: of those that are read rightly, for an attack that
-            gives a figure of its own, and otherwise of those that stood before.
-        seconds: how long it took, in all of its parts.
+        broken: how many of them it broke.
+        new: how many of these no earlier attack had broken.
+        accuracy: the fraction of all images that it leaves standing: among those classified correctly for an attack
+            with a figure of its own, otherwise among those that stood before it.
+        seconds: how long all of its parts took.
     """
 
     name: str
@@ -48,8 +49,8 @@ class Attacked:
 
     Args:
         tried: [n] bool, the images that were attacked.
-        robust: [n] bool, those of them of which the target says y all the same.
-        judged: what the judge says of the images that were found, [n, ...] by name; zero where there is none.
+        robust: [n] bool, those of them that the target still classifies as y.
+        judged: what the judge keeps of the images that were found, [n, ...] by name; zero for images not attacked.
     """
 
     tried: Tensor
@@ -60,21 +61,22 @@ class Attacked:
 class Evaluation:
     """Attacks a model, and tallies which images withstand everything so far.
 
-    Every attack runs batch by batch, and every batch of every restart is kept in the journal. An image that is misread
-    as it is, or broken, is not attacked again: only the attacks that give a figure of their own, on the whole model or
-    on a part of it, are tried on all images that their target reads rightly.
+    Every attack runs batch by batch, and every batch of every restart is kept in the journal. An image that is
+    misclassified without an attack, or has been broken, is not attacked again, except by attacks that give a figure of
+    their own, on the whole model or on a part of it: these are tried on all images that their target classifies
+    correctly.
 
     Args:
         model: in eval mode; with experts if its attribute `num_experts` is above 0, and then with `route(x)` and
             `forward(x, routing=None)`.
         images: images in [0, 1] and labels.
-        file: where finished parts are kept, so that an evaluation that was killed goes on; None keeps nothing.
+        file: where finished parts are kept, so that an evaluation that was killed can resume; None keeps nothing.
         progress: show how far each attack is: a bar at a terminal, elsewhere a line every 30 s.
 
     Attributes:
-        clean: [n] bool, images that the model reads rightly.
+        clean: [n] bool, images that the model classifies correctly.
         standing: [n] bool, those among them that no attack has broken so far.
-        results: of each attack so far.
+        results: what each attack so far did.
         outcomes: [n] bool by the name of a figure that `rter.evaluate.measure` has found: the images that count for it.
     """
 
@@ -99,13 +101,13 @@ class Evaluation:
             if isinstance(value, Tensor):
                 weights.update(f"{name} {value.dtype} {list(value.shape)}".encode())
                 weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        with seeded(self.strength.seed, self.x.device):  # for models that are random
+        with seeded(self.strength.seed, self.x.device):  # in case the model is random
             weights.update(predict(self.model, self.x[:64]).cpu().numpy().tobytes())
         hashes = {"images": self.images_hash(), "model": weights.hexdigest()}
         return hashes | asdict(self.strength) | {"torch": torch.__version__}
 
     def images_hash(self) -> str:
-        """Of the images and their labels, in their order."""
+        """A hash of the images and their labels, in their order."""
         images = hashlib.sha256()
         for tensor in (self.x, self.y):
             images.update(f"{tensor.dtype} {list(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -135,7 +137,7 @@ class Evaluation:
                 bar.update(len(part))
 
     def of_each(self, name: str, rows: Tensor, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What is computed of each row, [n, ...] by name; zero for the other rows."""
+        """What is computed for each of the rows, [n, ...] by name; zero for other rows."""
         result: dict[str, Tensor] = {}
         for part, found in self.batches(name, rows, compute):
             _put(result, part, found, len(self.y))
@@ -153,13 +155,13 @@ class Evaluation:
         among: Tensor | None = None,
         judge: Judge | None = None,
     ) -> Attacked:
-        """PGD on a model or a part of it; each further start is spent only on the images that withstand so far.
+        """PGD on a model or a part of it; later restarts only attack the images that have withstood so far.
 
         Args:
-            eps, steps: the strength's, unless others are given.
-            y: labels [n] of the target; the images' own if None.
-            among: [n] bool, images to attack; those that the target reads rightly if None.
-            judge: what else to keep of the images that are found.
+            eps, steps: if None, those of the strength.
+            y: labels [n] for the target; if None, the images' own.
+            among: [n] bool, images to attack; if None, those that the target classifies correctly.
+            judge: what else to keep about the images that are found.
         """
         y = self.y if y is None else y
         eps, steps = self.strength.eps if eps is None else eps, self.strength.steps if steps is None else steps
@@ -180,7 +182,7 @@ class Evaluation:
         return Attacked(among, robust, judged)
 
     def find(self, name: str, find: Find) -> None:
-        """Tries an attack on the images that stand."""
+        """Tries an attack on the images that still stand."""
 
         def compute(part: Tensor) -> dict[str, Tensor]:
             return {"right": says(self.model, find(self.x[part], self.y[part]), self.y[part])}
@@ -197,9 +199,10 @@ class Evaluation:
         Args:
             name: of the attack.
             tried: [n] bool, the images that it was tried on.
-            right: [n] bool, where it was tried: whether the model is right about what was found.
-            among: [n] bool, the images of which it leaves a part standing; those that are read rightly if None.
-            parts: how the names of the attack's parts begin, if not by its name.
+            right: [n] bool, for these images, whether the model classifies what was found correctly.
+            among: [n] bool, the images among which those left standing are counted; if None, those classified
+                correctly without an attack.
+            parts: the prefix of the attack's parts in the journal, if not its name.
         """
         tried = tried & self.clean
         broken, before = tried & ~right, self.standing
@@ -239,7 +242,7 @@ def mean(flags: Tensor) -> float:
 
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """The model in eval mode, and every module in its own again afterwards."""
+    """Puts the model in eval mode; on exit, every module is in its own mode again."""
     before = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     try:
         for module, _ in before:

@@ -1,4 +1,4 @@
-"""A trained run without what only training needs: its settings, its metrics, and its weights in 16 bits."""
+"""Exports what `rter evaluate` needs of a trained run: its settings, its metrics, and its weights in 16 bits."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from rter.errors import UserError
 
 
 def export(run: Path, weights: str, out: Path) -> Path:
-    """Writes a folder that `rter evaluate` takes as a run; returns the path of the weights in it.
+    """Writes a folder that `rter evaluate` accepts as a run; returns the path of the weights in it.
 
-    Floating-point weights are rounded to fp16 and evaluated in fp32, from what they were rounded to. The settings name
-    no folder of this machine: whoever evaluates says where the data are.
+    Floating-point weights are rounded to fp16; the rounded values are evaluated in fp32. The settings name no folder of
+    this machine, so --data-dir must say where the data are.
 
     Args:
         run: folder of the run.

@@ -1,4 +1,4 @@
-"""A model from a function in somebody's file, with weights from another: `rter evaluate --model FILE.py:FUNCTION`."""
+"""A model from a function in the user's file: `rter evaluate --model FILE.py:FUNCTION [--weights FILE]`."""
 
 import argparse
 import importlib.util
@@ -24,7 +24,7 @@ NESTED = ("state_dict", "model_state_dict", "model")  # keys under which trainin
 
 
 def evaluate_file(args: argparse.Namespace, effort: Effort) -> Path:
-    """Evaluates the model of --model, and prints its report; returns the folder of the report."""
+    """Evaluates the model of --model and prints its report; returns the folder of the report."""
     seed = int(args.seed or 0)
     model = load_model(args.model, None if args.weights is None else Path(args.weights))
     source = load_source(args.data, Path(args.data_dir or "data"), int(args.image_size or 0))
@@ -62,7 +62,7 @@ def evaluate_file(args: argparse.Namespace, effort: Effort) -> Path:
 
 
 def load_model(spec: str, weights: Path | None = None) -> nn.Module:
-    """What the function returns, with the weights loaded.
+    """The module that the function returns, with the weights loaded.
 
     Args:
         spec: FILE.py:FUNCTION; the function takes no arguments and returns a module.
@@ -115,12 +115,12 @@ def _function(path: Path, name: str) -> Any:
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     if needed:
-        raise UserError(f"--model {path}:{name} must be a function without arguments, and wants {', '.join(needed)}")
+        raise UserError(f"--model {path}:{name} must be a function without arguments, but needs {', '.join(needed)}")
     return function
 
 
 def _where(error: Exception, path: Path) -> str:
-    """The error in one line, with the last line of the file that led to it."""
+    """The error in one line, with the last line number of the file in its traceback."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} (line {error.lineno})"
     said = " ".join(str(error).split())
@@ -150,8 +150,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         raise UserError(f"--weights {path} does not exist")
     try:
         given = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of the unpickler, of zip files, and of what weights_only refuses
-        raise UserError(f"--weights {path} cannot be read as a state dict of tensors alone: {refusal(error)}") from None
+    except Exception as error:  # from the unpickler, from zip files, and from weights_only
+        raise UserError(f"--weights {path} must be a state dict of tensors alone: {refusal(error)}") from None
     for key in NESTED:
         if isinstance(given, dict) and isinstance(given.get(key), dict):
             given = given[key]

@@ -1,4 +1,4 @@
-"""Intervals of a part of n images, and of the difference between two such parts."""
+"""Confidence intervals for a fraction of n images, and for the difference between two such fractions."""
 
 import math
 
@@ -6,12 +6,12 @@ NORMAL_95 = 1.959964  # standard errors to either side of 95 %
 
 
 def wilson(part: float, n: int, z: float = NORMAL_95) -> tuple[float, float]:
-    """From and to: the shares p with |part - p| <= z sqrt(p (1 - p) / n) (Wilson 1927).
+    """(low, high): the fractions p with |part - p| <= z sqrt(p (1 - p) / n) (Wilson 1927).
 
-    It has a width also where none or all of the images count.
+    The interval has a width even if none or all of the images count.
 
     Args:
-        part: share of the n images, 0 to 1.
+        part: observed fraction of the n images, 0 to 1.
         z: standard errors to either side.
     """
     shrink = 1 + z**2 / n
@@ -21,15 +21,15 @@ def wilson(part: float, n: int, z: float = NORMAL_95) -> tuple[float, float]:
 
 
 def paired(first: int, second: int, n: int, z: float = NORMAL_95) -> tuple[float, float, float]:
-    """The difference between the parts of the same n images that count for one model and for another; from and to.
+    """(difference, low, high) between the fractions of the same n images that count for one model and for another.
 
-    Wald's interval for matched pairs after half an image is added to each of the four cells, which keeps its level also
-    where few images tell the two apart (Agresti and Min, Simple improved confidence intervals for comparing matched
+    Wald's interval for matched pairs after adding half an image to each of the four cells, which keeps its level even
+    if few images tell the two models apart (Agresti and Min, Simple improved confidence intervals for comparing matched
     proportions, 2005).
 
     Args:
-        first: images that count for the first model alone.
-        second: for the second alone.
+        first: number of images that count for the first model alone.
+        second: number of images that count for the second model alone.
         z: standard errors to either side.
     """
     total, gap, apart = n + 2, first - second, first + second + 1

@@ -1,4 +1,4 @@
-"""The finished parts of an evaluation, a line of a file each: what a killed one goes on from."""
+"""The finished parts of an evaluation, one per line of a file, from which an evaluation that was killed resumes."""
 
 import base64
 import fcntl
@@ -17,20 +17,20 @@ from torch import Tensor
 from rter.errors import UserError
 from rter.seeds import seed_for
 
-Found = dict[str, Any]  # tensors, and what JSON holds
+Found = dict[str, Any]  # values are tensors, or what JSON can hold
 
 
 class Journal:
-    """Keeps what each part has found: in memory, and in a file where one is given.
+    """Keeps what each part has found in memory and, if one is given, in a file.
 
-    The first line of the file says what is evaluated, and how. A part draws from random states of its own, which follow
-    from the seed and its name, so that it finds the same whether or not the parts before it were read from the file.
+    The first line of the file says what is evaluated and how. Each part has random states of its own, derived from the
+    seed and its name, so it finds the same whether or not earlier parts were read from the file.
 
     Args:
-        file: the file, which is removed by `finish`; None keeps nothing.
-        identity: what is evaluated, and how; the values are what JSON holds.
+        file: the file, which `finish` removes; None keeps the parts in memory only.
+        identity: what is evaluated and how; the values must be what JSON can hold.
         seed: of the parts' random states.
-        device: whose random state a part draws from, beside that of the CPU.
+        device: whose random state is seeded for a part, besides that of the CPU.
 
     Raises:
         UserError: if the file holds another evaluation, is damaged, or is in use.
@@ -52,14 +52,14 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, in whatever way
         except BlockingIOError:
             raise UserError(f"{self.path} is in use by another evaluation") from None
 
     def _read(self, identity: dict[str, Any]) -> None:
         self.file.seek(0)
         lines = self.file.read().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):  # torn when its process was killed
+        if lines and not lines[-1].endswith(b"\n"):  # incomplete, since its process was killed
             self.file.truncate(sum(map(len, lines[:-1])))
             lines.pop()
         if not lines:
@@ -70,7 +70,7 @@ class Journal:
             before = {name: first[name] for name in identity}
             self.parts = {part["part"]: part for part in parts}
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path} is damaged: remove it, and the evaluation begins anew") from None
+            raise UserError(f"{self.path} is damaged: remove it to start the evaluation again") from None
         for name, value in identity.items():
             if value != before[name]:
                 hashed = {"model": "of another model", "images": "of other images"}
@@ -84,7 +84,7 @@ class Journal:
         os.fsync(self.file.fileno())
 
     def part(self, name: str, compute: Callable[[], Found]) -> Found:
-        """What the part of this name has found, computed unless it is kept."""
+        """What the part of this name finds; computed only if it is not in the journal."""
         if name not in self.parts:
             started = time.perf_counter()
             with seeded(seed_for(self.seed, "part", name), self.device):
@@ -96,7 +96,7 @@ class Journal:
         return _decode(self.parts[name])
 
     def seconds(self, prefix: str) -> float:
-        """Of all parts whose names begin so."""
+        """How long all parts took whose names begin with the prefix."""
         return sum(part["seconds"] for name, part in self.parts.items() if name.startswith(prefix))
 
     def finish(self) -> None:
@@ -108,7 +108,7 @@ class Journal:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random states of the CPU and of the device that follow from the seed; afterwards they are what they were."""
+    """Seeds the random states of the CPU and of the device, and restores them on exit."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What an evaluation comes to: its figures, and examples of what was found."""
+"""The result of an evaluation: its figures, and examples of adversarial images."""
 
 import json
 import platform
@@ -18,7 +18,7 @@ from rter.evaluation import AttackResult, Evaluation
 
 
 class Accuracy(NamedTuple):
-    """A part of the images, with its 95 % interval."""
+    """A fraction of the images, with its 95 % interval."""
 
     value: float
     low: float
@@ -93,7 +93,7 @@ class Report:
 
     @property
     def verdict(self) -> Accuracy:
-        """The part of the images that withstand every attack of the suite."""
+        """The fraction of the images that withstand every attack of the suite."""
         return self._accuracy("verdict")
 
     def _accuracy(self, name: str) -> Accuracy:
@@ -101,12 +101,12 @@ class Report:
 
     @property
     def attacks(self) -> list[AttackResult]:
-        """What each attack did, in their order."""
+        """What each attack did, in the order in which they ran."""
         return [AttackResult(**result) for result in self.figures["attack_results"]]
 
     @property
     def checks(self) -> dict[str, dict[str, Any]]:
-        """Of the evaluation itself: by name whether each has `passed`, and its `value`."""
+        """The checks of the evaluation itself: by name, whether each has `passed`, and its `value`."""
         return dict(self.figures["checks"])
 
     def to_json(self) -> str:

@@ -12,7 +12,7 @@ whatever module a function returns. An evaluation that was killed goes on when i
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `rter evaluate --model`."""
-    group = parser.add_argument_group("for a model that is not of a run")
+    group = parser.add_argument_group("for a model that is not from a run")
     group.add_argument("--model", metavar="FILE.py:FUNCTION", help="function without arguments that returns a module "
                        "from images in [0, 1] to logits")  # fmt: skip
     group.add_argument("--data", metavar="NAME", help=f"one of {', '.join(DATASETS)}; its test images, or all of them "
@@ -21,16 +21,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eps", metavar="EPS", help="radius of the perturbation, such as 8/255")
     group.add_argument("--norm", metavar="NORM", help=f"one of {', '.join(NORMS)} (default: Linf)")
     group.add_argument("--batch-size", metavar="N", help="images that are attacked at a time (default: 512)")
-    group.add_argument(
-        "--seed", metavar="N", help="of all random starts, and of the images that are drawn (default: 0)"
-    )
+    group.add_argument("--seed", metavar="N", help="seed of all random starts and of the choice of images (default: 0)")
 
 
 ARGUMENTS = ("data", "image_size", "eps", "norm", "batch_size", "seed")
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
-    """That a run is given, or a model and what belongs to it."""
+    """Checks that either a run is given, or a model with its arguments."""
     if (args.run_folder is None) == (args.model is None):
         raise UserError(f"give either a RUN or --model FILE.py:FUNCTION, got {'both' if args.model else 'neither'}")
     if args.model is None:

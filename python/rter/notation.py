@@ -1,11 +1,11 @@
-"""The settings that are written in a notation of their own."""
+"""Parsers of the settings `augment` and `normalize`, which have a notation of their own."""
 
 import math
 import re
 
 from rter.errors import UserError
 
-# what `auto` stands for; flip, translate and cutout are those of the RT-ER paper on CIFAR-10
+# what `auto` means; PAPER is the RT-ER paper's augmentation on CIFAR-10
 AUTO = {"digits": "none", "svhn": "translate2,cutout8"}
 PAPER = "flip,translate2,cutout8"
 

@@ -1,4 +1,4 @@
-"""The optimiser, the gradients that it gets, and the running mean of the weights."""
+"""The optimiser, the gradients it is given, and the running mean of the weights."""
 
 import copy
 
@@ -21,10 +21,10 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def finish_gradients(weights: list[nn.Parameter], share: Share | None, clip_norm: float) -> None:
-    """Makes the gradients those of the joint batch, checks them and, with a `clip_norm` above 0, clips them.
+    """Turns the gradients into those of the joint batch, checks them and, with a `clip_norm` above 0, clips them.
 
     Raises:
-        NonFiniteError: if their norm is no finite number.
+        NonFiniteError: if their norm is not finite.
     """
     if share:
         share.sum_gradients_(weights)
@@ -40,7 +40,7 @@ def finish_gradients(weights: list[nn.Parameter], share: Share | None, clip_norm
 
 
 def set_rate(optimizer: torch.optim.Optimizer, config: Config, index: int, total: int) -> None:
-    """Sets the learning rate of step `index` of `total`; the one-cycle schedule moves the momentum against it."""
+    """Sets the learning rate of step `index` of `total`; one-cycle also moves the momentum, in the opposite sense."""
     for group in optimizer.param_groups:
         group["lr"] = SCHEDULES[config.schedule](config, index, total)
         if config.schedule == "one-cycle":
@@ -49,10 +49,10 @@ def set_rate(optimizer: torch.optim.Optimizer, config: Config, index: int, total
 
 
 class RunningMean:
-    """The exponential moving average of a model's weights; its first steps average over as many as there were.
+    """The exponential moving average of a model's weights, with a smaller decay in the first steps.
 
-    The statistics of batch norm are those of the model itself, which are running means already: so do Gowal et al.
-    (Uncovering the Limits of Adversarial Training, 2020) and PyTorch's AveragedModel.
+    The statistics of batch norm are copied from the model, since they are running means already, as in Gowal et al.
+    (Uncovering the Limits of Adversarial Training, 2020) and in PyTorch's AveragedModel.
     """
 
     def __init__(self, model: RobustClassifier, decay: float) -> None:
@@ -68,7 +68,7 @@ class RunningMean:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """What batch norm remembers of the batches that this process has seen."""
+    """The running statistics of batch norm, which come from the batches of this process alone."""
     names = ("running_mean", "running_var")
     named = [(name.rpartition(".")[2], buffer) for name, buffer in model.named_buffers()]
     return [buffer for name, buffer in named if name in names and not isinstance(buffer, DTensor)]

@@ -1,4 +1,4 @@
-"""report.html: one or several evaluated runs in one file that asks for nothing else, to be sent and read anywhere."""
+"""report.html: one or more evaluated runs in a single file that loads nothing else, to be sent and read anywhere."""
 
 import base64
 import io
@@ -28,12 +28,12 @@ ATTACKS = {
     "pgd on the experts' mean": "PGD on the mean of all experts",
     "pgd on the router": "PGD that makes the router choose another expert",
     "pgd": "projected gradient descent on the whole model, from several random starts",
-    "apgd-ce": "PGD whose step adapts, on the cross-entropy (Croce and Hein 2020)",
-    "apgd-dlr": "the same on the difference of logits ratio, which does not depend on their scale",
+    "apgd-ce": "PGD with an adaptive step size, on the cross-entropy (Croce and Hein 2020)",
+    "apgd-dlr": "the same on the difference of logits ratio, which does not depend on the logits' scale",
     "apgd-t": "the same towards each of the likeliest wrong classes",
-    "expert and route": "an expert together with the route to it, which attacks that know no routes leave out",
+    "expert and route": "an expert together with the route to it, which ordinary attacks ignore",
     "joint": "all experts and the router at once",
-    "soft gradient": "gradients through a mixture of all experts, in place of the one that is chosen",
+    "soft gradient": "gradients through a mixture of all experts instead of the chosen one",
     "square": "random squares, without any gradient: a black box",
     "autoattack": "the standard ensemble: APGD-CE, APGD-T, FAB-T and Square (Croce and Hein 2020)",
 }
@@ -100,7 +100,7 @@ def make_page(runs: Runs, histories: Mapping[str, list[dict[str, Any]]], example
         parts += ["<h2>Differences</h2>", f"<p>{escape(first)} {HEADING}</p>", _table(("run", *FIGURES_PAIRED), rows)]
     for name in examples:
         parts += _run(name, runs[name], histories.get(name, []), examples[name], len(examples) > 1)
-    parts += ["<h2>How to make this again</h2>", *(_origin(name, runs[name], folders[name]) for name in examples)]
+    parts += ["<h2>How to reproduce this</h2>", *(_origin(name, runs[name], folders[name]) for name in examples)]
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
@@ -110,7 +110,7 @@ def make_page(runs: Runs, histories: Mapping[str, list[dict[str, Any]]], example
 
 
 def setting(report: dict[str, Any]) -> str:
-    """What was measured on what, in a sentence or two."""
+    """What was measured, and on which images, in a few sentences."""
     attack, experts = report["attack"], report["num_experts"]
     model = f"{experts} experts" if experts > 1 else "one network, without a route"
     data = f" on {report['data']}" if report["data"] else ""
@@ -142,7 +142,7 @@ def _figures(runs: Runs) -> str:
 def _run(
     name: str, report: dict[str, Any], history: list[dict[str, Any]], examples: Mapping[str, Tensor], named: bool
 ) -> list[str]:
-    """What is told of one run alone."""
+    """The sections about a single run."""
     of = f" of {escape(name)}" if named else ""
     parts = []
     if report.get("attack_results"):
@@ -151,9 +151,9 @@ def _run(
             for r in report["attack_results"]
         ]
         head = ("attack", "tried on", "broke", "new", "left")
-        note = ("Tried on: how many images. Broke: how many of them the model then misread. New: of these, how many no "
-                "attack before had broken. Left: the part of all images that are read rightly after it. Broken images "
-                "are not attacked again, but by attacks that give a figure of their own.")  # fmt: skip
+        note = ("Tried on: how many images. Broke: how many of them the model then misclassified. New: how many of "
+                "these no earlier attack had broken. Left: the fraction of all images still classified correctly. "
+                "Broken images are not attacked again, except by attacks with a figure of their own.")  # fmt: skip
         parts += [f"<h2>Attacks{of}</h2>", _table(head, results), f"<p><small>{note}</small></p>"]
     checks = []
     for check, found in report["checks"].items():
@@ -180,7 +180,7 @@ def _meaning(attack: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, str, Sequence[Any]]]) -> str:
-    """Rows of a name, what it means, and cells, which are HTML."""
+    """A table; each row is a name, its meaning, and cells, which are HTML."""
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
     for name, meaning, cells in rows:
         explained = f"<small>{escape(meaning)}</small>" if meaning else ""
@@ -190,7 +190,7 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, str, Sequence[Any]]]) 
 
 
 def _plot(name: str, caption: str, draw: Callable[[], Figure]) -> str:
-    """A figure as SVG within the page, in its colours; its ids are its own."""
+    """A figure as SVG in the page's colours; its ids start with `name`, so that they are unique in the page."""
     text = {"text.color": plots.INK, "axes.titlecolor": plots.INK, "svg.fonttype": "none", "svg.hashsalt": name}
     with plt.rc_context(plots.STYLE | text):
         figure = draw()
@@ -202,13 +202,13 @@ def _plot(name: str, caption: str, draw: Callable[[], Figure]) -> str:
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
     for colour, variable in ((plots.INK, "ink"), (plots.GREY, "grey"), ("#e7e9ed", "line"), ("#b8bdc6", "edge")):
         svg = re.sub(colour, f"var(--{variable})", svg, flags=re.IGNORECASE)
-    width = f"min-width: {5.4 * figure.get_figwidth():.0f}rem"  # letters of 9 px at least, on a phone too
+    width = f"min-width: {5.4 * figure.get_figwidth():.0f}rem"  # letters of at least 9 px, even on a phone
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" style="{width}" ', 1)
     return f'<figure><div class="plot wide">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _cards(report: dict[str, Any], examples: Mapping[str, Tensor]) -> str:
-    """An image of each class beside what the attack made of it, with what the model reads in both."""
+    """An image of each class, clean and attacked, with the model's predictions."""
     names = report.get("classes") or []
     low, high = report.get("bounds") or (0.0, 1.0)
 
@@ -227,14 +227,14 @@ def _cards(report: dict[str, Any], examples: Mapping[str, Tensor]) -> str:
         reads = " and ".join(dict.fromkeys(escape(called(read)) for read in said))
         cards.append(f"<li>{pictures}<br>{escape(called(label))}<br><small>read as {reads}</small></li>")
     note = (
-        f"Left: as it is; right: what PGD made of it within {report['norm']} distance {report['eps']:.3g}. The frame "
-        "is blue where the model reads the image rightly, and orange where it does not."
+        f"Left: the original; right: what PGD made of it within {report['norm']} distance {report['eps']:.3g}. The "
+        "frame is blue if the model classifies the image correctly, and orange if it does not."
     )
     return f'<p>{escape(note)}</p><ul class="cards">{"".join(cards)}</ul>'
 
 
 def _png(image: Tensor) -> str:
-    """An image [C, H, W] in [0, 1] as a URL that holds it."""
+    """An image [C, H, W] in [0, 1] as a data URL."""
     from PIL import Image
 
     levels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
@@ -245,7 +245,7 @@ def _png(image: Tensor) -> str:
 
 
 def _origin(name: str, report: dict[str, Any], folder: Path) -> str:
-    """The command, the versions, the machine and the seeds."""
+    """How to reproduce the run: the command, the versions, the machine and the seed."""
     made, attack, sample = report.get("made_with", {}), report["attack"], report.get("sample")
     if report.get("command"):
         command = report["command"]

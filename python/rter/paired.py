@@ -16,10 +16,10 @@ HEADING = "minus the row, image by image: the difference, and in brackets its 95
 def differences(
     folders: Mapping[str, Path], reports: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, dict[str, str | None]], Sequence[str]]:
-    """The first run's figures minus those of each other one that was evaluated on the same images in the same way.
+    """The first run's figures minus those of every other run that was evaluated on the same images in the same way.
 
     Returns:
-        The rows of the others, and for each that cannot be paired why.
+        A row for each such run, and a line for each that cannot be paired, which says why.
     """
     first, *others = folders
     rows: dict[str, dict[str, str | None]] = {}

@@ -1,4 +1,4 @@
-"""The arguments of every command. Help and mistakes are answered without the import of torch, which takes seconds."""
+"""The arguments of every command. Help and error messages need no import of torch, which takes seconds."""
 
 import argparse
 import dataclasses
@@ -15,25 +15,26 @@ from rter.model_arguments import EVALUATE, add_model_arguments
 from rter.settings import CHOICES, OWN_DEFAULTS
 from rter.strength import RESTARTS
 
-TRAIN = """Trains a model into a new folder. A setting comes from its flag, or from the file given by --config, or it is
-the default. On several GPUs, or in several processes: torchrun --nproc-per-node N -m rter train ..."""
+TRAIN = """Trains a model into a new folder. A setting comes from its flag, else from the file given by --config, else
+from its default. On several GPUs, or in several processes: torchrun --nproc-per-node N -m rter train ..."""
 
 NOTHING: dict[Any, str] = {bool: "no", str: "none", int: "0", float: "0"}
 METAVARS: dict[Any, str] = {str: "TEXT", int: "N", float: "NUMBER"}
 
 SYMBOLS = """
 F is the model, f_e expert e alone, s the expert of --second, r the router; x1, x2 and x_e are x under attack, by PGD
-where nothing else is said. CE is the cross-entropy, KL the divergence of the softmaxes, balance(x) the Switch loss that
+unless stated otherwise. CE is the cross-entropy, KL the divergence of the softmaxes, balance(x) the Switch loss that
 keeps all experts in use. beta, gamma, lambda and alpha are --beta, --clean-weight, --balance-weight and --dual-alpha.
 
-As mixtures, standard, pgd-at and trades are the baselines standard MoE, AT-MoE and TRADES-MoE; with --num-experts 1
-they train one dense network. AWP, EMA, bf16 and the schedules go with every method. docs/methods.md says more."""
+With several experts, standard, pgd-at and trades are the baselines standard MoE, AT-MoE and TRADES-MoE; with
+--num-experts 1 they train one dense network. AWP, EMA, bf16 and the schedules work with every method.
+docs/methods.md has the details."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are one line on stderr, which names what may have been meant.
+    """Reports a mistake in one line on stderr, with a suggestion of what may have been meant.
 
-    A flag must be written out: --alpha would otherwise be taken for --alpha-ratio, a part of eps.
+    Flags cannot be abbreviated: --alpha would otherwise be taken for --alpha-ratio, which is relative to eps.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -45,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{meant} (see `{self.prog} --help`)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Refuses what is unknown here, where the command and so its flags are known."""
+        """Refuses unknown arguments here, where the command, and so the flags to suggest, are known."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
@@ -99,10 +100,10 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="TOML or JSON file of settings, such as docs/configs/*.toml, which the flags override",
     )
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     train.add_argument(
         "--save-every", type=_seconds, default=120.0, metavar="SECONDS", help="time between two savings of the state "
-        "from which --resume goes on (default: 120)"
+        "that --resume continues from (default: 120)"
     )  # fmt: skip
     _add_device(train)
     train.add_argument(
@@ -112,13 +113,15 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     _add_settings(train)
 
-    evaluate = commands.add_parser("evaluate", help="measure a model under attack: that of a run, or anybody's",
+    evaluate = commands.add_parser("evaluate", help="measure a model under attack: that of a run, or any other",
                                    description=EVALUATE)  # fmt: skip
     evaluate.add_argument("run_folder", type=Path, nargs="?", metavar="RUN", help="folder made by `rter train`")
-    evaluate.add_argument("--weights", metavar="WHICH", help="of a RUN: last, or best (default: last, which no look at "
-                          "the held-out images chose); of a --model: a file, safetensors or a state dict")  # fmt: skip
+    evaluate.add_argument("--weights", metavar="WHICH", help="for a RUN: last, or best, chosen on the held-out images "
+                          "(default: last); for a --model: a file, safetensors or a state dict")  # fmt: skip
     _add_strength(evaluate, suite="full")
-    evaluate.add_argument("--queries", type=_positive, default=5000, help="of AutoAttack's Square (default: 5000)")
+    evaluate.add_argument(
+        "--queries", type=_positive, default=5000, help="queries of AutoAttack's Square (default: 5000)"
+    )
     evaluate.add_argument("--images", type=_positive, metavar="N", help="measure on N of the test images, drawn by the "
                           "seed in the proportions of the classes (default: all)")  # fmt: skip
     evaluate.add_argument("--data-dir", metavar="DIR", help="folder of the data set's files (default: where a RUN had "
@@ -128,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_model_arguments(evaluate)
     _add_device(evaluate)
 
-    export = commands.add_parser("export", help="the weights of a run in fp16, with what `rter evaluate` needs of it")
+    export = commands.add_parser("export", help="copy what `rter evaluate` needs of a run, with the weights in fp16")
     export.add_argument("run_folder", type=Path, metavar="RUN", help="folder made by `rter train`")
     export.add_argument("--weights", choices=("last", "best"), default="last", help="which (default: last)")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
@@ -170,7 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
-    """One flag per setting of Config."""
+    """Adds one flag per setting of Config."""
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in dataclasses.fields(Config):
         if field.name not in without:

@@ -69,7 +69,7 @@ def draw(
 
 
 def draw_comparison(file: Path, rows: dict[str, dict[str, list[float | None]]]) -> None:
-    """Draws the figures of a sweep's rows, each a list with one value for each seed."""
+    """Draws the figures of a sweep's rows, each a list with one value per seed."""
     with plt.rc_context(STYLE):
         drawn = comparison(rows)
         drawn.savefig(file, facecolor="white")
@@ -94,7 +94,7 @@ def comparison(rows: dict[str, dict[str, list[float | None]]]) -> Figure:
 
 
 def accuracy(runs: dict[str, dict[str, Any]], report: dict[str, Any]) -> Figure:
-    """Accuracy against eps of the run and its baselines, with one standard error to either side."""
+    """Accuracy against eps, of the run and its baselines, with one standard error to either side."""
     figure, axes = plt.subplots(figsize=(5.6, 3.4))
     axes.axvline(report["eps"], **DASHED)  # type: ignore[arg-type]
     axes.annotate(
@@ -129,7 +129,7 @@ def learning(history: list[dict[str, Any]]) -> Figure:
     left.set(title="Held-out accuracy")
     _percent(left)
     left.legend(loc="lower right")
-    names = dict.fromkeys(name for record in history for name in record)  # a phase has terms of its own
+    names = dict.fromkeys(name for record in history for name in record)  # phases of training may have different terms
     terms = [name for name in names if name not in ("epoch", "loss", "seconds", "sa", "ra", "collapsed")]
     right.plot(epochs, [record["loss"] for record in history], color=INK, label="loss")
     for name, colour in zip(terms, (ORANGE, PURPLE, SKY, GREEN, BLUE, RED), strict=False):
@@ -144,7 +144,7 @@ def learning(history: list[dict[str, Any]]) -> Figure:
 
 
 def experts(report: dict[str, Any]) -> Figure:
-    """Each expert's part of the images, clean and under attack, and its own robust accuracy."""
+    """The fraction of images that each expert gets, clean and under attack, and its robust accuracy alone."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(3, 2))
     at = np.arange(report["num_experts"])
     left.axhline(1 / report["num_experts"], **DASHED)
@@ -163,7 +163,7 @@ def experts(report: dict[str, Any]) -> Figure:
 
 
 def images(report: dict[str, Any], examples: dict[str, Tensor]) -> Figure:
-    """One image of each class, the perturbation, and the adversarial image, with what the model reads in either."""
+    """One image of each class, the perturbation, and the adversarial image, with the model's predictions."""
     count = len(examples["label"])
     figure, grid = plt.subplots(3, count, figsize=(0.82 * count, 3.15), squeeze=False)
     delta = examples["x_adv"] - examples["x"]

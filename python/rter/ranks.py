@@ -1,4 +1,4 @@
-"""What torchrun says of the processes that it started."""
+"""The environment variables that torchrun sets in the processes it starts."""
 
 import os
 
@@ -8,5 +8,5 @@ def num_processes() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and reports."""
+    """Whether this process is the one that writes files and reports."""
     return int(os.environ.get("RANK", "0")) == 0

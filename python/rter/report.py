@@ -19,7 +19,7 @@ EXAMPLES = {"x", "x_adv", "label", "clean", "adversarial"}
 
 
 def table(rows: dict[str, dict[str, Any]], first: str = "run") -> str:
-    """A Markdown table of aligned columns; floats to three places, seconds to none, None as a dash."""
+    """A Markdown table with aligned columns; floats have three decimals, seconds none, None is a dash."""
 
     def cell(name: str, value: Any) -> str:
         if value is None:
@@ -41,7 +41,7 @@ def table(rows: dict[str, dict[str, Any]], first: str = "run") -> str:
 
 
 def name_of(run: Path) -> str:
-    """The name of a run's folder, in which the locale cannot hide letters."""
+    """The name of a run's folder, with letters outside ASCII whatever the locale."""
     return os.fsencode(run.resolve().name).decode("utf-8", "replace")
 
 
@@ -85,7 +85,7 @@ def compare(runs: Sequence[Path], file: Path) -> str:
 
 
 def _history(run: Path) -> list[dict[str, Any]]:
-    """The epochs of a run; an evaluation of another model has none."""
+    """The epochs of a run; the evaluation of a model that is not from a run has none."""
     return read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
 
 
@@ -152,11 +152,11 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
     }
     parts = [
         "## What each attack did",
-        "Images that are misread as they are, or broken by an attack, are not attacked again. Only PGD, AutoAttack and "
-        "the attacks on an expert or the router are tried on all that are read rightly, for a figure of their own. "
-        "New: broken by no attack before. Left: part of all images.",
+        "Images that are misclassified without an attack, or broken by one, are not attacked again. Only PGD, "
+        "AutoAttack and the attacks on an expert or the router, which give figures of their own, are tried on all that "
+        "are classified correctly. New: not broken by an earlier attack. Left: as a fraction of all images.",
         *([table(attacks, "attack")] if attacks else []),
-        "## 95 % intervals, by Wilson, over the images",
+        "## 95 % intervals over the images (Wilson)",
         table(intervals, "figure"),
         "## Checks of the evaluation",
         table(checks, "check"),

@@ -1,4 +1,4 @@
-"""The state of a run between two steps, from which it goes on bit for bit."""
+"""The state of a run between two steps, from which it resumes bit for bit."""
 
 import json
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ SCALARS = ("step", "best", "seconds")
 
 
 def circumstances() -> dict[str, int | str]:
-    """What rounds otherwise where it is different, though the configuration is the same."""
+    """What changes the rounding even if the configuration is the same."""
     return {
         "processes": num_processes(),
         "threads": torch.get_num_threads(),
@@ -31,16 +31,16 @@ def circumstances() -> dict[str, int | str]:
 
 @dataclass
 class State:
-    """All that the next step depends on beside the configuration. One file holds it, so it is of one step.
+    """All that the next step depends on besides the configuration. One file holds it, so all of it is from one step.
 
     Args:
         ema: None if the configuration asks for none.
         step: number of finished steps.
-        best: greatest held-out accuracy so far.
+        best: highest held-out accuracy so far.
         seconds: time spent in training steps.
         priors: the perturbations that the next step's attacks start from, see `Step`.
-        records: the loss terms of the steps of the epoch that is not finished.
-        began: the circumstances in which the run began, or, where others went on with it, in which those did.
+        records: the loss terms of the finished steps of the current epoch.
+        began: the circumstances in which the run began, or in which it was resumed if these were different.
     """
 
     model: RobustClassifier
@@ -54,7 +54,7 @@ class State:
     began: dict[str, int | str] = field(default_factory=circumstances)
 
     def save(self, path: Path) -> None:
-        """Writes the state, in the first process; where experts are spread, all must call it together."""
+        """Writes the state in the first process; if experts are spread over processes, all must call it together."""
         tensors = {f"{part}/{name}": t for part, module in self._modules() for name, t in module.state_dict().items()}
         optimizer = self.optimizer.state_dict()
         for i, moments in optimizer["state"].items():
@@ -69,7 +69,7 @@ class State:
             save_tensors(path, tensors, {"state": json.dumps(scalars)})
 
     def load(self, path: Path) -> None:
-        """Raises UserError if the file is damaged or is that of another configuration."""
+        """Reads the state; raises UserError if the file is damaged or belongs to another configuration."""
         try:
             with safe_open(path, framework="pt") as file:
                 scalars = json.loads(file.metadata()["state"])

@@ -1,4 +1,4 @@
-"""The rows of a sweep's tables: the settings that make each what it is."""
+"""The rows of a sweep's tables, each with the settings that define it."""
 
 from collections.abc import Mapping
 from typing import Any

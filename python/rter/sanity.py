@@ -1,4 +1,4 @@
-"""Signs of an attack that is too weak, or of a gradient that is hidden; docs/evaluation.md says what each means."""
+"""Signs that an attack is too weak or a gradient is hidden; docs/evaluation.md explains each."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +11,15 @@ from rter.suite import is_deterministic
 
 @dataclass(frozen=True)
 class Seen:
-    """What the attacks of an evaluation have seen, all [n] bool, or None where there was no such attack.
+    """What the attacks of an evaluation found: [n] bool each, or None if there was no such attack.
 
     Args:
         whole: images that withstand PGD on the whole model.
         route: images that keep their expert under PGD on the router.
         certified: images whose route provably cannot change.
-        gradients: images that withstand all attacks by gradients.
+        gradients: images that withstand all gradient attacks.
         square: images that withstand Square by itself.
-        flags: what AutoAttack warned of.
+        flags: AutoAttack's warnings.
     """
 
     whole: Tensor
@@ -31,7 +31,7 @@ class Seen:
 
 
 def sanity(evaluation: Evaluation, seen: Seen) -> dict[str, dict[str, Any]]:
-    """Each sign with whether it is absent."""
+    """For each check whether it passed, and its value."""
     strength, count = evaluation.strength, len(evaluation.y)
     checks: dict[str, tuple[bool, Any]] = {"deterministic": (is_deterministic(evaluation), None)}
     if seen.certified is not None and seen.route is not None:

@@ -1,10 +1,10 @@
-"""The optimisers by name, and the learning rate as a function of the step alone; no import of torch."""
+"""The optimisers by name, and the learning rate as a function of the step alone. Imports no torch."""
 
 import math
 
 from rter.config import Config
 
-# the class in torch.optim, and the settings that it takes beside lr and weight_decay
+# the class in torch.optim, and the settings that it takes besides lr and weight_decay
 OPTIMIZERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "adamw": ("AdamW", ()),
     "adam": ("Adam", ()),
@@ -13,13 +13,13 @@ OPTIMIZERS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def one_cycle(config: Config, index: int, total: int) -> float:
-    """From lr / 25 to lr in 30 % of the steps, then to lr / 250,000 (Smith and Topin 2018, PyTorch's defaults)."""
+    """From lr / 25 to lr in 30 % of the steps, then down to lr / 250,000 (Smith and Topin 2018, PyTorch's defaults)."""
     first = config.lr / 25
     return one_cycle_between(index, total, first, config.lr, first / 1e4)
 
 
 def cyclic(config: Config, index: int, total: int) -> float:
-    """Straight up from lr_low * lr to lr in cycle_steps, down in as many, and so on (Smith 2017)."""
+    """Rises linearly from lr_low * lr to lr in cycle_steps, falls in as many, and repeats (Smith 2017)."""
     part = abs(index % (2 * config.cycle_steps) / config.cycle_steps - 1)
     return config.lr * (1 - part * (1 - config.lr_low))
 

@@ -1,4 +1,4 @@
-"""What the settings of a run may be: their choices, the defaults of each method and network, and what goes together."""
+"""Which settings a run may have: choices, defaults of each method, network and data set, and valid combinations."""
 
 import dataclasses
 import json
@@ -43,14 +43,14 @@ OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # of each method, network and
     **{name: owner.defaults for owners in (METHODS, NETWORKS) for name, owner in owners.items()},
     **DEFAULTS,
 }
-ABSOLUTE = "data_dir_absolute"  # in a run's config.json beside data_dir, which stands there as it was given
+ABSOLUTE = "data_dir_absolute"  # in a run's config.json, next to data_dir as it was given
 
 
 def make_config(**given: Any) -> Config:
-    """The settings of a run: those given, text among them parsed; a default for those that are missing, or None.
+    """The settings of a run: those given, with text parsed, and defaults for those that are missing or None.
 
     Raises:
-        UserError: on a value that is out of range, or that does not go with the others.
+        UserError: if a value is out of range or does not go with the others.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     values = _defaults(chosen) | chosen
@@ -61,8 +61,8 @@ def make_config(**given: Any) -> Config:
 
 
 def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Of every setting: the network's own, or RT-ER's public code's, or the data set's, or the method's, or that of
-    all."""
+    """The default of every setting. In order of precedence: the network's own, that of RT-ER's public code (with
+    `faithful`), the data set's, the method's, the general one."""
     defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(Config)}
 
     def own(name: str) -> Mapping[str, Any]:
@@ -89,7 +89,7 @@ def _check(config: Config) -> None:
         if field.type is int:
             limit = 63 if field.name == "seed" else 31
             demand(field.name, getattr(config, field.name) < 2**limit, f"below 2^{limit}")
-    demand("alpha_ratio", config.alpha_ratio <= 2, "at most 2: it is a part of eps, and 2 eps crosses the ball")
+    demand("alpha_ratio", config.alpha_ratio <= 2, "at most 2: it is relative to eps, and 2 eps spans the ball")
     demand("eps", config.eps <= 1 or config.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
     for name in ("explore", "dual_alpha", "lr_low", "collapse"):
         demand(name, 0 <= getattr(config, name) <= 1, "between 0 and 1")
@@ -114,7 +114,7 @@ def _check(config: Config) -> None:
         demand("shared_stages", not config.init, "0 with init, whose experts share nothing")
     if config.route_weight:
         demand("route_weight", len(method.attacks) > 1, f"0 for {config.method}")
-        demand("gate", config.gate != "soft", "one that chooses an expert with a route_weight")
+        demand("gate", config.gate != "soft", "one that chooses an expert with route_weight above 0")
     if method.second_expert:
         dense = ": one dense network is --method pgd-at --num-experts 1"
         demand("num_experts", config.num_experts > 1, f"at least 2 for {config.method}", dense)
@@ -130,7 +130,7 @@ def _check(config: Config) -> None:
 
 
 def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """The value in the field's type; text is parsed, as it comes from the command line."""
+    """The value, converted to the field's type; text, as from the command line, is parsed."""
     expected = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}[field.type]  # type: ignore[index]
     try:
         if isinstance(value, field.type) and field.type in (str, bool):  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
 def load_settings(path: Path) -> dict[str, Any]:
     """The settings in a TOML file, or in a JSON file such as another run's config.json.
 
-    A run's data are where they were when it was made or, if they are there no more, at its `data_dir` from here.
+    A run's data are looked for where they were when it was made and, if they are gone, in its `data_dir` from here.
     """
     kind, parse = ("TOML", tomllib.loads) if path.suffix.lower() == ".toml" else ("JSON", json.loads)
     try:

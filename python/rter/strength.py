@@ -1,4 +1,4 @@
-"""How many attacks an evaluation tries, and how strong each is; no import of torch."""
+"""How many attacks an evaluation tries, and how strong each is. Imports no torch."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,9 +44,9 @@ class Strength(Effort):
     Args:
         eps: radius of the perturbation of images in [0, 1].
         norm: "Linf", "L2" or "L1".
-        alpha_ratio: step of PGD, in eps.
-        batch_size: images that are attacked at a time; what is found depends on it, as random starts do.
-        seed: of all draws.
+        alpha_ratio: step size of PGD, relative to eps.
+        batch_size: images that are attacked at a time; random starts, and so what is found, depend on it.
+        seed: of all random draws.
     """
 
     eps: float
@@ -70,10 +70,10 @@ def make_strength(
     restarts: int | None,
     queries: int,
 ) -> Strength:
-    """The strength of `rter.evaluate_model`, whose arguments these are.
+    """The strength of an evaluation, from the arguments of `rter.evaluate_model`.
 
     Raises:
-        UserError: naming the argument, if one does not fit.
+        UserError: if an argument, which the message names, is not as described there.
     """
     if norm not in NORMS:
         raise UserError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")

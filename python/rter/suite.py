@@ -4,8 +4,8 @@
     quick    APGD-CE and APGD-DLR; each expert together with the route to it
     full     also APGD-T, that attack with another weight, the joint attack, and soft gradients at three temperatures
 
-There is none in the L1 norm, and without experts none on a route. A model that says two things of one image is attacked
-through the mean of 20 draws.
+In the L1 norm there is none, and without experts none on a route. A model whose output is random is attacked through
+the mean of 20 draws.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ TEMPERATURES = (1.0, 4.0, 16.0)
 
 
 def apgd_attacks(evaluation: Evaluation) -> dict[str, Find]:
-    """By name."""
+    """The attacks by name."""
     model, strength = evaluation.model, evaluation.strength
     if strength.norm == "L1" or strength.suite == "pgd":
         return {}
@@ -55,7 +55,7 @@ def apgd_attacks(evaluation: Evaluation) -> dict[str, Find]:
 
 @torch.no_grad()
 def is_deterministic(evaluation: Evaluation) -> bool:
-    """Whether five forwards of the first images say the same, bit for bit."""
+    """Whether five forwards of the first images give the same logits, bit for bit."""
 
     def five() -> dict[str, bool]:
         x = evaluation.x[: evaluation.strength.batch_size]

@@ -40,12 +40,12 @@ def sweep(
     Args:
         rows: ABLATION, or some of ROWS.
         effort: of the attacks on each run.
-        equal_time: train every row for as many epochs as fit into the time of the row "rt-er", by the time of a step of
-            each, measured in turns and kept in equal-time.json.
-        jobs: runs at a time, each in a process of its own on an equal part of the threads.
+        equal_time: train every row for as many epochs as fit into the training time of the row "rt-er", according to
+            the time of a step of each, which is measured in turns and kept in equal-time.json.
+        jobs: runs at a time, each in a process of its own with an equal number of the threads.
 
-    A finished run is taken as it is and a stopped one goes on, so a sweep that was stopped goes on, and the ablation in
-    the same folder shares the first row.
+    A finished run is kept and an unfinished one resumed, so a sweep that was stopped can be continued, and an ablation
+    in the same folder reuses the first row.
     """
     out.mkdir(parents=True, exist_ok=True)
     epochs = _equal_epochs(out / "equal-time.json", settings, rows) if equal_time else {}
@@ -79,7 +79,7 @@ def _finish(run: Path, config: Config, effort: Effort) -> dict[str, Any]:
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[Any]:
-    """A `map` of `_finish` that runs so many calls at a time.
+    """A `map` of `_finish` that runs `jobs` calls at a time.
 
     Ctrl-C reaches this process alone, which then terminates the workers, whatever they are at: training stops after its
     step.
@@ -128,7 +128,7 @@ def _start_worker(threads: int) -> None:
 
 
 def _equal_epochs(file: Path, settings: dict[str, Any], rows: Rows) -> dict[str, int]:
-    """Epochs of each row that take the time of "rt-er"; as measured before, where the file exists."""
+    """For each row, the epochs that take as long as "rt-er" does; read from the file if it exists."""
     if "rt-er" not in rows:
         raise UserError(f"--methods must include rt-er with --equal-time, got {', '.join(rows)}")
     if 0 in (make_config(**(settings | row)).epochs for row in rows.values()):
@@ -144,7 +144,7 @@ def _equal_epochs(file: Path, settings: dict[str, Any], rows: Rows) -> dict[str,
 
 
 def _figures(reports: dict[str, list[dict[str, Any]]], seeds: list[int], epochs: dict[str, int]) -> dict[str, Any]:
-    """What `write_comparison` reads: every figure of every seed, but for the times of runs that shared a machine."""
+    """What `write_comparison` reads: every figure of every seed, without times, since the runs shared a machine."""
     rows = {}
     for name, runs in reports.items():
         summaries = [summary(report) for report in runs]

@@ -1,4 +1,4 @@
-"""The metrics of a run for TensorBoard, where that is installed."""
+"""The metrics of a run for TensorBoard, if it is installed."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from rter.errors import UserError
 
 
 class Board:
-    """Writes into the folder `tensorboard` of a run. Raises UserError where the package is not installed."""
+    """Writes into the folder `tensorboard` of a run. Raises UserError if the package is not installed."""
 
     def __init__(self, out: Path) -> None:
         try:
@@ -18,7 +18,7 @@ class Board:
         self.writer: Any = None
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """Adds an epoch's metrics. What an earlier process wrote of it or after it is hidden."""
+        """Adds an epoch's metrics, and hides what an earlier process wrote for this epoch or later ones."""
         epoch = metrics["epoch"]
         self.writer = self.writer or self.make_writer(epoch)
         for name, value in metrics.items():

@@ -1,4 +1,4 @@
-"""The training loop; what it produces follows from the configuration alone."""
+"""The training loop; its results are determined by the configuration alone."""
 
 import contextlib
 import copy
@@ -57,15 +57,15 @@ def train(
     """Trains a model into the folder `out`; returns False if the run there was finished already.
 
     Args:
-        resume: go on with the run in `out`, if there is one.
-        save_every: seconds of training between two savings of the state from which it can go on.
+        resume: continue the run in `out`, if there is one.
+        save_every: seconds between two savings of the state from which training can resume.
         tensorboard: write the metrics for TensorBoard too.
-        expert_parallel: number of processes that share the experts, which is that of all or 1.
+        expert_parallel: number of processes over which the experts are spread: all of them, or 1.
 
     Raises:
-        UserError: if the folder cannot be used, or if the loss is no number.
+        UserError: if the folder cannot be used, or if the loss becomes NaN or infinite.
     """
-    # Until a process says how many threads it wants, MKL takes as many as it thinks best, call by call, and rounds so.
+    # Until a process sets a number of threads, MKL chooses one call by call, and rounding varies with it.
     torch.set_num_threads(torch.get_num_threads())
     where = choose_device(device)
     if config.amp == "bf16" and where.type == "cpu" and is_first() and not _has_bf16():
@@ -82,7 +82,8 @@ def train(
 
 
 def seconds_per_step(configs: Sequence[Config], rounds: int = 15) -> list[float]:
-    """Seconds of a training step of each: medians of steps taken in turns, averaged over the first and last epoch."""
+    """Seconds per training step of each configuration: medians of steps taken in turns, of which the mean over the
+    first and the last epoch."""
     trainings = []
     for config in configs:
         data = load_data(
@@ -105,7 +106,9 @@ class _Training:
             images = f"the number of training images, {len(data.train)}"
             raise UserError(f"batch_size must be at most {images}, got {config.batch_size}")
         if config.train_attack == "fgsm-pgi" and num_processes() > 1:
-            raise UserError("train_attack must not be fgsm-pgi with several processes, which each keep perturbations")
+            raise UserError(
+                "train_attack must not be fgsm-pgi with several processes, since each would keep its own perturbations"
+            )
         self.share = Share.of(config.batch_size)
         self.steps = len(data.train) // self.share.total  # per epoch
         model = build_model(config, data)
@@ -114,7 +117,7 @@ class _Training:
         model.to(data.train.y.device)
         self.alone = None
         if expert_parallel > 1:
-            self.alone = copy.deepcopy(model)  # in which the first process evaluates
+            self.alone = copy.deepcopy(model)  # the whole model, with which the first process evaluates
             spread_experts(model, expert_parallel)
         optimizer = make_optimizer(config, model)
         self.state = State(model, optimizer, RunningMean(model, config.ema) if config.ema else None)
@@ -170,7 +173,7 @@ class _Training:
         return True
 
     def _take_up(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Goes on after the epochs that are finished; a run that collapsed in the last of them does not."""
+        """Continues after the finished epochs, unless the run collapsed in the last of them."""
         if lines:
             self.told = lines[-1]["seconds"]
             if lines[-1].get("collapsed") and self.config.collapse:
@@ -184,7 +187,7 @@ class _Training:
         )
 
     def _keep_initial(self) -> None:
-        """Writes the files of a run without an epoch."""
+        """Writes the files of a run of 0 epochs."""
         model = self._whole(self.state.model)
         if is_first():
             for name in ("last", "best"):
@@ -194,7 +197,7 @@ class _Training:
             self.state.save(self.out / "resume.safetensors")
 
     def _jointly(self, answer: bool) -> bool:
-        """Whether this process takes part in what the first one decides: all do, where experts are spread."""
+        """Whether this process takes part in what the first one decides; if experts are spread, all do."""
         first = is_first() and answer
         return first if self.alone is None else self.share.any(first, self.data.train.y.device)
 
@@ -273,7 +276,7 @@ class _Training:
         return facts
 
     def _say_epoch(self, metrics: dict[str, Any], facts: dict[str, str]) -> None:
-        """One line for an epoch that took longer than the time between two lines of progress."""
+        """Prints a line about an epoch that took longer than the interval between lines of progress."""
         seconds, self.told = metrics["seconds"] - self.told, metrics["seconds"]
         if seconds >= console.EVERY:
             rate = self.steps * self.share.total / seconds
@@ -291,7 +294,7 @@ def _note_differences(before: dict[str, int | str], now: dict[str, int | str], o
     other = [name for name in now if before[name] != now[name]]
     if other:
         began, goes_on = (", ".join(f"{name} {found[name]}" for name in other) for found in (before, now))
-        say(f"the run in {out} began with {began} and goes on with {goes_on}, so its weights will not be bit for bit "
+        say(f"the run in {out} began with {began} and continues with {goes_on}, so its weights will not be bit for bit "
             "those of an uninterrupted run")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The attacks of training: PGD, or one step of the gradient's sign. This list of them imports no torch.
+"""The training attacks: PGD, or one step of the gradient's sign. Imports no torch.
 
 Sources: fgsm-rs, Wong, Rice and Kolter, Fast is better than free, ICLR 2020. n-fgsm, de Jorge et al., Make Some Noise,
 NeurIPS 2022: neither the noise nor the step is clipped to the ball, only to the range of images. fgsm-pgi, Jia et al.,
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SingleStep:
-    """One step of the gradient's sign from a random start, as a `--train-attack`; all in units of eps.
+    """One step of the gradient's sign from a random start, as a `--train-attack`; all lengths in units of eps.
 
     Args:
         start: radius in which the start is drawn.
-        step: its length.
-        radius: of the ball into which the step is projected. One of start + step clips nothing.
-        keeps: whether the next batch starts at the perturbations that this one ends at.
+        step: length of the step.
+        radius: of the ball onto which the result is projected; start + step clips nothing.
+        keeps: whether the next batch starts from the perturbations that this one ends with.
     """
 
     start: float

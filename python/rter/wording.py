@@ -1,4 +1,4 @@
-"""What a report says in words: its columns, its verdict, what is proved."""
+"""The words of a report: what its columns mean, its verdict, what is proved."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ COLUMNS = {
     "SA": "accuracy on clean images",
     "RA": "accuracy under PGD on the whole model",
     "AA": "accuracy under AutoAttack's standard ensemble (full suite)",
-    "verdict": "part of the images that withstand every attack of the suite",
-    "RA-E": "accuracy of one expert alone under PGD on it: mean, least and greatest over the experts",
+    "verdict": "fraction of the images that withstand every attack of the suite",
+    "RA-E": "accuracy of a single expert under PGD on it: mean, minimum and maximum over the experts",
     "RA-R": "accuracy under PGD on the router's choice",
-    "load": "least part of the clean images that an expert gets",
+    "load": "smallest fraction of the clean images that an expert gets",
     "train s": "seconds of training, without the measurements on held-out images",
 }
 
@@ -31,7 +31,7 @@ def summary(report: dict[str, Any]) -> dict[str, float | None]:
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """The line that an evaluation comes to."""
+    """The result of an evaluation in one line."""
     low, high = report["intervals"]["verdict"]
     worst = report["worst_attack"]
     collapsed = report.get("collapsed")  # reports from before it was watched, and those of other models, have none
@@ -52,7 +52,7 @@ def counted(number: int, what: str) -> str:
 
 
 def measured_on(report: dict[str, Any]) -> str:
-    """Which images the figures are of."""
+    """Which images the figures were measured on."""
     sample = report.get("sample")  # reports from before there were samples have none
     if not sample:
         return f"{report['held_out']} {report['split']} images"
@@ -71,17 +71,17 @@ def weights_of(report: dict[str, Any]) -> str:
 
 
 def certificate(report: dict[str, Any]) -> str:
-    """What is proved, in two plain sentences at most; report.json has the constants."""
+    """What is proved, in at most two sentences; report.json has the constants."""
     parts, radius = [], f"within {report['norm']} distance {report['eps']:.3g}"
     if report["route_radius"]:
         parts.append(
-            f"Of {report['route_radius']['certified']:.1%} of the images it is proved that no perturbation {radius} "
-            "sends them to another expert, which says nothing of what their expert then reads."
+            f"For {report['route_radius']['certified']:.1%} of the images it is proved that no perturbation {radius} "
+            "sends them to another expert; this says nothing about the class that their expert then predicts."
         )
     if report["certificate"]:
         reach = report["certificate"]["greatest_radius"]
         proves = "nothing" if reach < report["eps"] else "the class of some images"
         parts.append(
-            f"The RT-ER paper's certificate (theorem 5.4) reaches {reach:.2g} at most, so proves {proves} {radius}."
+            f"The RT-ER paper's certificate (theorem 5.4) reaches at most {reach:.2g}, so it proves {proves} {radius}."
         )
     return " ".join(parts)

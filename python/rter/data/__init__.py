@@ -1,16 +1,16 @@
-"""Image data sets in [0, 1]. This list of them imports none, and so not torch."""
+"""Image data sets in [0, 1]. This list imports none of them, and so no torch."""
 
 from collections.abc import Mapping
 from typing import Any
 
-DATASETS = {  # load(folder, image_size) of each; 0 takes images in files of their own as they are
+DATASETS = {  # where each one's load(folder, image_size) is; size 0 leaves images in separate files unchanged
     "digits": "rter.data.digits:load",
     "cifar10": "rter.data.cifar10:load",
     "svhn": "rter.data.svhn:load",
     "tiny-imagenet": "rter.data.folders:load_tiny_imagenet",
     "image-folder": "rter.data.folders:load_image_folder",
 }
-# Settings for which a data set has a default of its own, which goes before a method's; all others are the digits'.
+# Defaults of a data set, which take precedence over a method's; a data set without any has those of the digits.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cifar10": {
         "model": "resnet18",

@@ -1,4 +1,4 @@
-"""The data sets that can be fetched, and where their files are."""
+"""The data sets that can be fetched, and the addresses of their files."""
 
 from dataclasses import dataclass
 

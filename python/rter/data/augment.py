@@ -1,8 +1,8 @@
-"""Random changes of a batch of images in [0, 1], each image's own, drawn from a generator alone.
+"""Random changes of a batch of images in [0, 1], drawn for each image from a given generator.
 
-flip         left to right, every second image
-translateN   by up to N pixels in each direction, black behind; cropN, a crop after padding by N, is the same
-cutoutN      a black square of N pixels
+flip         mirrors left to right, with probability 1/2
+translateN   shifts by up to N pixels in each direction, leaving black; cropN, a crop after padding by N, is the same
+cutoutN      blackens a square of N pixels
 """
 
 import functools
@@ -34,7 +34,7 @@ def translate(x: Tensor, generator: torch.Generator, pixels: int) -> Tensor:
 
 
 def cutout(x: Tensor, generator: torch.Generator, pixels: int) -> Tensor:
-    """Blackens a square of `pixels`, wholly inside each image."""
+    """Blackens a square of side `pixels` that lies wholly inside each image."""
     outside = []
     for size in x.shape[2:]:
         first = _draw(max(size - pixels, 0) + 1, x, generator)[:, None]
@@ -51,7 +51,7 @@ CHANGES: dict[str, Callable[..., Tensor]] = {"flip": flip, "translate": translat
 
 
 def make_augment(config: Config) -> Augment:
-    """augment(x [n, C, H, W], generator): the changes of the setting `augment`, one after the other."""
+    """A function augment(x [n, C, H, W], generator) that makes the changes of the setting `augment` one by one."""
     named = parse_augment(config.augment, config.data)
     changes = [functools.partial(CHANGES[name], **size) for name, size in named]
 

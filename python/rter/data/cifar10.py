@@ -1,6 +1,6 @@
-"""CIFAR-10, 3x32x32, in its binary or its python batches.
+"""CIFAR-10, 3x32x32, in its binary or its Python batches.
 
-A binary batch is a row of records: one byte of label, then 3072 of pixels, by channel, row and column.
+A binary batch is a sequence of records: one byte of label, then 3072 of pixels, by channel, row and column.
 
 Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 """
@@ -22,7 +22,7 @@ BINARY, PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
 
 
 def load(folder: Path, image_size: int = 0) -> Source:
-    """The five training batches and the test batch; the binary version where both are there."""
+    """The five training batches and the test batch; the binary version if both are there."""
     for name, suffix, read in ((BINARY, ".bin", _read_binary), (PYTHON, "", _read_python)):
         place = find_folder(folder, name, f"data_batch_1{suffix}")
         if place:
@@ -44,7 +44,7 @@ def _read_binary(path: Path) -> Split:
     content = read_bytes(path)
     count, rest = divmod(len(content), RECORD)
     if rest or not count:
-        raise damaged(path, f"{len(content)} bytes, the record at byte {count * RECORD} has {rest} of {RECORD}")
+        raise damaged(path, f"{len(content)} bytes; the record at byte {count * RECORD} has {rest} of {RECORD}")
     records = np.frombuffer(content, np.uint8).reshape(count, RECORD)
     check_labels(path, records[:, 0], 0, 9, "byte", RECORD)
     return _split(records[:, 1:], records[:, 0])
@@ -74,7 +74,7 @@ def write_binary(path: Path, images: Split) -> None:
 
 
 def make_digits(folder: Path) -> Path:
-    """Writes the digits, enlarged to 3x32x32, as the files of CIFAR-10: 5 x 287 for training, 362 to test."""
+    """Writes the digits, enlarged to 3x32x32, as the files of CIFAR-10: 5 x 287 for training, 362 for testing."""
     place = folder / BINARY
     place.mkdir(parents=True, exist_ok=True)
     small = digits.load().train

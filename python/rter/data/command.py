@@ -6,9 +6,9 @@ from typing import Any
 
 from rter.data.archives import ARCHIVES
 
-DESCRIPTION = """Brings the files that `rter train --data NAME --data-dir DIR` reads:
+DESCRIPTION = """Fetches the files that `rter train --data NAME --data-dir DIR` reads:
   digits          none, they come with scikit-learn
-  cifar10         170 MB; `fetch cifar10-python` brings the same images in Python's format
+  cifar10         170 MB; `fetch cifar10-python` fetches the same images in Python's format
   svhn            240 MB
   tiny-imagenet   240 MB
   image-folder    your own: DIR/train/<class>/* with DIR/test/<class>/*, or DIR/<class>/* alone
@@ -20,7 +20,7 @@ def add_command(commands: Any) -> None:
     data = commands.add_parser("data", help="fetch a data set", description=DESCRIPTION,
                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    fetching = actions.add_parser("fetch", help="download, check and unpack a data set; goes on where it stopped")
+    fetching = actions.add_parser("fetch", help="download, check and unpack a data set; resumes if interrupted")
     fetching.add_argument("name", choices=tuple(ARCHIVES), metavar="NAME", help=f"one of {', '.join(ARCHIVES)}")
     fetching.set_defaults(run=_fetch)
     making = actions.add_parser("make-cifar-digits", help="write the digits, 3x32x32, in CIFAR-10's binary format")
@@ -32,7 +32,7 @@ def add_command(commands: Any) -> None:
 
 def _folder(text: str) -> Path:
     if Path(text).exists() and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder, and {text} is a file")
+        raise argparse.ArgumentTypeError(f"must be a folder, but {text} is a file")
     return Path(text)
 
 

@@ -9,7 +9,7 @@ from rter.data.split import Source, Split
 
 
 def load(folder: Path | None = None, image_size: int = 0) -> Source:
-    """The digits, which need no folder and have one size."""
+    """The digits, which need no folder and have a fixed size."""
     return _load()
 
 

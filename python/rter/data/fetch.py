@@ -1,4 +1,4 @@
-"""Downloads a data set: resumes what is there, checks the checksum, then unpacks."""
+"""Downloads a data set: resumes a partial download, verifies the checksum, then unpacks."""
 
 import hashlib
 import http.client
@@ -18,12 +18,12 @@ from rter.data.archives import Archive
 from rter.errors import UserError
 
 CHUNK = 1 << 18
-TRIES = 5  # downloads that make no headway before giving up
+TRIES = 5  # attempts in a row without progress before giving up
 TIMEOUT = 30  # seconds
 
 
 def fetch(archive: Archive, folder: Path) -> Path:
-    """Brings the archive into the folder and unpacks it; what is there already is not fetched again.
+    """Downloads the archive into the folder and unpacks it; what is there already is not fetched again.
 
     Raises:
         UserError: without a network, saying which file to put where; for a wrong checksum; for an unsafe archive.
@@ -46,26 +46,26 @@ def fetch(archive: Archive, folder: Path) -> Path:
 
 
 def _download(archive: Archive, path: Path) -> None:
-    """Goes on behind the bytes in `path`, as often as the connection drops while there is headway."""
+    """Appends to the bytes in `path`, and reconnects when the connection drops as long as there is progress."""
     tries = 0
     while tries < TRIES:
         before = path.stat().st_size if path.exists() else 0
         try:
             if _receive(archive, path):
                 return
-        except urllib.error.URLError as error:  # no answer, or none that is the file
+        except urllib.error.URLError as error:  # no answer, or not the file
             raise _unreachable(archive, path, error.reason) from None
         except (OSError, http.client.HTTPException) as error:
             if not path.exists():
                 raise _unreachable(archive, path, error) from None
         tries = 0 if path.stat().st_size > before else tries + 1
     raise UserError(
-        f"the connection to {archive.url} dropped at byte {path.stat().st_size}; run this again to go on there"
+        f"the connection to {archive.url} dropped at byte {path.stat().st_size}; run this again to continue there"
     )
 
 
 def _receive(archive: Archive, path: Path) -> bool:
-    """One request; whether it brought the rest of the file."""
+    """Makes one request; returns whether it brought the rest of the file."""
     start = path.stat().st_size if path.exists() else 0
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
@@ -92,8 +92,8 @@ def _receive(archive: Archive, path: Path) -> bool:
 def _unreachable(archive: Archive, path: Path, error: object) -> UserError:
     target = path.with_name(archive.file)
     return UserError(
-        f"cannot fetch {archive.url} ({error}): run this again where there is a network, or bring the file, md5 "
-        f"{archive.md5}, to {target} by other means and run this again, which checks and unpacks it"
+        f"cannot fetch {archive.url} ({error}): run this again with a network, or copy the file, md5 "
+        f"{archive.md5}, to {target} and run this again, which checks and unpacks it"
     )
 
 
@@ -111,10 +111,10 @@ def _check(archive: Archive, path: Path) -> None:
 
 
 def unpack(file: Path, folder: Path, name: str) -> None:
-    """Unpacks the regular files below `name` in a tar or zip file; folder/name appears whole or not at all.
+    """Unpacks the folder `name` of a tar or zip file, as a whole or not at all.
 
     Raises:
-        UserError: if the archive is damaged or has a path that leads out of its folder, or a link.
+        UserError: if the archive is damaged, or holds a link or a path that leads out of its folder.
     """
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder) as place:
         try:

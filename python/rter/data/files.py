@@ -1,4 +1,4 @@
-"""What the readers of all formats ask of a file."""
+"""Helpers of the readers of all formats: finding files, reading them, and saying what is wrong with them."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ def find_folder(folder: Path, name: str, file: str) -> Path | None:
 
 def missing(name: str, folder: Path, file: str) -> UserError:
     return UserError(
-        f"{folder / file} does not exist: `rter data fetch {name} --data-dir {folder}` brings it, or --data-dir says "
-        "where it is"
+        f"{folder / file} does not exist: fetch it with `rter data fetch {name} --data-dir {folder}`, or say with "
+        "--data-dir where it is"
     )
 
 
@@ -31,7 +31,7 @@ def damaged(path: Path, what: str) -> UserError:
 
 
 def check_labels(path: Path, labels: np.ndarray, first: int, last: int, where: str, scale: int = 1) -> None:
-    """Raises UserError for a label outside first..last; label i stands at `where` i * scale."""
+    """Raises UserError for a label outside first..last; the message places label i at `where` i * scale."""
     bad = np.flatnonzero((labels < first) | (labels > last))
     if len(bad):
         raise damaged(path, f"label {labels[bad[0]]} at {where} {bad[0] * scale}, expected {first} to {last}")

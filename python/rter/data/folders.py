@@ -1,4 +1,4 @@
-"""Images in files of their own: Tiny-ImageNet-200, and any folder with a folder per class."""
+"""Images in separate files: Tiny-ImageNet-200, and any folder with a subfolder for each class."""
 
 import contextlib
 import hashlib
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 TRAINS = ("train", "training")
-TESTS = ("test", "testing", "val", "validation", "valid", "dev", "eval")  # the first that is there
-CACHED_FROM = 1000  # images, whose decoding takes about a second
-SIXTEEN_BIT = ("PNG", "PPM")  # formats whose pictures of more than 8 bits Pillow gives as 0 to 65535
+TESTS = ("test", "testing", "val", "validation", "valid", "dev", "eval")  # the first one that exists is used
+CACHED_FROM = 1000  # images, which take about a second to decode
+SIXTEEN_BIT = ("PNG", "PPM")  # formats whose pictures of more than 8 bits Pillow reads as 0 to 65535
 
 
 def load_tiny_imagenet(folder: Path, image_size: int = 0) -> Source:
@@ -45,7 +45,7 @@ def load_tiny_imagenet(folder: Path, image_size: int = 0) -> Source:
 
 
 def _words(place: Path, ids: list[str]) -> list[str]:
-    """What the classes are called, by words.txt, where that is there."""
+    """The names of the classes from words.txt, if it exists; else their ids."""
     file = place / "words.txt"
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     words = dict(line.split("\t", 1) for line in lines if "\t" in line)
@@ -53,19 +53,19 @@ def _words(place: Path, ids: list[str]) -> list[str]:
 
 
 def load_image_folder(folder: Path, image_size: int = 0) -> Source:
-    """train/<class>/* and test/<class>/* or another of TESTS, or <class>/* alone; classes by the order of their names.
+    """train/<class>/* with test/<class>/* (or another of TESTS), or <class>/* alone; classes are numbered by name.
 
-    The names of the splits may be in any case. Hidden files and folders are passed over, and so is macOS's __MACOSX.
+    The names of the splits may be in upper or lower case. Hidden files and folders and macOS's __MACOSX are skipped.
     """
     train = _split(folder, TRAINS)
     test = _split(folder, TESTS) if train else None
     names = _classes(train or folder)
     if not names:
-        found = "found none" if folder.is_dir() else "and is no folder"
+        found = "found none" if folder.is_dir() else "but is not a folder"
         raise UserError(f"--data-dir {folder} must hold a folder of images for each class, {found}")
     unknown = set(_classes(test)) - set(names) if test else set()
     if unknown:
-        raise UserError(f"{test} must have the classes of {train}, which holds no {', '.join(sorted(unknown))}")
+        raise UserError(f"{test} must have the classes of {train}, which has no {', '.join(sorted(unknown))}")
     if train and not test:
         _demand_no_split(train, names)
     tested = _labelled(test, names) if test else []
@@ -73,20 +73,20 @@ def load_image_folder(folder: Path, image_size: int = 0) -> Source:
 
 
 def _split(folder: Path, names: Sequence[str]) -> Path | None:
-    """The folder of classes by the first of the names that is there, in this case or in another."""
+    """The first of the names, in any case, that is a folder with classes in it."""
     found = sorted(_classes(folder), key=str.islower, reverse=True)
     named = (folder / own for name in names for own in found if own.lower() == name)
     return next((split for split in named if _classes(split)), None)
 
 
 def _demand_no_split(train: Path, names: list[str]) -> None:
-    """What lies beside `train` and cannot serve as the test images is not passed over in silence."""
+    """Refuses, or mentions, folders beside `train` that look like test images but cannot be used as such."""
     for other in (train.parent / name for name in _classes(train.parent) if name != train.name):
         if set(_classes(other)) & set(names):
-            raise UserError(f"{other} holds classes of {train} but is no split by its name: expected one of "
+            raise UserError(f"{other} holds classes of {train} but is not named as a split: expected one of "
                             f"{', '.join(TESTS)} for the test images, so rename it, or move it away")  # fmt: skip
         if other.name.lower() in TESTS:
-            say(f"{other} holds no folders of classes, so its images have no labels: the test is on held-out images")
+            say(f"{other} has no subfolders for classes, so its images have no labels: testing on held-out images")
 
 
 def _labelled(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
@@ -95,7 +95,7 @@ def _labelled(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
 
 
 def _shown(path: Path) -> bool:
-    """Whether a viewer shows the file or folder, which it does not what the system keeps for itself."""
+    """Whether the file or folder is the user's, neither hidden nor one that the system keeps for itself."""
     return path.name[0] != "." and path.name != "__MACOSX"
 
 
@@ -118,7 +118,7 @@ def _source(
     paths = [path for path, _ in files]
     images = _kept(place, paths, image_size) if len(files) >= CACHED_FROM else _decode(paths, image_size)
     every = Split(images, torch.tensor([label for _, label in files]))
-    shown = tuple(os.fsencode(name).decode("utf-8", "replace") for name in names)  # whatever the locale makes of them
+    shown = tuple(os.fsencode(name).decode("utf-8", "replace") for name in names)  # in any locale
     return Source(every[: len(train)], every[len(train) :] if test else None, len(names), shown)
 
 
@@ -128,7 +128,7 @@ def _decode(paths: list[Path], image_size: int) -> torch.Tensor:
 
 
 def _kept(place: Path, paths: list[Path], image_size: int) -> torch.Tensor:
-    """The decoded images, from a hidden file beside them if that is of these files as they are now, or else to it."""
+    """The decoded images: read from a hidden cache beside them if the files have not changed, else written to it."""
     file = place / f".rter-{image_size}.safetensors"
     now = _fingerprint(place, paths)
     with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError), safe_open(file, framework="pt") as kept:
@@ -139,8 +139,8 @@ def _kept(place: Path, paths: list[Path], image_size: int) -> torch.Tensor:
     try:
         save_file({"images": images}, unfinished, {"files": now})
         unfinished.replace(file)
-    except (OSError, SafetensorError) as error:  # a folder that others own, or a full disk
-        say(f"the decoded images cannot be kept in {place}, so they are decoded at every start: {error}")
+    except (OSError, SafetensorError) as error:  # no permission to write, or a full disk
+        say(f"cannot cache the decoded images in {place}, so every run decodes them again: {error}")
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -148,7 +148,7 @@ def _kept(place: Path, paths: list[Path], image_size: int) -> torch.Tensor:
 
 
 def _fingerprint(place: Path, paths: list[Path]) -> str:
-    """Changes when a file does, or what decodes it."""
+    """A hash that changes with any of the files, and with the code that decodes them."""
     import PIL
 
     digest = hashlib.sha256(f"1 {PIL.__version__}".encode())  # 1: the version of `to_rgb`
@@ -195,10 +195,10 @@ def _read(path: Path, image_size: int) -> np.ndarray:
 
 
 def to_rgb(path: Path, image: "Image.Image") -> "Image.Image":
-    """The picture in 0 to 255. Grey of 16 bits is divided by 257; transparency is left out, as torchvision leaves it.
+    """The picture in RGB, 0 to 255. 16-bit grey is divided by 257; transparency is dropped, as by torchvision.
 
     Raises:
-        UserError: for values without a known range, such as those of whole or floating-point numbers of 32 bits.
+        UserError: for pixels without a known range, such as 32-bit integers or floats.
     """
     from PIL import Image
 
@@ -208,7 +208,7 @@ def to_rgb(path: Path, image: "Image.Image") -> "Image.Image":
         raise UserError(f"{path} is refused: its pixels are of Pillow's mode {image.mode} in a {image.format} file, "
                         "whose range is not known; expected 8 bits for each colour, or a PNG of 16")  # fmt: skip
     if "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns of a palette with transparency
+        image = image.convert("RGBA")  # since Pillow warns when a palette with transparency goes straight to RGB
     try:
         return image.convert("RGB")
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A data set by its name, with a held-out split that follows from a seed."""
+"""Loads a data set by name, with a held-out split determined by a seed."""
 
 import pkgutil
 from pathlib import Path
@@ -23,14 +23,14 @@ def load_data(
 
     Args:
         name: one of rter.data.DATASETS.
-        held_out: number of images.
+        held_out: number of images to hold out.
         seed: of the draw.
         folder: where the files are.
-        train_images: so many of the others are trained on, drawn by the seed in the proportions of the classes; 0: all.
-        image_size: pixels to which images in files of their own are scaled and cropped; 0 takes them as they are.
+        train_images: how many of the others to train on, drawn by the seed in the proportions of the classes; 0: all.
+        image_size: pixels to which images in separate files are scaled and cropped; 0 leaves them unchanged.
 
     Raises:
-        UserError: naming the file and the byte, if the files are missing, truncated or corrupt.
+        UserError: if files are missing, truncated or corrupt; the message names the file and the byte.
     """
     source = load_source(name, Path(folder), image_size)
     images = source.train
@@ -39,7 +39,7 @@ def load_data(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train = images[order[held_out:]]
     if train_images > len(train):
-        raise UserError(f"train_images must be at most {len(train)} beside those held out, got {train_images}")
+        raise UserError(f"train_images must be at most {len(train)} besides those held out, got {train_images}")
     if train_images:
         train = train.sample(train_images, seed)
     return Data(train, images[order[:held_out]], source.num_classes, source.test, source.names)

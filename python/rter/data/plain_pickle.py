@@ -1,7 +1,7 @@
-"""Reads pickles of byte strings, numbers, lists, dicts and numpy byte arrays, and runs nothing that they name.
+"""Reads pickles of byte strings, numbers, lists, dicts and numpy byte arrays, without running anything they name.
 
-Every opcode is looked at before the pickle is loaded, and the three names of numpy that an array needs stand for
-classes of this file, which hold what they are given.
+Every opcode is checked before the pickle is loaded, and the three numpy names that an array needs are replaced by
+classes of this file that merely store what they are given.
 """
 
 import io
@@ -53,10 +53,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """The content of a pickle, its arrays uint8.
+    """The content of a pickle; its arrays must be uint8.
 
     Raises:
-        UserError: if it is truncated, or holds anything but plain values; it names the byte.
+        UserError: if it is truncated or holds anything but plain values; the message names the byte.
     """
     content, at = read_bytes(path), 0
     try:
@@ -68,5 +68,5 @@ def read_pickle(path: Path) -> Any:
                 raise ValueError(f"memo {argument}")
         value = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
-        raise damaged(path, f"no whole pickle, after byte {at} of {len(content)}: {error}") from None
+        raise damaged(path, f"not a complete pickle, after byte {at} of {len(content)}: {error}") from None
     return value

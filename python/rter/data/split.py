@@ -1,4 +1,4 @@
-"""Images as they are kept, bytes, and as they are used, floats in [0, 1]."""
+"""Images, stored as bytes and used as floats in [0, 1]."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Split:
     """Images and their labels.
 
     Args:
-        pixels: [n, C, H, W], uint8 levels, or floats that are images in [0, 1] already.
+        pixels: [n, C, H, W], uint8 levels, or floats already in [0, 1].
         y: labels [n], int64.
         levels: the level that stands for 1.
     """
@@ -24,7 +24,7 @@ class Split:
 
     @property
     def x(self) -> Tensor:
-        """Images [n, C, H, W] in [0, 1], converted anew at each use: take a batch first."""
+        """Images [n, C, H, W] in [0, 1], converted on every access, so select a batch first."""
         return self.pixels if self.pixels.is_floating_point() else self.pixels.float() / self.levels
 
     def __len__(self) -> int:
@@ -34,11 +34,11 @@ class Split:
         return Split(self.pixels.to(device), self.y.to(device), self.levels)
 
     def sample(self, count: int, seed: int) -> "Split":
-        """So many of the images, in their order: drawn by the seed within each class, and shared among the classes in
-        their proportions by Sainte-Lague's method. Those of a smaller count are among those of a larger one.
+        """`count` of the images, in their order: drawn by the seed within each class, in the proportions of the classes
+        by Sainte-Lague's method. A larger count includes the images of a smaller one.
 
         Raises:
-            UserError: if there are not so many.
+            UserError: if there are fewer.
         """
         if count > len(self):
             raise UserError(f"images must be at most {len(self)}, which is how many there are, got {count}")
@@ -55,8 +55,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """What a format holds: training images and, where it has one, its official test split; names of the classes, where
-    these are not numbers."""
+    """A data set as its files have it: training images, the official test split if there is one, and the names of the
+    classes if they are not just numbers."""
 
     train: Split
     test: Split | None
@@ -66,9 +66,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run works on. `held_out` is drawn from the training images, to choose the best weights by.
+    """The data of a run. `held_out` is drawn from the training images, to choose the best weights on.
 
-    `official_test` is the format's own test split; where there is none, the held-out images serve as the test.
+    `official_test` is the data set's own test split; without one, the held-out images are also the test.
     """
 
     train: Split

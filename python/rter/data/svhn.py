@@ -37,7 +37,7 @@ def _read(path: Path) -> Split:
 
 
 def _check_elements(path: Path) -> None:
-    """Follows the lengths of the file's elements, each behind a tag of 8 bytes, from the end of its header."""
+    """Checks the lengths of the file's elements, each after a tag of 8 bytes, from the end of the header on."""
     content, at = read_bytes(path), 128
     if len(content) < at or content[126:128] not in (b"IM", b"MI"):
         raise damaged(path, "no MATLAB 5 header in the first 128 bytes")

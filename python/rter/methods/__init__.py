@@ -1,4 +1,4 @@
-"""Training methods, each a file with its formula and its passes. This list of them imports none, and so not torch."""
+"""Training methods, each a file with its formula and its passes. This list imports none of them, and so no torch."""
 
 import pkgutil
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ class Method:
     """A training method.
 
     Args:
-        file: in this folder, without .py; the first line of its docstring is the formula, and its PASSES train.
-        attacks: which of `--train-attack` it can be given; PGD alone where it has an attack of its own, or none.
-        best_by: the accuracy that names the best weights, "sa" or "ra".
+        file: in this folder, without .py; the first line of its docstring is the formula, its PASSES do the training.
+        attacks: which values of `--train-attack` it supports; only "pgd" if it has an attack of its own, or none.
+        best_by: the accuracy that chooses the best weights, "sa" or "ra".
         defaults: settings for which the method has a default of its own.
-        second_expert: whether it needs a second-ranked expert, so two experts or more and a top-1 gate.
+        second_expert: whether it needs a second-ranked expert, and so at least two experts and a top-1 gate.
     """
 
     file: str

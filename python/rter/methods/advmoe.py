@@ -1,12 +1,13 @@
 """AdvMoE: experts, then router, by L = CE(F(x), y) + beta (KL(F(x) || F(x1)) + KL(r(x) || r(x1))) + lambda balance(x).
 
-r(x) are the router's logits. x1 ascends both divergences at once, from x + 0.001 N(0, 1), in two steps of 5/8 eps, anew
-for the experts and for the router; each pass moves nothing else. The sum of the two divergences is that of the joint
-distribution of class and expert, softmax(F_c + r_e) over all pairs, and is computed as such, in log space.
+r(x) are the router's logits. x1 ascends both divergences at once, from x + 0.001 N(0, 1), in two steps of 5/8 eps. One
+pass trains the experts alone, another the router alone, each with an x1 of its own. The sum of the two divergences
+equals that of the joint distribution of class and expert, softmax(F_c + r_e) over all pairs, and is computed as such,
+in log space.
 
 Source: Zhang et al., Robust Mixture-of-Expert Training for Convolutional Neural Networks, ICCV 2023. Theirs routes the
-channels of every layer and solves a bi-level problem; here whole images are routed and the two steps alternate.
-Their beta is 6 on CIFAR-10; the default is the digits'.
+channels of every layer and solves a bi-level problem; here whole images are routed and the two passes alternate.
+Their beta is 6 on CIFAR-10; the default was chosen on the digits.
 """
 
 from operator import attrgetter

@@ -1,7 +1,7 @@
 """Adversarial weight perturbation: the gradient of L is taken at w + v, with v = gamma |w| dL/dw / |dL/dw|.
 
-The norms are over one weight matrix or kernel, which in grouped layers is that of one expert; biases and the scales of
-batch norm are not perturbed. The attacked images are those found at w.
+The norms are over one weight matrix or convolution kernel, in grouped layers that of one expert; biases and the scales
+of batch norm are not perturbed. The adversarial images are those found at w.
 
 Source: Wu, Xia and Wang, Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020.
 """
@@ -15,7 +15,7 @@ from torch import nn
 
 @contextmanager
 def perturbed_weights(part: nn.Module, gamma: float) -> Iterator[None]:
-    """Inside, the weights of `part` stand at w + v, for the gradient in their .grad; on exit at w, bit for bit."""
+    """Inside, the weights of `part` are w + v, with v from their .grad; on exit they are w again, bit for bit."""
     kept = []
     with torch.no_grad():
         for weight, dims in _weights(part):
@@ -33,7 +33,7 @@ def perturbed_weights(part: nn.Module, gamma: float) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Puts back the buffers' values, such as the statistics of batch norm, on exit."""
+    """Restores the values of buffers, such as the statistics of batch norm, on exit."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
@@ -43,7 +43,7 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _weights(part: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]]:
-    """Every weight with the dimensions of one matrix or kernel: all, but for the experts' in grouped layers."""
+    """Every weight, with the dimensions that one matrix or kernel spans: all except that of the experts, if any."""
     for module in part.modules():
         lead = 1 if hasattr(module, "num_experts") else 0
         for parameter in module.parameters(recurse=False):

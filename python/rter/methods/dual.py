@@ -1,8 +1,8 @@
 """Dual model: F_D = (1 - alpha) F_S + alpha F_R on logits, with F_S by standard training and F_R by RT-ER, at once.
 
 The two share no parameter and are trained independently; alpha (--dual-alpha) can be changed afterwards, and the report
-measures F_D for alpha from 0 to 1. The paper's alpha is 0.7; on the digits F_S's logits are so much larger that only an
-alpha near 1 leaves F_R a say.
+measures F_D for alpha from 0 to 1. The paper's alpha is 0.7; on the digits F_S's logits are so much larger that F_R
+only has an influence if alpha is near 1.
 
 Source: Zhang et al., Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach, ICML 2025.
 """

@@ -1,12 +1,12 @@
 """JTDMoE: F_R by CE(F_R(x1), y) + beta sum_e KL(f_e(x) || f_e(x_e)), F_S by CE(F_D(x), y), both + lambda balance(x).
 
 x1 = PGD(F_R, x, y), and x_e = PGD(f_e, x, y) attacks expert e of F_R alone; e runs over all experts, and each KL is the
-mean over the batch. F_D = (1 - alpha) F_S + alpha F_R on clean images; F_R stands still while F_S is trained. The paper
+mean over the batch. F_D = (1 - alpha) F_S + alpha F_R on clean images; F_R is frozen while F_S is trained. The paper
 has no balance loss (--balance-weight 0).
 
-F_D mixes probabilities (--dual-mix), since the paper's theory has outputs of at most 1: whatever F_S says, F_D says
-what F_R does where its margin is above (1 - alpha) / alpha. Of logits, which the public code mixes, nothing bounds
-those of F_S: trained through F_D on clean images they grow until F_R has no say, whatever alpha is (docs/methods.md).
+F_D mixes probabilities (--dual-mix), since the paper's theory assumes outputs of at most 1: whatever F_S predicts, F_D
+predicts what F_R does if F_R's margin is above (1 - alpha) / alpha. The public code mixes logits, which are unbounded:
+trained through F_D on clean images, those of F_S grow until F_R has no influence, whatever alpha is (docs/methods.md).
 The paper's alpha is 0.7.
 
 All attacks run as one batch of (1 + E) B rows and all forwards of F_R as one of (1 + 2E) B.

@@ -1,7 +1,7 @@
 """MART: L = CE(F(x1), y) - log(1.0001 - max_{k != y} p1_k) + beta (1 - p_y) KL(F(x) || F(x1)) + lambda balance(x).
 
-p = softmax F(x), p1 = softmax F(x1), x1 = PGD(F, x, y); all terms are means over the batch. What the clean image is not
-yet recognised by weighs the KL.
+p = softmax F(x), p1 = softmax F(x1), x1 = PGD(F, x, y); all terms are means over the batch. The KL weighs more for
+clean images that are not classified with confidence yet.
 
 Source: Wang et al., Improving Adversarial Robustness Requires Revisiting Misclassified Examples, ICLR 2020.
 """

@@ -1,16 +1,16 @@
 """Nine experts: L = sum_e CE(f_e(x_e), y), then L = CE(F(x), y) + CE(F(x1), y), with F = sum_e softmax(r)_e f_e.
 
-Phase 1, in the first --explore of the epochs, trains the experts independently: expert 0 on x, four on FGSM examples
-and four on PGD examples of their own. As they share no parameter, the sum of their losses trains each as if alone, and
-all nine run as one batch of 9B rows. Phase 2 trains the gate and all experts, with x1 = PGD(F, x, y).
+Phase 1, the first fraction --explore of the epochs, trains the experts independently: expert 0 on x, four on FGSM
+examples and four on PGD examples of their own. As they share no parameter, the sum of their losses trains each as if
+alone, and all nine run as one batch of 9B rows. Phase 2 trains the gate and all experts, with x1 = PGD(F, x, y).
 
-Drawn for every batch: each FGSM expert's radius from {1, ..., 9} / 9 of --fgsm-reach * eps, and one number of steps,
-of --alpha-ratio * eps each, for all PGD experts from {10, 20, 30, 40, 50} * --pgd-scale. The paper's radii 0.01 to 0.09
-are a reach of 2.87 at eps 8/255, its steps a scale of 1.
+For every batch are drawn: each FGSM expert's radius from {1, ..., 9} / 9 of --fgsm-reach * eps, and one number of
+steps, of --alpha-ratio * eps each, for all PGD experts from {10, 20, 30, 40, 50} * --pgd-scale. The paper's radii 0.01
+to 0.09 are a reach of 2.87 at eps 8/255, its steps a scale of 1.
 
-The paper is silent, and this is chosen, on: FGSM's start (the image itself), PGD's eps and step (the run's), one draw
-of steps for four experts (each sees the same distribution, and they stay one batch), the mix of phase 2 (half clean,
-half perturbed, weighed alike), the gate (the run's router), and the optimiser (the run's, through both phases).
+The paper leaves open, and here is chosen: FGSM's start (the image itself), PGD's eps and step (the run's), one draw of
+steps for four experts (each sees the same distribution, and they stay one batch), the mix of phase 2 (half clean, half
+perturbed, with equal weights), the gate (the run's router), and the optimiser (the run's, through both phases).
 
 Source: Defending against adversarial attacks using mixture of experts, arXiv 2512.20821.
 """

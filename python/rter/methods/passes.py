@@ -19,7 +19,7 @@ class Pass:
         make_loss: `make_loss(step, x, y)` attacks the batch and gives the loss as a function of the weights: called, it
             returns the named terms whose sum is descended.
         part: the part of the model that is trained, and which alone gets a gradient.
-        name: put before the names of the terms, where a method has several passes.
+        name: prefix of the names of the terms, if a method has several passes.
     """
 
     make_loss: Callable[[Step, Tensor, Tensor], Loss]

@@ -1,6 +1,7 @@
 """PGD adversarial training: L = CE(F(x1), y) + lambda balance(x), with x1 = PGD(F, x, y).
 
-Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018. With experts, AT-MoE.
+Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018. With several
+experts, AT-MoE.
 """
 
 from torch import Tensor

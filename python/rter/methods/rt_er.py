@@ -2,16 +2,16 @@
 
 x1 = PGD(F, x, y) attacks the whole model and x2 = PGD(f_s, x, y) the expert s alone; KL is the mean over the batch, and
 neither of its sides is detached. The paper has the first two terms, with the second-ranked expert of the clean x for s
-(`--second ranked`). By default s is any expert but the first, at random: an attack can send an image to all of them.
-The KL alone is content with a constant expert, which the third forbids; the fourth keeps the router from collapse.
+(`--second ranked`). By default s is a random expert other than the first, since an attack can send an image to any of
+them. A constant expert would minimise the KL; the third term prevents that, and the fourth the collapse of the router.
 
 F(x) = sum_i a_i(x) f_i(x) over the chosen expert, where a is its softmax probability with `--gate softmax` (the
-paper's), 1 with the softmax's gradient with `--gate straight_through`, and 1 without any with `--gate hard`.
-`--faithful` is the public code: the hard gate, so a router that stays as it was initialised, the second-ranked expert,
-and the first two terms.
+paper's), 1 with the softmax's gradient with `--gate straight_through`, and 1 without a gradient with `--gate hard`.
+`--faithful` is the public code: the hard gate, and so a router that stays as initialised, the second-ranked expert, and
+the first two terms.
 
-Both attacks run as one batch of 2B rows, and the three forwards as one of 3B. An expert with BatchNorm therefore takes
-its statistics over the clean and the adversarial rows that reach it together (docs/methods.md).
+Both attacks run as one batch of 2B rows, and the three forwards as one of 3B. An expert with BatchNorm therefore
+takes its statistics over all rows that reach it, clean and adversarial together (docs/methods.md).
 
 Source: Zhang et al., Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach, ICML 2025.
 """

@@ -1,4 +1,4 @@
-"""What the methods share in one training step: the attack, the exploring route and the balance loss."""
+"""What all methods share in a training step: the attack, the exploring route and the losses of the router."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ from rter.train_attacks import SINGLE_STEPS
 
 @dataclass(frozen=True)
 class Step:
-    """Training step number `index`; all its draws follow from the run's seed and that number.
+    """Training step number `index`; all its random draws are determined by the run's seed and that number.
 
     Args:
         share: the part of the joint batch that this process computes; None for all of it.
         found: what the attacks of this step have returned.
-        priors: where an attack keeps the perturbations that the next step starts from, by its purpose.
-        terms: the terms of the loss, as far as they have been computed, detached.
+        priors: the perturbations from which the next step's attacks start, by the attack's purpose.
+        terms: the terms of the loss computed so far, detached.
     """
 
     model: RobustClassifier
@@ -63,9 +63,9 @@ class Step:
         steps: int | None = None,
         **options: Any,
     ) -> Callable[..., Tensor]:
-        """The run's training attack, or PGD of so many steps where a method has an attack of its own.
+        """The run's training attack or, if `steps` are given, PGD with so many steps.
 
-        It returns its last iterate, as in the papers, which also spares a forward. Its start is drawn for `purpose`.
+        It returns the last iterate, as in the papers, which also saves a forward. Each `purpose` has its own start.
         """
         eps = self.config.eps if eps is None else eps
         single = SINGLE_STEPS.get(self.config.train_attack) if steps is None else None
@@ -86,11 +86,11 @@ class Step:
         return remembered
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The mean of a batch, with the run's label smoothing."""
+        """The mean cross-entropy of a batch, with the run's label smoothing."""
         return F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
     def own_route(self, x: Tensor) -> Routing | None:
-        """While exploring, each image's first or second expert at random; afterwards None: the model routes."""
+        """While exploring, a route to each image's first or second expert at random; then None: the model routes."""
         if not self.exploring or self.model.num_experts == 1 or self.config.gate == "soft":
             return None
         return self.ranked_route(x, range(2), "explore")
@@ -103,10 +103,10 @@ class Step:
         return self.model.route(x, top_k=ranks.stop).select(rank)
 
     def routing(self, x: Tensor) -> Callable[[], dict[str, Tensor]]:
-        """Attacks the route where that is asked for, and gives the losses of the router as a function of the weights.
+        """The losses of the router as a function of the weights: the balance and, with a `route_weight`, the route's.
 
-        route: CE(r(x_r), argmax r(x)), where x_r is the training attack on that cross-entropy. It falls only when the
-        choice stays the first by a margin under attack, and the balance loss keeps it from being the same for all.
+        route: CE(r(x_r), argmax r(x)), where x_r is the training attack on that cross-entropy. It is small only if the
+        choice leads by a margin even under attack; the balance loss keeps the choice from being the same for all.
         """
         if not self.config.route_weight or self.model.num_experts == 1:
             return lambda: self.balance(x)
@@ -121,9 +121,9 @@ class Step:
         return loss
 
     def balance(self, x: Tensor) -> dict[str, Tensor]:
-        """The balance loss; nothing where its weight is 0, so that it does not give the router a gradient of zeros.
+        """The balance loss; no term if its weight is 0, so that the router gets no gradient rather than zeros.
 
-        Given the load of the joint batch it is a mean over rows, as every other term is.
+        With the load of the joint batch it is a mean over rows, like every other term.
         """
         if not self.config.balance_weight:
             return {}
@@ -138,7 +138,7 @@ def partly_forced(model: RobustClassifier, own: Routing | None, forced: Routing)
     """The model with the last rows of the batch sent along `forced`, the rows before them along `own` or, if that is
     None, along the model's own route, which an attack can then change."""
 
-    fixed = None if own is None else Routing.cat([own, forced])  # sorted by expert, and told to others, once
+    fixed = None if own is None else Routing.cat([own, forced])  # sorted and exchanged once
 
     def logits(model: RobustClassifier, x: Tensor) -> Tensor:
         own_rows = slice(len(x) - len(forced.experts))

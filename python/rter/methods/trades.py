@@ -2,8 +2,8 @@
 
 PGD_KL ascends that KL from x + 0.001 N(0, 1). Gradients flow through both sides of the loss's KL.
 
-Source: Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019. With experts,
-TRADES-MoE. Their beta is 6 on CIFAR-10; the default is the digits'.
+Source: Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019. With several
+experts, TRADES-MoE. Their beta is 6 on CIFAR-10; the default was chosen on the digits.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""One update of the parameters: for each pass of a method its loss, the gradient, a step of the optimiser."""
+"""One update of the parameters: for each pass of a method, its loss, the gradient and a step of the optimiser."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from rter.optimisation import finish_gradients
 def update(step: Step, optimizer: torch.optim.Optimizer, batch: Split) -> dict[str, Tensor]:
     """Runs the method's passes one after the other; returns the loss, summed over them, and all terms, detached.
 
-    Raises NonFiniteError if a loss or its gradient is no number; the weights are then as they were before that pass.
+    Raises NonFiniteError if a loss or its gradient is not finite; the weights are then as they were before that pass.
 
-    A parameter that no gradient reaches has .grad None and stands still: neither momentum nor weight decay moves it.
+    A parameter that no gradient reaches has .grad None and is left alone: neither momentum nor weight decay moves it.
     """
     for pass_ in METHODS[step.config.method].passes:
         with step.arithmetic():

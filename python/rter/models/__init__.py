@@ -1,4 +1,4 @@
-"""Models: a mixture of experts behind a router. These lists of their parts import none, and so not torch."""
+"""Models: a mixture of experts behind a router. These lists import none of the parts, and so no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ class Network:
     """A network that serves as an expert.
 
     Args:
-        build: where `build(config, image [C, H, W], num_classes)` is.
+        build: where the function (config, image [C, H, W], num_classes) -> experts is.
         defaults: settings for which the network has a default of its own.
     """
 
@@ -24,7 +24,7 @@ NETWORKS = {
     "wrn": Network("rter.models.networks:wrn", {"width": 160, "depth": 28}),
     "vit": Network("rter.models.networks:vit", {"width": 384, "depth": 12}),
 }
-ROUTERS = {  # build(image [C, H, W], num_experts) of each
+ROUTERS = {  # where each one's function (image [C, H, W], num_experts) -> router is
     "linear": "rter.models.routers:linear",
     "conv": "rter.models.routers:conv",
     "mlp": "rter.models.routers:mlp",

@@ -1,4 +1,4 @@
-"""Anybody's model as a classifier of images in [0, 1], with its route where it has one that can be attacked."""
+"""Any model as a classifier of images in [0, 1], with its route if it has one that can be attacked."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -15,11 +15,11 @@ from rter.models.classifier import RobustClassifier
 
 
 class Adapted(nn.Module):
-    """Logits [B, C] of images in [0, 1] from a model that takes images within bounds.
+    """Logits [B, C] of images in [0, 1] from a model that expects images within bounds.
 
     Args:
-        model: any callable; its result may carry the logits as an attribute, as those of transformers do.
-        bounds: the least and the greatest value of the images that it takes.
+        model: any callable; its result may have the logits as an attribute, as in transformers.
+        bounds: the smallest and largest value of the images that it expects.
     """
 
     num_experts = 0
@@ -56,7 +56,7 @@ class AdaptedMixture(Adapted):
 
 @dataclass(eq=False, frozen=True, repr=False)
 class RoutingOfTokens(Routing):
-    """The routing of images whose `tokens` are routed: by the mean of their logits, and forced all together."""
+    """The routing of images whose `tokens` are routed: that of the tokens' mean logits; forced for all at once."""
 
     tokens: Routing | None = None
 
@@ -68,7 +68,7 @@ class RoutingOfTokens(Routing):
 
     @staticmethod
     def to_tokens(images: Routing, lead: torch.Size) -> Routing:
-        """The routing of tokens [B, ...] that sends all of an image's where a forced routing sends the image."""
+        """The routing of tokens [B, ...] that sends all tokens of an image where `images` sends the image."""
         count = lead[1:].numel()
         logits = images.logits.view(lead[0], *[1] * len(lead[1:]), -1).expand(*lead, -1)
         return Routing(logits, *(t.repeat_interleave(count, 0) for t in (images.weights, images.experts)))
@@ -94,7 +94,7 @@ class AdaptedInside(AdaptedMixture):
                 self.model(self.scaled(x))
         except _Routed as found:
             return found.routing
-        raise UserError("model must run its RobustMoE at every forward, and did not")
+        raise UserError("model must run its RobustMoE at every forward, but did not")
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         if routing is None:
@@ -112,7 +112,7 @@ class AdaptedInside(AdaptedMixture):
             return super().forward(x)
 
 
-class _Routed(Exception):  # noqa: N818, which ends a forward at its route
+class _Routed(Exception):  # noqa: N818, ends a forward once the route is known
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
 
@@ -144,12 +144,12 @@ def logits_of(output: Any, batch: int) -> Tensor:
 
 
 def adapt(model: Any, x: Tensor, bounds: tuple[float, float]) -> tuple[nn.Module, str]:
-    """The model as a classifier, and what the report says of its routes.
+    """The model as a classifier, and what the report says about its routes.
 
     Args:
         model: any callable from images to logits, in eval mode.
         x: a few images in [0, 1] to try it on.
-        bounds: the least and the greatest value of the images that it takes.
+        bounds: the smallest and largest value of the images that it expects.
 
     Raises:
         UserError: if it does not return logits.
@@ -172,27 +172,27 @@ def _adapt(model: Any, x: Tensor, bounds: tuple[float, float]) -> tuple[Adapted,
     if callable(getattr(model, "route", None)) and _takes_routing(model):
         return _if_routed(AdaptedMixture(model, bounds, 0), plain, x)
     if not isinstance(model, nn.Module):
-        return plain, "none attacked: the model is no module, so that its experts, if it has any, cannot be seen"
-    inner = getattr(model, "_orig_mod", model)  # a compiled forward is not stopped at its route
+        return plain, "none attacked: the model is not a module, so its experts, if any, cannot be found"
+    inner = getattr(model, "_orig_mod", model)  # since a compiled forward cannot be stopped at its route
     layers = [module for module in inner.modules() if isinstance(module, RobustMoE)]
     if not layers:
-        return plain, "none: the model has no experts, so attacks on routes drop out"
+        return plain, "none: the model has no experts, so attacks on routes are skipped"
     if len(layers) > 1:
-        return plain, f"NOT attacked: the model has {len(layers)} RobustMoE layers, and the attacks know one"
+        return plain, f"NOT attacked: the model has {len(layers)} RobustMoE layers, and the attacks support one"
     if _calls(inner, layers[0], plain.scaled(x)) != 1:
-        return plain, "NOT attacked: the RobustMoE does not run once at each forward"
+        return plain, "NOT attacked: the RobustMoE does not run exactly once per forward"
     return _if_routed(AdaptedInside(inner, bounds, layers[0]), plain, x)
 
 
 def _if_routed(mixture: AdaptedMixture, plain: Adapted, x: Tensor) -> tuple[Adapted, str]:
-    """The mixture, if its route is one of whole images that has a gradient; otherwise the plain model, and why."""
+    """The mixture, if it routes whole images and the route has a gradient; otherwise the plain model, and why."""
     routing = mixture.route(x.clone().requires_grad_())
     if not isinstance(routing, Routing):
         raise UserError(f"model.route must return a moe_kernels.Routing, got {type(routing).__name__}")
     mixture.num_experts = routing.num_experts
     if routing.logits.ndim != 2 or len(routing.logits) != len(x):
         shape = list(routing.logits.shape)
-        return plain, f"NOT attacked: the route of {len(x)} images has logits {shape}, and not {len(x)} rows of them"
+        return plain, f"NOT attacked: the route of {len(x)} images has logits {shape} instead of {len(x)} rows"
     if not routing.logits.requires_grad:
         return plain, "NOT attacked: the route's logits have no gradient"
     if mixture.num_experts == 1:
@@ -227,7 +227,7 @@ def _naming_the_model(x: Tensor) -> Iterator[None]:
     except Exception as error:
         said = " ".join(str(error).split())
         raise UserError(
-            f"model must take images {str(x.dtype).removeprefix('torch.')} {list(x.shape)}, and raised "
+            f"model must accept images {str(x.dtype).removeprefix('torch.')} {list(x.shape)}, but raised "
             f"{type(error).__name__}: {said}"
         ) from error
 
@@ -242,5 +242,5 @@ def _check_logits(model: nn.Module, x: Tensor) -> None:
     if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3:
         raise UserError(
             "model must return logits, got probabilities (none below 0, and each row sums to 1), which hide gradients: "
-            "return what stands before the softmax"
+            "return the input of the softmax"
         )

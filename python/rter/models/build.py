@@ -14,14 +14,14 @@ from rter.models.networks import make_experts, make_trunk
 from rter.models.routers import make_router
 from rter.notation import parse_normalize
 
-STATISTICS = 10_000  # training images that the normaliser is made of
+STATISTICS = 10_000  # training images over which the normaliser's mean and deviation are taken
 
 
 def build_model(config: Config, data: Data) -> RobustClassifier:
-    """The model before training; the global random state is left as it was.
+    """The model before training; the global random state is not changed.
 
     Raises:
-        UserError: if the settings do not fit the images, or a model so large does not fit the memory.
+        UserError: if the settings do not fit the images, or the model does not fit the memory.
     """
     _demand_memory(config, data)
     with torch.random.fork_rng(devices=[]):
@@ -33,14 +33,14 @@ def build_model(config: Config, data: Data) -> RobustClassifier:
 
 
 def _demand_memory(config: Config, data: Data) -> None:
-    """Refuses a model that fails in any case: its weights, in fp32, fill the machine."""
+    """Refuses a model that is bound to fail, since its weights alone, in fp32, exceed the machine's memory."""
     image = data.train.pixels.shape[1:]
     try:
         with torch.device("meta"):
             trunk, features = make_trunk(config, image)
             parts = trunk, make_experts(config, image, data.num_classes), make_router(config, features)
         needed = (1 + config.dual) * 4 * sum(w.numel() for part in parts if part for w in part.parameters())
-    except RuntimeError:  # more elements than an int64 counts
+    except RuntimeError:  # more elements than fit an int64
         needed = 2**63
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
@@ -61,7 +61,7 @@ def _classifier(config: Config, data: Data) -> RobustClassifier:
 
 
 def _normalize(config: Config, images: Tensor) -> Normalize:
-    """By the images' mean and deviation, or by those that the setting gives."""
+    """The normaliser, by the images' mean and deviation or those that the setting gives."""
     normalize = Normalize(images)
     if config.normalize != "data":
         C = images.shape[1]

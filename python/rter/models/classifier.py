@@ -1,4 +1,4 @@
-"""The classifier that is trained and attacked, and the views of it that attacks look through."""
+"""The classifier that is trained and attacked, and views of it for attacks on its parts."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from moe_kernels import RobustMoE, Routing
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std with the training images' mean and std of each channel, or a std of 1 where that is constant."""
+    """(x - mean) / std with the mean and std of each channel over the images; std is 1 for a constant channel."""
 
     mean: Tensor  # [C, 1, 1]
     std: Tensor  # [C, 1, 1]
@@ -25,12 +25,12 @@ class Normalize(nn.Module):
 
 
 class RobustClassifier(nn.Module):
-    """Logits of images in [0, 1]: the normaliser, a trunk if there is one, then a top-1 mixture of experts.
+    """Logits [B, C] of images in [0, 1]: a normaliser, a trunk if there is one, then a mixture of experts.
 
     Args:
-        normalize: of the images.
-        moe: the mixture, on what the trunk makes of them.
-        trunk: what the experts share, and the router reads; None for the images themselves.
+        normalize: applied to the images.
+        moe: the mixture, applied to the output of the trunk.
+        trunk: layers that all experts and the router share; None if there are none.
     """
 
     def __init__(self, normalize: Normalize, moe: RobustMoE, trunk: nn.Module | None = None) -> None:
@@ -47,12 +47,12 @@ class RobustClassifier(nn.Module):
         return self.moe.route(self.features(x), top_k)
 
     def features(self, x: Tensor) -> Tensor:
-        """What experts and router read."""
+        """The input of the experts and the router."""
         h = self.normalize(x)
         return h if self.trunk is None else self.trunk(h)
 
     def forward(self, x: Tensor, routing: Routing | Callable[[Tensor], Routing] | None = None) -> Tensor:
-        """Along the route of x, along the one given, or along that which a function makes of the features."""
+        """Logits along the model's own route, a given one, or one that a function computes from the features."""
         h = self.features(x)
         return self.moe(h, routing=routing(h) if callable(routing) else routing)
 
@@ -66,7 +66,7 @@ class DualClassifier(RobustClassifier):
         standard: F_S.
         robust: F_R, whose parts this model takes over.
         alpha: weight of F_R, in [0, 1]; may be set at any time.
-        mixes: what F_S and F_R are in the sum, "logits" or "probabilities", of which the logarithm is returned.
+        mixes: what is mixed, "logits", or "probabilities", in which case the logarithm of the mixture is returned.
 
     Source: Zhang et al., ICML 2025.
     """

@@ -1,9 +1,9 @@
-"""Weights to begin with, from files of other code, read without running anything in them.
+"""Initial weights from files of other code, read without running anything in them.
 
 Either a mixture as the public RT-ER code saves it, `experts.<i>.net.*` or `experts.<i>.vit.*` and `router.gate.*`, or
-two of these as in its dual model, below `Smoe.` and `Rmoe.`; or one network, which every expert then begins with: a
-ResNet-18 of pytorch-cifar or torchvision, or a transformer of timm. DataParallel's prefix `module.` is dropped,
-and a head for another number of classes is left as it is in the model.
+two of these under `Smoe.` and `Rmoe.`, as in its dual model; or one network that initialises every expert: a ResNet-18
+of pytorch-cifar or torchvision, or a vision transformer of timm. DataParallel's prefix `module.` is dropped, and a head
+for another number of classes is not loaded.
 """
 
 import pickle
@@ -27,7 +27,7 @@ HEADS = ("head.", "linear.", "fc.")
 
 
 def load_initial(model: nn.Module, path: Path) -> None:
-    """Loads the file into every mixture of the model; of the two in a dual file, F_S into F_S and F_R into the other.
+    """Loads the file into every mixture of the model; a dual file's F_S goes into F_S, its F_R into F_R.
 
     Raises:
         UserError: if the file cannot be read, holds more than tensors, or does not fit.
@@ -54,7 +54,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} must be a file of tensors, which is all that is loaded: {refusal(error)}") from None
+        raise UserError(f"{path} must be a file of tensors and nothing else: {refusal(error)}") from None
     while isinstance(state, Mapping) and (wrapper := next((w for w in WRAPPERS if w in state), None)):
         state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -84,7 +84,7 @@ def _load(moe: RobustMoE, state: Mapping[str, Tensor]) -> None:
 
 
 def _with_own_head(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The plain state with the model's own head where that of the file has other shapes."""
+    """The state of one network, with the model's own head if the file's has other shapes."""
     kept = {k: v for k, v in state.items() if not k.startswith(HEADS)}
     given = {re.sub(r"^fc\.", "linear.", k): v for k, v in state.items() if k.startswith(HEADS)}
     fits = all(key in own and own[key].shape == value.shape for key, value in given.items())

@@ -75,7 +75,7 @@ def make_experts(config: Config, image: torch.Size, num_classes: int) -> Grouped
 
 
 def make_trunk(config: Config, image: torch.Size) -> tuple[ResNet18Trunk | None, torch.Size]:
-    """What the experts share, if anything, and the shape [C, H, W] of what experts and router then read."""
+    """The layers that the experts share, if any, and the shape [C, H, W] of the input of experts and router."""
     if not config.shared_stages:
         return None, image
     trunk = ResNet18Trunk(config.shared_stages, image[0], config.width)

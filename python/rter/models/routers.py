@@ -1,4 +1,4 @@
-"""The networks that choose an expert for each image; all begin without a preference of their own: a bias of zero."""
+"""The networks that choose an expert for each image; their last bias starts at zero, so that none is preferred."""
 
 import pkgutil
 
