@@ -11,7 +11,9 @@ import pytest
 import rter
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from rter.__main__ import main
+from rter.data.folders import load_image_folder
 from torch import Tensor, nn
 
 import moe_kernels
@@ -165,10 +167,23 @@ def test_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         if program == "rter":
             assert main([*words, *SHORT[words[0]].split()]) == 0, capsys.readouterr().err
     assert (tmp_path / "runs/robust/report.html").exists()
-    (block,) = blocks("start.md")
+    use, _ = blocks("start.md")
     names: dict[str, Any] = {"images": S.rand(3, 3, 16, 16)}
-    exec(block, names)
+    exec(use, names)
     assert names["classes"].shape == (3,) and names["experts"].shape == (3, 1) and not names["model"].training
+
+
+def test_start_reads_a_photo_as_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            path = Path("photos", split, name, "1.jpg")
+            path.parent.mkdir(parents=True)
+            Image.fromarray((255 * S.rand(45, 60, 3)).byte().numpy()).save(path)
+    names: dict[str, Any] = {}
+    exec(blocks("start.md")[1], names)
+    test = load_image_folder(Path("photos"), 32).test
+    assert test and torch.equal(names["images"], test[torch.tensor([0])].x)
 
 
 def test_the_readme_repeats_rows_of_the_digits() -> None:

@@ -1,8 +1,12 @@
 """Your own model under every attack of the suite: `python docs/examples/evaluate_a_model.py`.
 
-The same evaluation on the command line takes a file with a function that returns the model:
+It writes cnn.pt and report/ into the current folder. The command line takes a file with a function that returns the
+model:
 
     rter evaluate --model docs/examples/evaluate_a_model.py:network --weights cnn.pt --data digits --eps 0.2 --out DIR
+
+It measures on all of the digits, which have no test split, and so also on those that this model was trained on: its
+figures are too good. Give data with a test split, or call `evaluate_model` with images of your own, as here.
 """
 
 from pathlib import Path
