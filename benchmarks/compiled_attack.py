@@ -1,7 +1,8 @@
 """What compile=True gains: `python benchmarks/compiled_attack.py [--case NAME] [--repeats N]`.
 
-Times PGD with compile=True beside PGD without, in turns on two threads, after a first call of each, in fp32; the least
-of the repeats. The first call of the compiled attack compiles, which torch keeps on disk for later processes.
+Times PGD with and without compile=True, in turns, on two threads, in fp32, and prints the minimum over the repeats
+after a first call of each. The first call of the compiled attack compiles; torch caches the result on disk for later
+processes.
 """
 
 import argparse
@@ -23,7 +24,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
 
 
 def compare(case: str, repeats: int) -> tuple[float, dict[bool, float]]:
-    """Seconds of the first call of the compiled attack, and the least of the others by `compile`."""
+    """Seconds of the first call of the compiled attack, and the minimum over later calls by `compile`."""
     make, images, pixels, steps = CASES[case]
     torch.manual_seed(0)
     model = randomize_statistics(make()).eval()

@@ -1,4 +1,4 @@
-"""Old names of public things, which go on working for one version, with a DeprecationWarning."""
+"""Former names of the public interface, which keep working for one version, with a DeprecationWarning."""
 
 import functools
 import warnings
@@ -9,7 +9,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def renamed_argument(old: str, new: str) -> Callable[[F], F]:
-    """Decorator of a function that once called its argument `new` by the name `old`."""
+    """Decorator for a function whose argument `new` used to be called `old`."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)

@@ -40,11 +40,8 @@ def all_to_all(x: Tensor, received: list[int], sent: list[int], group: Any) -> T
 
 
 def compiled(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model under torch.compile, whose failures are one line.
-
-    Raises:
-        RuntimeError: by the result, if torch.compile fails, as it does without a C++ compiler.
-    """
+    """The model under torch.compile; a call of it raises RuntimeError, in one line, if torch.compile fails, as it does
+    without a C++ compiler."""
     run = torch.compile(model)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -66,7 +66,7 @@ class Attack(ABC):
         self.attack_misclassified = True
         self.recompute = recompute
         self.compile = compile
-        self._compiled: tuple[Any, Callable[..., Any]] | None = None  # the model, and what has been made of it
+        self._compiled: tuple[Any, Callable[..., Any]] | None = None  # the model and its compiled form
         low, high = (b.item() if isinstance(b, Tensor) else b for b in bounds)
         self.bounds = low, high
         self.seed = None if seed is None else int(seed)
@@ -159,7 +159,7 @@ class Attack(ABC):
         return generator
 
     def _forward(self) -> Callable[..., Any]:
-        """The model; with `compile`, where gradients are recorded, what torch.compile has made of it once."""
+        """The model; with `compile` and in grad mode, the model compiled by torch, which is made once."""
         if not self.compile or not torch.is_grad_enabled():
             return self.model
         if self._compiled is None or self._compiled[0] is not self.model:

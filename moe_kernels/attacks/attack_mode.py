@@ -44,7 +44,7 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
             longer.
 
     Raises:
-        ValueError: if model is no callable or recompute is unknown, or on entry if the model was made under
+        ValueError: if model is not callable or recompute is unknown, or on entry if the model was made under
             torch.inference_mode.
 
     Example:

@@ -54,10 +54,10 @@ class PGD(Attack):
             `model(x, routing=...)`, and judge only the last iterate of each restart, under its own route. A weaker
             attack, since it never aims at the route: for training, not for evaluation.
         recompute: "none", or "activations", which saves memory in a transformer and takes longer; see `attack_mode`.
-        compile: compute the gradient steps by torch.compile(model) instead of `attack_mode`'s rules; the parameters are
-            frozen as ever. The first call compiles, which takes a minute or more, and so does the first with another
-            size of batch, whose result serves all further sizes. Pays for many calls of ten steps and more on small
-            batches; docs/attack.md has times.
+        compile: take gradients from torch.compile(model) instead of `attack_mode`'s rules; the parameters are frozen
+            all the same. The first call compiles, which takes a minute or more; the first with another batch size compiles
+            once more, for all further sizes. Pays off for many calls of ten or more steps on small batches;
+            docs/attack.md has times.
 
     Attributes:
         nan_gradients, zero_gradients: in how many (sample, step) pairs of the last call the gradient held a NaN, and in
@@ -65,7 +65,7 @@ class PGD(Attack):
 
     Raises:
         ValueError: if an argument, here or in the call, is not as described.
-        RuntimeError: by the call, if torch.compile fails on the model.
+        RuntimeError: in the call, if torch.compile fails on the model.
     """
 
     def __init__(

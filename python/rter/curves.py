@@ -1,4 +1,4 @@
-"""The curves of an evaluation: accuracy against eps, and that of a dual model against alpha."""
+"""The curves of an evaluation: accuracy against eps and, for a dual model, against alpha."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from rter.attack import make_attack
 from rter.evaluation import Evaluation, mean, predict
 from rter.models.classifier import DualClassifier
 
-CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # eps, in units of the evaluation's
+CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # relative to the evaluation's eps
 
 
 def eps_curve(evaluation: Evaluation, robust: Tensor) -> list[list[float]]:
@@ -29,7 +29,7 @@ def eps_curve(evaluation: Evaluation, robust: Tensor) -> list[list[float]]:
 
 
 def mixing_curve(evaluation: Evaluation) -> dict[str, Any]:
-    """The curve of a dual model over its alpha, as `alpha_curve`; nothing of another model, or in the suite "pgd"."""
+    """The curve of a dual model over alpha, as `alpha_curve`; empty for other models and in the suite "pgd"."""
     model, strength = evaluation.model, evaluation.strength
     if not isinstance(model, DualClassifier) or strength.suite == "pgd":
         return {}

@@ -84,7 +84,7 @@ class TrainedRun:
 def evaluate(run: TrainedRun, effort: Effort, progress: bool = False) -> dict[str, Any]:
     """Attacks the weights of a run; writes report.json and examples.safetensors into its folder, or another.
 
-    An evaluation that was killed goes on, and a finished one is not computed again.
+    An evaluation that was killed is resumed, and a finished one is not computed again.
     """
     config, data, model = run.load()
     test = data.test if run.images is None else data.test.sample(run.images, config.seed)

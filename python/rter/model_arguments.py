@@ -7,7 +7,7 @@ from rter.errors import UserError, did_you_mean
 from rter.strength import BATCH, NORMS, make_strength
 
 EVALUATE = """Attacks a model and writes report.json: that of a RUN, a folder made by `rter train`, or, with --model,
-whatever module a function returns. An evaluation that was killed goes on when its command is given again."""
+the module that a function returns. An evaluation that was killed resumes when its command is repeated."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        "from images in [0, 1] to logits")  # fmt: skip
     group.add_argument("--data", metavar="NAME", help=f"one of {', '.join(DATASETS)}; its test images, or all of them "
                        "where it has no test split")  # fmt: skip
-    group.add_argument("--image-size", metavar="N", help="pixels to which images in files of their own are scaled")
+    group.add_argument("--image-size", metavar="N", help="pixels to which images in separate files are scaled")
     group.add_argument("--eps", metavar="EPS", help="radius of the perturbation, such as 8/255")
     group.add_argument("--norm", metavar="NORM", help=f"one of {', '.join(NORMS)} (default: Linf)")
     group.add_argument("--batch-size", metavar="N", help="images that are attacked at a time (default: 512)")

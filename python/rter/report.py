@@ -1,4 +1,4 @@
-"""report.md: the figures of an evaluated run beside its baselines, with plots."""
+"""report.md: the figures of an evaluated run and its baselines, with plots."""
 
 import os
 from collections.abc import Sequence
@@ -52,9 +52,8 @@ def make_report(run: Path, baselines: Sequence[Path]) -> str:
     if baselines:
         report["baselines"] = {name_of(path): read_report(path) | {"baselines": {}} for path in baselines}
         if len({name, *report["baselines"]}) <= len(baselines):
-            raise UserError(
-                f"RUN and --baselines must be folders of different names, got {name!r} among or beside them"
-            )
+            names = ", ".join(map(name_of, (run, *baselines)))
+            raise UserError(f"RUN and --baselines must be folders of different names, got {names}")
         write_json(run / "report.json", report)
     figures = table({name: summary(report), **{n: summary(b) for n, b in report["baselines"].items()}})
     examples = _examples(run)

@@ -76,7 +76,7 @@ class State:
                 parts: dict[str, dict[str, Tensor]] = {
                     name: {} for name in ("model", "ema", "optimizer", "priors", "records")
                 }
-                for key in file.keys():  # noqa: SIM118, the file is no mapping
+                for key in file.keys():  # noqa: SIM118, the file is not a mapping
                     part, name = key.split("/", 1)
                     parts[part][name] = file.get_tensor(key)
             for part, module in self._modules():

@@ -58,7 +58,7 @@ class RobustClassifier(nn.Module):
 
 
 class DualClassifier(RobustClassifier):
-    """F_D = (1 - alpha) F_S + alpha F_R: a robust classifier with a standard one beside it.
+    """F_D = (1 - alpha) F_S + alpha F_R: a robust classifier combined with a standard one.
 
     Experts and routes are the robust one's; the standard one always routes by itself.
 
