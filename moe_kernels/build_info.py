@@ -1,11 +1,12 @@
 """What was built, and which implementation each operator uses on this machine."""
 
 import inspect
+import platform
 from typing import Any
 
 import torch
 
-from moe_kernels import _library, ops
+from moe_kernels import _library, _torch, ops
 from moe_kernels.backends import is_implemented
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ def build_info() -> dict[str, Any]:
         "built_with_torch": _C.built_with_torch,
         "compiler": _C.compiler,
         "cpu_level": f"{_library.level} of {_C.cpu_levels}",
+        "cpu_bf16": _cpu_bf16(),
         "cuda_library": f"{cuda}; not loaded: {_library.cuda_problem}" if library and _library.cuda_problem else cuda,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": {
@@ -31,6 +33,12 @@ def build_info() -> dict[str, Any]:
             if inspect.isfunction(getattr(ops, op))  # the others are derivatives of these
         },
     }
+
+
+def _cpu_bf16() -> str:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "unknown"  # torch tells it of x86 alone
+    return "in hardware" if _torch.cpu_multiplies_bf16() else "emulated"
 
 
 def _implementation(op: str, device: str) -> str:

@@ -113,7 +113,7 @@ def test_a_cpu_without_bf16_is_told(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: there)
+    monkeypatch.setattr("moe_kernels._torch.cpu_multiplies_bf16", lambda: there)
     train(make_config(method="standard", amp="bf16", **TINY | {"epochs": 1}), tmp_path / "run", device="cpu")
     assert ("this CPU has no instructions for bfloat16" in capsys.readouterr().err) is not there
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import platform
 import signal
 import statistics
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels import build_info
 from rter import console
 from rter.checkpoint import (
     append_line,
@@ -68,7 +68,7 @@ def train(
     # Until a process sets a number of threads, MKL chooses one call by call, and rounding varies with it.
     torch.set_num_threads(torch.get_num_threads())
     where = choose_device(device)
-    if config.amp == "bf16" and where.type == "cpu" and is_first() and not _has_bf16():
+    if config.amp == "bf16" and where.type == "cpu" and is_first() and build_info()["cpu_bf16"] == "emulated":
         say("amp bf16: this CPU has no instructions for bfloat16 and emulates them, so fp32 (amp none) may be faster")
     data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size, config.train_images)
     with contextlib.ExitStack() as stack:
@@ -283,11 +283,6 @@ class _Training:
             found = ", ".join(f"{name} {value}" for name, value in facts.items())
             epoch = f"epoch {metrics['epoch']} of {self.config.epochs}"
             say(f"{self.out.name}: {epoch} took {seconds:.0f} s, {rate:.3g} images/s: {found}")
-
-
-def _has_bf16() -> bool:
-    """Whether the CPU has instructions for bfloat16, as far as torch can tell: of those other than x86 it cannot."""
-    return platform.machine() not in ("x86_64", "AMD64") or bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _note_differences(before: dict[str, int | str], now: dict[str, int | str], out: Path) -> None:
