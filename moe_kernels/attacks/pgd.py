@@ -55,8 +55,8 @@ class PGD(Attack):
             attack, since it never aims at the route: for training, not for evaluation.
         recompute: "none", or "activations", which saves memory in a transformer and takes longer; see `attack_mode`.
         compile: take gradients from torch.compile(model) instead of `attack_mode`'s rules; the parameters are frozen
-            all the same. The first call compiles, which takes a minute or more; the first with another batch size compiles
-            once more, for all further sizes. Pays off for many calls of ten or more steps on small batches;
+            all the same. The first call compiles, which takes a minute or more; the first with another batch size
+            compiles once more, for all further sizes. Pays off for many calls of ten or more steps on small batches;
             docs/attack.md has times.
 
     Attributes:
