@@ -1,4 +1,4 @@
-"""Anybody's model is evaluated: a plain CNN, a transformer, a mixture of modules; killed, gone on to the same bits."""
+"""Any user's model is evaluated: a plain CNN, a transformer, a mixture of modules; killed and resumed bit for bit."""
 
 import json
 import re
@@ -60,7 +60,7 @@ MODELS = {"cnn": cnn, "mixture": mixture, "transformer": transformer}
 
 
 def images(model: nn.Module, count: int = 20) -> tuple[Tensor, Tensor]:
-    """Images and what the model says of them, but for one."""
+    """Images and the labels that the model gives them, except for one wrong label."""
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(count, 3, 8, 8, generator=generator)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def timeless(report: Report) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_killed_evaluation_goes_on_to_the_same_bits(
+def test_a_killed_evaluation_resumes_to_the_same_bits(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = MODELS[kind]()
@@ -86,7 +86,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(
     for after in (1, 4, 9, 2, 10**6):
         with monkeypatch.context() as patch:
             broken_off(after, patch)
-            torch.manual_seed(after)  # which nothing may depend on
+            torch.manual_seed(after)  # nothing may depend on it
             try:
                 resumed = evaluate_model(model, x, y, suite="quick", out=tmp_path, **WEAK)
             except SystemExit:
@@ -104,7 +104,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(
 
 
 def test_the_report_of_a_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the full suite, killed in the middle of AutoAttack."""
+    """The full suite, killed in the middle of AutoAttack and resumed."""
     model, options = cnn(), {"suite": "full"} | WEAK | {"batch_size": 20}
     x, y = images(model)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -140,8 +140,8 @@ def test_the_report_of_a_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (report.examples["x_adv"] - x[rows]).abs().max() <= 1 / 50 + 1e-6
 
 
-def test_a_mixture_inside_a_module_is_attacked_as_one_that_offers_its_route() -> None:
-    """The model routes by itself, as the README's block does; forcing its route from outside comes to the same."""
+def test_a_mixture_inside_a_module_is_attacked_like_one_with_a_route_method() -> None:
+    """The model routes by itself, as the README's block does; forcing its route from outside gives the same results."""
 
     class Offering(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
@@ -207,7 +207,7 @@ def test_a_route_that_cannot_be_attacked_is_named(kind: str) -> None:
     assert adapted.num_experts == 0 and re.search(said, routes) and "attacked" in routes
 
 
-def test_tokens_are_sent_to_an_expert_together() -> None:
+def test_all_tokens_of_an_image_are_sent_to_one_expert() -> None:
     torch.manual_seed(0)
     moe = RobustMoE(64, 8, 3, 2)
     model = nn.Sequential(nn.Flatten(2), moe, nn.Flatten(), nn.Linear(192, 4))
@@ -227,7 +227,7 @@ def test_tokens_are_sent_to_an_expert_together() -> None:
     assert len(report.figures["ra_e"]) == 3 and "expert and route, weight 0.1" in report.figures["attacks"]
 
 
-def test_other_bounds_are_only_other_units() -> None:
+def test_bounds_only_change_the_units() -> None:
     model = cnn()
     x, y = images(model)
     report = evaluate_model(model, x, y, suite="quick", **WEAK)
@@ -239,7 +239,7 @@ def test_other_bounds_are_only_other_units() -> None:
 
 
 class Says(nn.Module):
-    """Returns what a function makes of logits."""
+    """Returns a function of a network's logits."""
 
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def test_what_a_model_must_return(function: Any, message: str) -> None:
     assert model.training and model.net[3].training
 
 
-def test_a_random_model_is_said_to_be_one_and_resumes(
+def test_a_random_model_is_reported_as_random_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Says(lambda z: z + 0.1 * torch.randn_like(z))
@@ -332,7 +332,9 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
         evaluate_model(arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments)
 
 
-def test_a_folder_that_holds_another_half_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_another_unfinished_evaluation_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = cnn()
     x, y = images(model)
     options = {"suite": "quick", "out": tmp_path} | WEAK

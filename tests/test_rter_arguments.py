@@ -1,4 +1,4 @@
-"""Help, and mistakes in the arguments, are answered at once: without torch and whatever else takes long to import."""
+"""Help and mistakes in the arguments are answered at once: without importing torch or other large packages."""
 
 import subprocess
 import sys

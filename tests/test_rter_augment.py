@@ -1,4 +1,4 @@
-"""Augmentations: each image's own, from the generator alone, and equal to a loop over images."""
+"""Augmentations are drawn for each image, depend only on the generator, and equal a loop over images."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def by(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_flip_mirrors_about_half() -> None:
+def test_flip_mirrors_about_half_of_the_images() -> None:
     y = flip(X, by(0))
     flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(y, X, strict=True)]
     assert 70 < sum(flipped) < 130
@@ -46,7 +46,7 @@ def test_cutout_blackens_one_square(pixels: int) -> None:
     assert len(corners) == (8 - pixels) * (7 - pixels)
 
 
-def test_follows_from_the_generator_alone() -> None:
+def test_depends_only_on_the_generator() -> None:
     augment, before = make_augment(make_config(augment="flip,crop4,cutout3")), torch.random.get_rng_state()
     images = X.clone()
     first, again, other = augment(X, by(1)), augment(X, by(1)), augment(X, by(2))
@@ -60,7 +60,7 @@ def test_follows_from_the_generator_alone() -> None:
     assert torch.equal(first, expected)
 
 
-def test_auto_is_the_papers_but_for_digits() -> None:
+def test_auto_is_the_papers_augmentation_except_for_digits() -> None:
     paper = make_augment(make_config(data="cifar10", augment="flip,translate2,cutout8"))
     assert torch.equal(make_augment(make_config(data="cifar10", augment="auto"))(X, by(0)), paper(X, by(0)))
     for config in (make_config(), make_config(data="cifar10", augment="none")):
@@ -70,6 +70,6 @@ def test_auto_is_the_papers_but_for_digits() -> None:
 
 
 @pytest.mark.parametrize("text", ["turn", "translate", "cutout0", "flip2", "flip,", "flip translate2", ""])
-def test_refuses(text: str) -> None:
+def test_bad_names_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="augment must be auto, none, or flip, translateN, cropN and cutoutN"):
         make_config(augment=text)

@@ -1,4 +1,4 @@
-"""The runs of docs/configs/cifar10-*.toml: one schedule and one attack for all, and what tells them apart."""
+"""The runs of docs/configs/cifar10-*.toml have the same schedule and attack, and differ only in what they compare."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_a_row_is_the_run_it_is_meant_to_be(row: str) -> None:
     assert {name: config[name] for name in expected} == expected
 
 
-def test_rows_differ_in_what_they_are_about_alone() -> None:
+def test_rows_differ_only_in_what_they_compare() -> None:
     first, *others = (dataclasses.asdict(load_config(CONFIGS / f"cifar10-{row}.toml")) for row in ROWS)
     differ = {name for other in others for name in first if first[name] != other[name]}
     assert differ == {"method", "train_attack", "num_experts", "width", *PAPER}

@@ -1,4 +1,4 @@
-"""The commands, end to end on the digits with a tiny model, and what they say to a user's mistake."""
+"""The commands, end to end on the digits with a tiny model, and their messages for a user's mistakes."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_holds_its_files(demo: Path) -> None:
+def test_a_run_has_its_files(demo: Path) -> None:
     run = demo / "rt-er"
     assert {path.name for path in run.iterdir()} == {
         "config.json", "metrics.jsonl", "metrics.csv", "last.safetensors", "best.safetensors", "resume.safetensors",
@@ -46,7 +46,7 @@ def test_a_run_holds_its_files(demo: Path) -> None:
 
 
 def test_learning_curves_of_methods_with_phases() -> None:
-    """The terms of the nine experts' loss are others in each phase, and all are drawn where they are."""
+    """The nine-experts loss has different terms in each phase; each is plotted over the epochs that have it."""
     apart = {"epoch": 1, "loss": 3.0, "benign": 1.0, "fgsm": 1.0, "pgd": 1.0}
     joint = {"loss": 2.0, "clean": 1.0, "adversarial": 1.0, "sa": 1.0, "ra": 0.5}
     figure = learning([apart, {"epoch": 2, **joint}, {"epoch": 3, **joint}])
@@ -106,11 +106,11 @@ def test_a_finished_evaluation_is_not_computed_again(
     assert len(measured) == 3 and "evaluated already" not in capsys.readouterr().err
 
 
-def test_a_verdict_says_which_attack_broke_most() -> None:
+def test_a_verdict_names_the_attack_that_broke_most() -> None:
     report = {"verdict": 0.597, "intervals": {"verdict": [0.574, 0.62]}, "suite": "quick", "ra": 0.606, "aa": None,
               "worst_attack": "apgd-ce", "checks": {}}  # fmt: skip
     end = "PGD alone leaves 60.6%. Of what PGD leaves, apgd-ce breaks the most. All checks passed."
-    assert verdict(report).endswith(end)  # 9 of 1089 images: by no means most of them
+    assert verdict(report).endswith(end)  # 9 of 1089 images, far from most of them
     assert [counted(n, "expert") for n in (0, 1, 2)] == ["no experts", "1 expert", "2 experts"]
 
 
@@ -129,7 +129,7 @@ def test_a_sample_of_the_images_is_named(demo: Path, tmp_path: Path, capsys: pyt
     assert "2 experts, 2 epochs, Linf" in text and ", 1 restart on the whole model" in text
     assert "Measured on 20 of the 60 held-out images (drawn by seed 0 in the proportions of the classes) with" in text
     labels = load_tensors(run / "examples.safetensors")["label"]
-    assert len(labels) > 5  # not the first classes alone
+    assert len(labels) > 5  # not only the first classes
     write_json(run / "report.json", report | {"split": "test", "sample": None})
     assert main(["report", str(run)]) == 0
     text = (run / "report.md").read_text()
@@ -185,7 +185,7 @@ def test_a_sweep_at_equal_time_in_two_processes(tmp_path: Path, capsys: pytest.C
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
-    """By hand: differences 0.1, 0.2, 0.3 have mean 0.2, standard error 0.1 / sqrt(3), and t(0.975, 2) = 4.303."""
+    """Computed by hand: differences 0.1, 0.2, 0.3 have mean 0.2, standard error 0.1 / sqrt(3), t(0.975, 2) = 4.303."""
     row = {key: [0.5, 0.6, 0.7] for key in ("SA", "RA", "AA", "verdict")}
     rows = {"a": row, "b": {**row, "RA": [0.4, 0.4, 0.4], "AA": [None, None, None]}}
     write_json(tmp_path / "methods.json", {"seeds": [0, 1, 2], "equal_time_epochs": {}, "rows": rows})
@@ -260,7 +260,7 @@ def test_a_mistake_is_one_line(command: str, message: str, tmp_path: Path, capsy
     assert not places["new"].exists()
 
 
-def test_memory_that_ends_is_one_line(
+def test_running_out_of_memory_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def exhaust(*args: Any, **kwargs: Any) -> None:
@@ -327,7 +327,7 @@ def test_a_damaged_file_of_a_sweep_is_named(
 def test_data_are_found_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained beside the data by a relative path, evaluated from elsewhere, and again after the data have moved."""
+    """Trained with a relative path, evaluated from another folder, and again after the data have moved."""
     for at in ("here", "there"):
         (tmp_path / at).mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -355,8 +355,8 @@ def test_data_are_found_from_another_folder(
     assert main(["evaluate", *run]) == 0
 
 
-def test_a_torn_last_line_is_left_out(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a kill leaves of the line of an epoch: the run is evaluated and reported as it was before it."""
+def test_an_incomplete_last_line_is_ignored(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A kill leaves half a line of an epoch: the run is evaluated and reported as it was before that epoch."""
     run = tmp_path / "run"
     shutil.copytree(demo / "rt-er", run)
     whole = (run / "metrics.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""Data sets: small files in the true formats are read as they are, and damaged ones are refused by file and byte."""
+"""Data sets: small files in the real formats are read exactly; damaged ones are refused, naming file and byte."""
 
 import os
 import pickle
@@ -32,7 +32,7 @@ def test_split_keeps_bytes_and_gives_floats() -> None:
 
 
 def test_a_sample_has_the_proportions_of_the_classes() -> None:
-    """Of a set sorted by class, as folders are read, and of one with a class of a single image and one of none."""
+    """For a set sorted by class, as folders are read, and one with a class of a single image and a class of none."""
     y = torch.tensor([0] * 100 + [1] * 60 + [2] * 40 + [4])
     split = Split(torch.arange(201.0)[:, None, None, None], y)
     sample = split.sample(20, seed=3)
@@ -55,7 +55,7 @@ def batch(n: int) -> Split:
 
 
 def python2_pickle(value: Any) -> bytes:
-    """What Python 2's cPickle wrote in protocol 2, as in the published batches, which differs from Python 3's."""
+    """Python 2's cPickle in protocol 2, as in the published batches, which differs from Python 3's."""
 
     def dump(value: Any) -> bytes:
         if isinstance(value, bytes):
@@ -85,7 +85,7 @@ def python_batch(images: Split, **changes: Any) -> bytes:
 
 
 def write_cifar(folder: Path, version: str) -> list[Split]:
-    """Five batches of 4 images and one of 3 to test."""
+    """Five batches of 4 images, and a test batch of 3."""
     batches = [batch(4) for _ in range(5)] + [batch(3)]
     place = folder / f"cifar-10-batches-{version}"
     place.mkdir()
@@ -240,7 +240,7 @@ def test_svhn_refuses(tmp_path: Path) -> None:
     refused("svhn", tmp_path, "expected X [32, 32, 3, n] uint8 and y [n, 1], got uint8 (32, 32, 3, 5) and (2, 1)")
 
 
-def test_some_of_the_training_images(tmp_path: Path) -> None:
+def test_training_on_a_part_of_the_images(tmp_path: Path) -> None:
     every, some = load_data("digits", 360, 0), load_data("digits", 360, 0, train_images=200)
     assert torch.equal(some.held_out.pixels, every.held_out.pixels) and len(some.train) == 200
     assert (some.train.y.bincount() - every.train.y.bincount() * 200 / 1437).abs().max() < 1

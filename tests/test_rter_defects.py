@@ -1,4 +1,4 @@
-"""The nine defects of RT-ER's public code: each test measures what a defect spoils, here and in a naive version."""
+"""The nine defects of RT-ER's public code: each test measures a defect's effect, here and in a naive version."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +35,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def naive_pgd(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The public code's attack: eval without going back, mean-reduced loss; returns x_adv and its last gradient."""
+    """The public code's attack: stays in eval mode, mean-reduced loss; returns x_adv and its last gradient."""
     model.eval()
     x_adv, grad = x + (torch.zeros_like(x) if start is None else start), torch.zeros_like(x)
     for _ in range(steps):
@@ -47,7 +47,7 @@ def naive_pgd(
     return x_adv, grad
 
 
-def test_1_the_random_start_is_not_lost() -> None:
+def test_1_the_attack_starts_at_the_random_start() -> None:
     batch = random_batch(64)
     own = tiny(batch)
     eps = own.config.eps

@@ -1,4 +1,4 @@
-"""Two processes compute what one does, from the draws and the load of the joint batch, and go on after a kill."""
+"""Two processes compute what one does, with the draws and the load of the joint batch, and resume after a kill."""
 
 import os
 import shutil
@@ -20,14 +20,14 @@ from rter.models.build import build_model
 from rter.settings import make_config
 from runs import assert_equal_to_rounding, assert_same_run
 
-# the standard network, then RT-ER: two passes, each with AWP; ten steps, of which five explore, of 150 and 151 rows
+# The standard network, then RT-ER: two passes, each with AWP; ten steps, five of them exploring, of 150 and 151 rows.
 SETTINGS = ["--method", "dual", "--epochs", "2", "--batch-size", "301", "--width", "4", "--attack-steps", "3", "--ema",
             "0.9", "--held-out", "60", "--eval-every", "1", "--awp-gamma", "0.005", "--awp-warmup", "0"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As each process of torchrun has, since sums in another order are other sums."""
+    """As in each process of torchrun: more threads would sum in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, of which torchrun and both processes were killed between two steps."""
+    """The same run, in which torchrun and both processes were killed between two steps."""
     run = tmp_path_factory.mktemp("runs") / "killed"
     launcher = torchrun(run, "--save-every", "0")
     wait_for_state(launcher, run)
@@ -73,13 +73,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_two_processes_are_one_to_rounding(joint: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_up_to_rounding(joint: Path, tmp_path: Path) -> None:
     assert main(["train", "--out", str(tmp_path / "alone"), *SETTINGS]) == 0
     assert_equal_to_rounding(joint, tmp_path / "alone", terms=8)
 
 
-def test_goes_on_bit_for_bit(joint: Path, killed: Path, tmp_path: Path) -> None:
-    """After all were killed, and once more after the second process was, whose end torchrun brings upon the first."""
+def test_resumes_bit_for_bit(joint: Path, killed: Path, tmp_path: Path) -> None:
+    """After all processes were killed, and again after only the second was, upon which torchrun ends the first."""
     run = tmp_path / "run"
     shutil.copytree(killed, run)
     launcher = torchrun(run, "--save-every", "0", "--resume")
@@ -89,7 +89,7 @@ def test_goes_on_bit_for_bit(joint: Path, killed: Path, tmp_path: Path) -> None:
     assert_same_run(run, joint)
 
 
-def test_goes_on_with_another_number_of_processes(
+def test_resumes_with_another_number_of_processes(
     joint: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"

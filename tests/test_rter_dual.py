@@ -44,7 +44,7 @@ def test_the_dual_model_mixes_logits_and_routes_as_the_robust_one(batch: Split) 
 
 
 def test_a_mixture_of_probabilities_is_bounded(batch: Split) -> None:
-    """Whatever F_S says, F_D says what F_R does where its margin is above (1 - alpha) / alpha; also at the ends."""
+    """Whatever F_S says, F_D predicts what F_R does if F_R's margin exceeds (1 - alpha) / alpha; also at the ends."""
     model = dual(batch, dual_alpha=0.7, dual_mix="probabilities")
     standard, robust = 1e4 * torch.randn(1000, 3), torch.randn(1000, 3)
     for model.alpha in (0.7, 0.0, 1.0):
@@ -77,7 +77,7 @@ def test_the_attack_on_the_dual_model_leaves_both_halves_as_they_were(batch: Spl
 
 
 def test_the_curve_counts_every_attack_and_measures_from_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """F_S is right on the four clean images and F_R on two, on which it withstands the attack too."""
+    """F_S is right on the four clean images; F_R is right on two, clean and attacked."""
     images = Split(torch.arange(4).double(), torch.tensor([0, 0, 0, 0]))
 
     class Fake(nn.Module):

@@ -1,4 +1,4 @@
-"""An evaluation: the union of attacks, its certificates against closed forms, and its checks on models that hide."""
+"""Evaluations: the union of attacks, certificates against closed forms, and checks on models that mask gradients."""
 
 import dataclasses
 import math
@@ -64,9 +64,9 @@ def test_every_kind_of_model_is_measured(kind: str) -> None:
     assert "withstand every attack of the full suite" in verdict(report | {"suite": "full"})
 
 
-def test_the_verdict_is_the_union_of_the_attacks_and_what_is_broken_is_left_alone() -> None:
+def test_the_verdict_is_the_union_of_attacks_that_skip_broken_images() -> None:
     model, images = classifier()
-    images.y[11] = (images.y[11] + 1) % 5  # misread as it is
+    images.y[11] = (images.y[11] + 1) % 5  # misclassified without an attack
     own = evaluation(model, images)
     others = images.x[(images.y[:, None] != images.y).int().argmax(1)]  # for each image, one of another class
     tried: list[int] = []
@@ -134,8 +134,8 @@ def test_the_papers_certificate_holds(robust_digits: tuple[RobustClassifier, Spl
     assert paper_certificate(classifier()[0], x, y, weight) is None
 
 
-def test_a_hidden_gradient_is_noticed() -> None:
-    """The logits are rounded: gradients vanish, and only Square, which needs none, gets through."""
+def test_gradient_masking_is_detected() -> None:
+    """The logits are rounded: gradients vanish, and only Square, which needs none, succeeds."""
 
     class Rounded(nn.Module):
         num_experts = 1
@@ -162,7 +162,7 @@ def test_a_hidden_gradient_is_noticed() -> None:
 
 
 def test_gradients_are_compared_with_square() -> None:
-    """Of twelve images the gradients leave 0 and 1 and Square leaves 2 to 8: it breaks less, but two of its own."""
+    """Of twelve images, gradients fail on 0 and 1, Square on 2 to 8: it breaks fewer, but two that gradients do not."""
     model, images = classifier(1)
     rows = torch.arange(12)
     left = rows < 2, (rows >= 2) & (rows < 9)
@@ -188,14 +188,14 @@ def test_a_random_model_is_attacked_through_draws() -> None:
 
 
 def test_the_interval_is_wilsons() -> None:
-    """By hand from its definition: the ends p solve |part - p| = z sqrt(p (1 - p) / n)."""
+    """Computed by hand from its definition: the ends p solve |part - p| = z sqrt(p (1 - p) / n)."""
     for count, n in ((280, 400), (0, 20), (20, 20), (1, 3), (0, 1)):
         part = count / n
         low, high = wilson(part, n)
         assert 0 <= low <= part <= high <= 1
         for end in (low, high):
             assert abs(part - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), abs=1e-6)
-    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)  # no image of 20 does not mean none of all
+    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)  # none of 20 images does not mean none at all
     half = 1.96 * math.sqrt(0.7 * 0.3 / 400)
     assert wilson(0.7, 400) == pytest.approx((0.7 - half, 0.7 + half), abs=0.006)
 

@@ -1,4 +1,4 @@
-"""RT-ER whose experts are spread over 2 and 4 processes is RT-ER in one; it goes on after a kill, and is evaluated."""
+"""RT-ER with experts spread over 2 and 4 processes equals RT-ER in one, resumes after a kill, and is evaluated."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_four_processes_are_one_to_rounding_and_their_run_is_evaluated(alone: Path, tmp_path: Path) -> None:
+def test_four_processes_equal_one_up_to_rounding_and_their_run_is_evaluated(alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert torchrun(run, 4).wait(timeout=300) == 0
     assert_equal_to_rounding(run, alone, terms=6)
@@ -40,7 +40,7 @@ def test_four_processes_are_one_to_rounding_and_their_run_is_evaluated(alone: Pa
     assert main(["evaluate", str(run), *strength]) == 0 and (run / "report.json").exists()
 
 
-def test_two_processes_go_on_after_a_kill_as_one_would(alone: Path, tmp_path: Path) -> None:
+def test_two_processes_resume_after_a_kill_as_one_would(alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launcher = torchrun(run, 2, "--save-every", "0")
     while not (run / "resume.safetensors").exists():

@@ -72,7 +72,7 @@ def test_export_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_an_evaluation_in_a_folder_of_its_own(run: Path, tmp_path: Path) -> None:
-    """The light one of all images beside a stronger one of some: neither overwrites the other, nor touches the run."""
+    """A light evaluation of all images and a stronger one of some: neither overwrites the other or touches the run."""
     before = {path.name for path in run.iterdir()}
     assert main(["evaluate", str(run), "--suite", "pgd", *WEAK, "--out", str(tmp_path / "all")]) == 0
     some = [str(tmp_path / "some"), "--suite", "quick", *WEAK, "--images", "30"]
@@ -111,7 +111,7 @@ def test_differences_are_paired_image_by_image(run: Path, tmp_path: Path, capsys
 
 
 def test_the_paired_interval() -> None:
-    """By hand; mirrored when the models change places; narrower than the parts' own spread; and its level."""
+    """Computed by hand; mirrored when the models swap; narrower than the spread of the parts; and its level."""
     difference, low, high = paired(20, 8, 100)
     middle, reach = 12 / 102, 1.959964 * math.sqrt(29 - 144 / 102) / 102
     assert (difference, low, high) == pytest.approx((0.12, middle - reach, middle + reach))

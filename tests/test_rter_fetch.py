@@ -63,26 +63,26 @@ def test_downloads_once(server: Server, tmp_path: Path) -> None:
     assert fetch(server.archive(), path.parent) == path and server.asked == [None]
 
 
-def test_goes_on_where_the_connection_dropped(server: Server, tmp_path: Path) -> None:
+def test_resumes_where_the_connection_dropped(server: Server, tmp_path: Path) -> None:
     server.drop = 40_000
     assert fetch(server.archive(), tmp_path).read_bytes() == CONTENT
     assert server.asked == [None, "bytes=40000-", "bytes=80000-"]
 
 
-def test_goes_on_in_another_run(server: Server, tmp_path: Path) -> None:
+def test_resumes_in_another_run(server: Server, tmp_path: Path) -> None:
     (tmp_path / "train.mat.part").write_bytes(CONTENT[:100])
     assert fetch(server.archive(), tmp_path).read_bytes() == CONTENT and server.asked == ["bytes=100-"]
     (tmp_path / "train.mat").rename(tmp_path / "train.mat.part")
     assert fetch(server.archive(), tmp_path).read_bytes() == CONTENT
 
 
-def test_starts_anew_where_the_server_knows_no_ranges(server: Server, tmp_path: Path) -> None:
+def test_starts_over_if_the_server_does_not_support_ranges(server: Server, tmp_path: Path) -> None:
     server.ranges = False
     (tmp_path / "train.mat.part").write_bytes(b"stale")
     assert fetch(server.archive(), tmp_path).read_bytes() == CONTENT
 
 
-def test_gives_up_without_headway_and_keeps_what_it_has(server: Server, tmp_path: Path) -> None:
+def test_gives_up_without_progress_and_keeps_what_it_has(server: Server, tmp_path: Path) -> None:
     server.drop = 0
     (tmp_path / "train.mat.part").write_bytes(CONTENT[:100])
     with pytest.raises(UserError, match="dropped at byte 100; run this again"):

@@ -1,4 +1,4 @@
-"""Images in files of their own: folders are read as they are, and what is damaged or has no known range is refused."""
+"""Folders of image files are read exactly; damaged files and those without a known range of values are refused."""
 
 import io
 import struct
@@ -78,7 +78,7 @@ def test_image_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [("train", name) for name in ("test", "testing", "val", "validation", "valid", "dev",
     "eval", "Validation", "TEST")] + [("Train", "Val"), ("training", "testing")])  # fmt: skip
-def test_a_split_by_any_usual_name_is_the_test(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_the_test_split_may_have_any_usual_name(tmp_path: Path, names: tuple[str, str]) -> None:
     for part, count in zip(names, (3, 2), strict=True):
         for i in range(count):
             write_image(tmp_path / part / "cat" / f"{i}.png", 7)
@@ -88,7 +88,7 @@ def test_a_split_by_any_usual_name_is_the_test(tmp_path: Path, names: tuple[str,
     assert data.official_test is not None and data.test.y.tolist() == [0, 0, 1, 1]
 
 
-def test_no_split_is_passed_over_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_ignored_or_unknown_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(2):
         write_image(tmp_path / "train" / "cat" / f"{i}.png", 7)
     write_image(tmp_path / "test" / "0.png", 7)  # without classes, as in competitions
@@ -108,8 +108,8 @@ def test_classes_may_have_the_names_of_splits(tmp_path: Path) -> None:
     assert data.num_classes == 3 and data.official_test is None
 
 
-def test_what_no_viewer_shows_is_passed_over(tmp_path: Path) -> None:
-    """The files that macOS adds to folders and archives, in every place where it puts them."""
+def test_hidden_files_of_macos_are_ignored(tmp_path: Path) -> None:
+    """macOS adds them to folders and archives, in all these places."""
     for part in ("train", "val"):
         for name in ("cat", "dog"):
             for i in range(2):
@@ -171,7 +171,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_pictures_of_every_range(name: str, tmp_path: Path) -> None:
+def test_pictures_with_every_range_of_values(name: str, tmp_path: Path) -> None:
     content, expected = PICTURES[name]
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()

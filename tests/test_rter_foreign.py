@@ -1,4 +1,4 @@
-"""`rter evaluate --model FILE.py:FUNCTION`: models of others' files, killed and gone on; mistakes in one line."""
+"""`rter evaluate --model FILE.py:FUNCTION`: models from users' files, killed and resumed; mistakes in one line."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def figures(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("function", ["net", "moe", "vit"])
-def test_a_killed_command_goes_on_to_the_same_bits(
+def test_a_killed_command_resumes_to_the_same_bits(
     function: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if function == "vit":
@@ -96,8 +96,8 @@ def test_a_killed_command_goes_on_to_the_same_bits(
     assert f"rter evaluate --model {file}:{function} --data digits --images 30 " in page and "Training" not in page
 
 
-def test_a_process_that_is_killed(file: Path) -> None:
-    """Another process goes on, and begins anew in another folder."""
+def test_a_killed_process_resumes(file: Path) -> None:
+    """Another process resumes it, and starts over in another folder."""
     whole, killed = file.parent / "whole", file.parent / "killed"
     command = ["evaluate", "--model", f"{file}:net", *SMALL, "--restarts", "40", "--out"]
     options: dict[str, Any] = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}

@@ -1,4 +1,4 @@
-"""Each method's terms equal its formula, computed image by image in plain torch."""
+"""The terms of each method's loss equal its formula, computed image by image in plain torch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def tiny(batch: Split, method: str, **settings: Any) -> tuple[RobustClassifier, 
 
 
 def climb(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """One signed step up, which can be followed by hand; stands in for PGD."""
+    """One step of the gradient's sign, which can be computed by hand; stands in for PGD."""
     leaf = start.clone().requires_grad_()
     (grad,) = torch.autograd.grad(loss(leaf), [leaf])
     return (leaf + EPS * grad.sign()).detach()
@@ -111,7 +111,7 @@ class Plain:
 
 
 def routed(step: Step) -> Step:
-    """The step at the end of training, when each image goes where the router sends it."""
+    """A step at the end of training, when each image goes where the router sends it."""
     return Step(step.model, step.config, step.index, epoch=step.config.epochs)
 
 
@@ -262,7 +262,7 @@ def test_jtdmoe(batch: Split, mix: str) -> None:
     assert_terms(step, batch, {"clean": F.cross_entropy(mixed, y), "balance": 0.3 * standard.balance(x)}, 1)
 
 
-def test_nine_experts_apart_train_as_if_each_were_alone(batch: Split, plain_attack: list[dict[str, Any]]) -> None:
+def test_nine_separate_experts_train_as_if_each_were_alone(batch: Split, plain_attack: list[dict[str, Any]]) -> None:
     model, config = tiny(batch, "nine-experts")
     plain, x, y = Plain(model), batch.x, batch.y
     step = Step(model, config, 0, epoch=0)
@@ -313,7 +313,7 @@ def test_exploring_draws_the_first_or_second_expert_by_step(batch: Split) -> Non
     assert Step(model, config, 0, epoch=24).exploring and not Step(model, config, 0, epoch=25).exploring
 
 
-def test_rt_ers_second_expert_is_any_but_the_first(batch: Split) -> None:
+def test_the_second_expert_of_rt_er_is_any_but_the_first(batch: Split) -> None:
     model, config = tiny(batch, "rt-er", num_experts=4)
     order = [Plain(model).ranked(batch.x, rank) for rank in range(4)]
 

@@ -1,4 +1,4 @@
-"""Every network and router as a model of the application, and weights that come from other code."""
+"""Every network and router as a model of the application, and weights from other code."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def tiny(model: str = "resnet18", data: Data | None = None, **settings: Any) -> 
 
 
 @pytest.mark.parametrize("model", NETWORKS)
-def test_networks_train_and_meet_attacks(model: str) -> None:
+def test_networks_can_be_trained_and_attacked(model: str) -> None:
     data = images()
     classifier = tiny(model, data)
     x = data.train.x.requires_grad_()
@@ -64,7 +64,7 @@ def test_routers_route_each_image_by_itself(router: str) -> None:
     assert not list(classifier.moe.router.parameters())[-1].any()
 
 
-def test_networks_have_sizes_of_their_own() -> None:
+def test_networks_have_their_own_default_sizes() -> None:
     assert [make_config(model=m).width for m in NETWORKS] == [16, 64, 64, 160, 384]
     assert [make_config(method="nine-experts", model=m).width for m in ("small-conv", "resnet18")] == [8, 64]
     assert (make_config(model="wrn").depth, make_config(model="vit").depth) == (28, 12)
@@ -93,7 +93,7 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> Non
     assert str(error.value).startswith(message)
 
 
-def test_normalises_by_what_is_given() -> None:
+def test_normalises_by_the_given_statistics() -> None:
     classifier, x = tiny(normalize="0.1,0.2,0.3/0.5"), torch.rand(2, 3, 8, 8)
     expected = (x - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / 0.5
     torch.testing.assert_close(classifier.normalize(x), expected)
@@ -103,7 +103,7 @@ def test_normalises_by_what_is_given() -> None:
 
 
 class PublicMoE(nn.Module):
-    """The public RT-ER code's mixture: a list of experts and a gate on the flattened image; top-1, its raw logits."""
+    """The public RT-ER code's mixture: a list of experts and a gate on the flattened image; returns top-1's logits."""
 
     def __init__(self, num_experts: int = 2, classes: int = 5, size: int = 8) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_the_public_codes_dual_model(tmp_path: Path) -> None:
     public = nn.ModuleDict({name: randomize_statistics(PublicMoE()).eval() for name in ("Smoe", "Rmoe")})
     torch.save(public.state_dict(), tmp_path / "dual.pt")
     data = images()
-    for method, alpha in (("dual", 0.3), ("rt-er", 1.0)):  # F_R alone where there is no F_S
+    for method, alpha in (("dual", 0.3), ("rt-er", 1.0)):  # only F_R if there is no F_S
         classifier = tiny(data=data, gate="hard", method=method, dual_alpha=alpha)
         load_initial(classifier, tmp_path / "dual.pt")
         x = classifier.normalize(data.train.x)
@@ -234,7 +234,7 @@ def test_resnets_on_cifar10s_format(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_public_model_is_evaluated_as_it_came(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_public_model_is_evaluated_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_cifar10(tmp_path)
     public = randomize_statistics(PublicMoE(classes=10, size=32)).eval()
     torch.save(public.state_dict(), tmp_path / "moe.pt")
@@ -253,8 +253,8 @@ def test_a_public_model_is_evaluated_as_it_came(tmp_path: Path, capsys: pytest.C
     assert main([*train, "--resume"]) == 0 and "finished already" in capsys.readouterr().out
 
 
-def test_a_constant_channel_is_left_as_it_is() -> None:
-    """Such as the green of pictures in red and blue: its deviation of 0 made every logit NaN."""
+def test_a_constant_channel_is_not_rescaled() -> None:
+    """Such as the green channel of pictures in red and blue: its deviation of 0 would make every logit NaN."""
     images = torch.rand(8, 3, 4, 4)
     images[:, 1] = 40 / 255
     normalize = Normalize(images)

@@ -1,4 +1,4 @@
-"""report.html in Debian's chromium: nothing asked for, no error, every plot seen. Skipped without it, but in CI."""
+"""report.html in Debian's chromium, without which only CI does not skip: no request, no error, every plot visible."""
 
 import base64
 import json
@@ -77,7 +77,7 @@ class Parsed(HTMLParser):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_needs_nothing_else_and_explains_itself(runs: Path, page: str) -> None:
+def test_a_page_is_one_file_and_explains_its_terms(runs: Path, page: str) -> None:
     content = (runs / page).read_text(encoding="utf-8")
     parsed = Parsed(content)
     for tag, name, value in parsed.attributes:
@@ -107,7 +107,7 @@ def test_runs_of_one_name_are_not_compared(runs: Path, capsys: pytest.CaptureFix
 
 
 class Browser:
-    """Chromium's debugging protocol over a web socket, as far as it is needed here."""
+    """Chromium's debugging protocol over a web socket, as much of it as is needed here."""
 
     def __init__(self, port: int) -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:

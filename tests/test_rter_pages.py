@@ -1,4 +1,4 @@
-"""Every command in a block of the documentation is one that `rter` takes, and those of its README run, shortened."""
+"""`rter` accepts every command in the documentation's code blocks, and those of the README run, shortened."""
 
 import re
 import shlex

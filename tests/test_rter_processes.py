@@ -1,4 +1,4 @@
-"""The command in processes of their own: what it makes of its streams, its locale, Ctrl-C and missing packages."""
+"""`rter` in separate processes: closed streams, locales, Ctrl-C and missing packages."""
 
 import ast
 import json
@@ -23,7 +23,7 @@ def rter(words: list[str], code: str = CALL, cwd: Path | None = None, **env: str
 
 
 def test_missing_packages_are_one_line(tmp_path: Path) -> None:
-    """One that is imported at the start and one that is imported when it is needed."""
+    """One package that is imported at the start, and one that is imported when it is needed."""
     code = """
 import sys
 from rter.__main__ import main
@@ -46,8 +46,8 @@ except SystemExit as end:
     assert "moe_kernels 0.1.0, torch 2" in done.stdout
 
 
-def test_the_extra_is_known_by_its_imports() -> None:
-    """Every package that is needed and installed by pyproject.toml's extra is among those that are named."""
+def test_every_package_of_the_extra_is_named() -> None:
+    """Every package that pyproject.toml's extra installs is among those that the message can name."""
     from rter.errors import EXTRA
 
     text = (ROOT / "pyproject.toml").read_text()
@@ -98,7 +98,7 @@ def test_ctrl_c_stops_the_runs_of_a_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&- <&-"])
-def test_closed_streams(closed: str, tmp_path: Path) -> None:
+def test_closed_streams_are_no_error(closed: str, tmp_path: Path) -> None:
     command = f'exec "$@" {closed}'
     words = [sys.executable, "-c", CALL, "train", "--out", str(tmp_path / "run"), *TINY]
     done = subprocess.run(["sh", "-c", command, "sh", *words], capture_output=True, text=True)
@@ -107,7 +107,7 @@ def test_closed_streams(closed: str, tmp_path: Path) -> None:
     assert record["epoch"] == 1
 
 
-def test_a_reader_that_has_read_enough(tmp_path: Path) -> None:
+def test_a_reader_may_close_the_pipe_early(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", CALL, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -117,7 +117,7 @@ def test_a_reader_that_has_read_enough(tmp_path: Path) -> None:
 
 
 def test_names_outside_ascii_under_an_ascii_locale(tmp_path: Path) -> None:
-    """Of a settings file with a mark of its encoding, of the folder of the run, of the data and of a baseline."""
+    """The names of a settings file with a byte order mark, of the run's folder, of the data and of a baseline."""
     (tmp_path / "größe.TOML").write_text('\ufeff# ±\nmethod = "standard"\ndata_dir = "dätä"\n', encoding="utf-8")
     code = """
 import locale, sys
@@ -145,7 +145,7 @@ assert main(["sweep", "--out", "sweep", "--methods", "standard", "--seeds", "0",
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "python").rglob("*.py")), ids=lambda path: path.stem)
-def test_texts_are_utf8_in_every_locale(path: Path) -> None:
+def test_files_are_written_in_utf8_in_every_locale(path: Path) -> None:
     for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         words = {word.arg for word in call.keywords}

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, or meets a full disk, goes on to the same weights and metrics, bit for bit."""
+"""A run that is killed at any moment, or meets a full disk, resumes to the same weights and metrics, bit for bit."""
 
 import errno
 import functools
@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What was said, among it lines of progress where the machine is slow."""
+    """The lines that were printed; on a slow machine they include lines of progress."""
     return capsys.readouterr().err.splitlines()
 
 
@@ -113,7 +113,7 @@ def test_a_failure_at_any_moment_of_a_write(
     assert (left_over > 5) == (failure is Killed)
 
 
-def test_a_file_that_the_system_lets_not_grow(
+def test_a_write_that_the_system_stops_halfway(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A write that fails halfway, as on a full disk, with nothing simulated."""
@@ -132,14 +132,14 @@ def test_a_file_that_the_system_lets_not_grow(
     assert_same_run(run, whole)
 
 
-def test_the_moments_are_all_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_moments_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     count_writes(monkeypatch, seen.append)
     train(CONFIG, tmp_path / "run", save_every=0)
     assert len(seen) == MOMENTS
 
 
-def test_a_process_that_is_killed(tmp_path: Path) -> None:
+def test_a_killed_process_resumes(tmp_path: Path) -> None:
     """RT-ER with a running mean of the weights."""
     config = make_config(eval_every=2, ema=0.9, **(TINY | {"epochs": 5}))
     run = tmp_path / "run"
@@ -165,8 +165,8 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
     assert_same_run(run, tmp_path / "whole")
 
 
-def test_mkl_takes_the_threads_of_torch(tmp_path: Path) -> None:
-    """Else a fresh process rounds otherwise than one in which somebody has set the number of threads."""
+def test_mkl_uses_as_many_threads_as_torch(tmp_path: Path) -> None:
+    """Else a new process rounds differently from one in which the number of threads was set."""
     script = f"""
 import ctypes, pathlib, torch
 from rter.config import Config
@@ -181,7 +181,7 @@ print("MKL adjusts threads:", getattr(library, "mkl_serv_get_dynamic", int)())
     assert out == "MKL adjusts threads: 0\n"
 
 
-def test_other_circumstances_are_said(
+def test_changed_circumstances_are_reported(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, threads = tmp_path / "run", torch.get_num_threads()
@@ -210,7 +210,7 @@ def test_other_circumstances_are_said(
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_every_optimiser_goes_on(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_optimiser_resumes(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(eval_every=2, **(TINY | {"lr": 0.01} | settings))
     train(config, tmp_path / "whole")
     kill_at(3 * 5, config, tmp_path / "run", monkeypatch)  # after the config and 4 states
@@ -219,10 +219,10 @@ def test_every_optimiser_goes_on(settings: dict[str, Any], tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first_and_prints_the_command_that_goes_on(
+def test_a_signal_saves_and_prints_the_command_to_resume(
     number: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C, or a queue's warning, in the fourth of six steps, long before the state would be saved."""
+    """Ctrl-C, or a job queue's warning, in the fourth of six steps, long before the state would be saved."""
     run, handlers = tmp_path / "run", [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         interrupt_step(4, [number], patch)
@@ -246,7 +246,7 @@ def test_a_second_signal_stops_at_once(
 
 
 def interrupt_step(n: int, numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process gets the signals within the n-th step."""
+    """Sends the signals to this process in the middle of the n-th step."""
     steps = iter(range(1, 100))
 
     def interrupted(*args: Any) -> Any:
@@ -258,7 +258,7 @@ def interrupt_step(n: int, numbers: list[int], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("rter.train.update", interrupted)
 
 
-def test_a_signal_to_an_evaluation_prints_the_command_that_goes_on(
+def test_a_signal_to_an_evaluation_prints_the_command_to_resume(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -279,10 +279,10 @@ def test_a_signal_to_an_evaluation_prints_the_command_that_goes_on(
     assert main(words) == 0
 
 
-def test_long_work_speaks_where_there_is_no_terminal(
+def test_progress_is_printed_without_a_terminal(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a line due at any time: of training each step, and of an evaluation each batch of each attack."""
+    """Without a minimum interval, there is a line for each step of training and each batch of each attack."""
     monkeypatch.setattr("rter.console.EVERY", 0.0)
     assert main(["train", "--out", str(tmp_path / "run"), *flags(CONFIG)]) == 0
     lines = capsys.readouterr().err.splitlines()
@@ -302,7 +302,7 @@ def test_long_work_speaks_where_there_is_no_terminal(
     assert "rter: pgd: image 60 of 60" in said or "rter: pgd/0: image" in said, said
 
 
-def test_a_torn_line_is_written_again(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_line_is_written_again(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     kill_at(15, CONFIG, run, monkeypatch)
     with (run / "metrics.jsonl").open("a") as file:

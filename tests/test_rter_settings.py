@@ -17,7 +17,7 @@ from rter.settings import load_config, load_settings, make_config
 CONFIGS = Path(__file__).parent.parent / "docs" / "configs"
 
 
-def test_config_survives_its_file(tmp_path: Path) -> None:
+def test_a_config_is_read_as_it_was_written(tmp_path: Path) -> None:
     config = make_config(method="pgd-at", eps="8/255", epochs="7", seed=3)
     assert config.eps == 8 / 255 and config.epochs == 7
     (tmp_path / "config.json").write_text(config.to_json())
@@ -28,7 +28,7 @@ def test_config_survives_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "text"), [("C.TOML", "seed = 3  # größe"), ("C.JSON", '{"seed": 3}')])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # the latter with a byte order mark, as Windows writes it
-def test_settings_of_other_systems(tmp_path: Path, name: str, text: str, encoding: str) -> None:
+def test_settings_files_of_other_systems_are_read(tmp_path: Path, name: str, text: str, encoding: str) -> None:
     (tmp_path / name).write_text(text, encoding=encoding)
     assert load_settings(tmp_path / name) == {"seed": 3}
 
@@ -85,7 +85,7 @@ def test_a_setting_that_is_not_given_is_the_methods_default() -> None:
     assert (faithful.gate, faithful.beta, faithful.balance_weight, faithful.clean_weight) == ("hard", 6, 0, 0.5)
 
 
-def test_settings_are_checked_all_together_or_there_are_none() -> None:
+def test_settings_are_checked_together_or_not_at_all() -> None:
     for unknown in ({"epoch": 3}, {"epoch": None}):
         with pytest.raises(TypeError, match="epoch"):
             make_config(**unknown)
@@ -154,7 +154,7 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
         load_tensors(tmp_path / "last.safetensors")
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with two GPUs, the second of which is the current one; then in the second of two processes."""
     current: list[int] = []
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

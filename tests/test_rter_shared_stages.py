@@ -1,4 +1,4 @@
-"""Runs whose experts share a trunk, and routers that are trained to keep their choice."""
+"""Runs whose experts share a trunk, and routers that are trained to keep their choice under attack."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_router_and_experts_read_the_trunks_features() -> None:
 
 
 def test_rows_that_are_not_forced_take_the_route_of_their_features() -> None:
-    """With one pass through the trunk for the logits and the route."""
+    """The trunk runs once for both the logits and the route."""
     model, images = classifier()
     x, last = images.x, model.route(images.x[10:]).fixed(1)
     expected = torch.cat([model(x[:10]), model(x[10:], routing=last)])
@@ -89,7 +89,7 @@ def interrupted(function: Any, at: int) -> Any:
 
 
 def test_the_router_is_trained_to_keep_its_choice() -> None:
-    """The term by its formula, with one step of the gradient's sign from the start that is drawn for the route."""
+    """The term equals its formula, with one step of the gradient's sign from the start that is drawn for the route."""
     settings = {"method": "pgd-at", "train_attack": "fgsm-rs", "eps": 0.1, "route_weight": 0.5, "explore": 0}
     model, images = classifier(**settings)
     config = make_config(**(SHARED | settings))
@@ -123,7 +123,7 @@ def test_one_expert_has_no_route_to_keep() -> None:
 
 
 def test_a_routers_margin_under_attack_grows() -> None:
-    """Of a router alone, over 40 steps: more of its choices withstand PGD than before, and all experts stay in use."""
+    """A router trained alone for 40 steps: more of its choices withstand PGD than before; all experts stay in use."""
     model, _ = classifier(shared_stages=0, model="small-conv")
     config = make_config(**SHARED | {"model": "small-conv", "shared_stages": 0, "eps": 0.1, "route_weight": 1.0})
     images = load_data("digits", 60, 0).train[:256]
@@ -139,7 +139,7 @@ def test_a_routers_margin_under_attack_grows() -> None:
 
 
 def kept(model: RobustClassifier, x: Tensor) -> float:
-    """Part of the routes that one linear step, exact for a linear router, cannot change."""
+    """The fraction of routes that one linear step, which is exact for a linear router, cannot change."""
     routing: Routing = model.route(x)
     chosen = routing.experts[:, 0].long()
     x_r = (x + 0.1 * slope(RouterLogits(model), x, chosen)).clamp(0, 1)
@@ -162,7 +162,7 @@ def kept(model: RobustClassifier, x: Tensor) -> float:
         ({"recompute": "some"}, "recompute must be one of auto, none, activations, all, got 'some'"),
     ],
 )
-def test_refuses(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         make_config(**settings)
     assert str(error.value).startswith(message)

@@ -1,4 +1,4 @@
-"""The single-step training attacks, the watch for catastrophic overfitting, label smoothing, a data set's defaults."""
+"""Single-step training attacks, detection of catastrophic overfitting, label smoothing, defaults by data set."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def drawn(step: Step, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("attack", SINGLE_STEPS)
-def test_a_single_step_is_that_of_its_paper(attack: str) -> None:
+def test_a_single_step_follows_its_paper(attack: str) -> None:
     step, images = a_step(attack)
     x, y = images.x, images.y
     noise, length = {"fgsm-rs": (1, 1.25), "n-fgsm": (2, 1), "fgsm-pgi": (1, 1)}[attack]
@@ -68,7 +68,7 @@ def test_fgsm_pgi_starts_at_the_last_batchs_perturbations() -> None:
     torch.testing.assert_close(priors["attack"], found - x)
 
 
-def test_fgsm_pgi_starts_at_random_where_the_batch_has_another_shape() -> None:
+def test_fgsm_pgi_starts_at_random_if_the_batch_has_another_shape() -> None:
     step, images = a_step("fgsm-pgi")
     expected = step.attack(step.model)(images.x, images.y)
     step.priors["attack"], step.found[:] = torch.zeros(7, 1, 6, 5), []
@@ -104,13 +104,13 @@ def test_every_attacking_method_trains_by_single_steps(method: str, attack: str,
         ({"collapse": 2}, "collapse must be between 0 and 1, got 2.0"),
     ],
 )
-def test_refuses(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         make_config(**settings)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_fewer_images_than_a_batch(tmp_path: Path) -> None:
+def test_a_data_set_smaller_than_a_batch(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch_size must be at most the number of training images, 400, got 500"):
         train(make_config(method="standard", train_images=400, **TINY), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -124,7 +124,7 @@ def test_fgsm_pgi_keeps_to_one_process(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_defaults_of_a_data_set() -> None:
-    """A setting that is given goes before the data set's, and that before the method's."""
+    """A setting that is given takes precedence over the data set's, and that over the method's."""
     digits, cifar10 = make_config(method="fast-at"), make_config(method="fast-at", data="cifar10", lr=0.1)
     assert (digits.model, digits.optimizer, digits.weight_decay, digits.lr) == ("small-conv", "adamw", 1, 0.015)
     assert {name: getattr(cifar10, name) for name in DEFAULTS["cifar10"]} == DEFAULTS["cifar10"] | {"lr": 0.1}
@@ -143,7 +143,7 @@ def test_label_smoothing() -> None:
 
 @pytest.fixture
 def falling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held-out accuracy under PGD of 0.5 in the first epoch, 0.2 in the second, and so on in turns."""
+    """Lets the held-out accuracy under PGD alternate between 0.5 and 0.2, epoch by epoch."""
     found = iter([0.5, 0.2] * 3)
     monkeypatch.setattr("rter.train.quick_accuracies", lambda *args: {"sa": 0.6, "ra": next(found)})
 
@@ -160,7 +160,7 @@ def test_a_run_that_collapses_stops(falling: None, tmp_path: Path, capsys: pytes
         "held-out images 0.200 after 0.500; best.safetensors is from before, and --train-attack n-fgsm or pgd, or a "
         "smaller --lr, may help\n"
     )
-    for _ in range(2):  # it does not go on either
+    for _ in range(2):  # it does not resume either
         assert main(["train", "--out", str(run), "--resume", *collapsing()]) == 2
         assert capsys.readouterr().err.endswith(message)
     assert [line.get("collapsed") for line in read_lines(run / "metrics.jsonl")] == [None, True]
@@ -182,7 +182,7 @@ def test_a_run_that_does_not_count_as_collapsed_goes_on(
     assert [line.get("collapsed") for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [None] * 4
 
 
-def test_a_collapse_in_the_last_epoch_is_said(
+def test_a_collapse_in_the_last_epoch_is_reported(
     falling: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--out", str(tmp_path / "run"), *collapsing(epochs=2)]) == 0

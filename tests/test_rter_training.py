@@ -1,4 +1,4 @@
-"""Learning rates, the running mean of the weights, precision, clipping, TensorBoard, and a loss that is no number."""
+"""Learning rates, the running mean of the weights, precision, clipping, TensorBoard, and losses that are not finite."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def rates(total: int, **settings: Any) -> list[float]:
 
 @pytest.mark.parametrize("total", [1, 2, 7, 600])
 @pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.SGD])
-def test_one_cycle_is_bitwise_that_of_torch(total: int, rule: type[torch.optim.Optimizer]) -> None:
+def test_one_cycle_is_bitwise_torchs(total: int, rule: type[torch.optim.Optimizer]) -> None:
     config = make_config(lr=0.015)
     ours, theirs = (rule([nn.Parameter(torch.zeros(1))], lr=0.1, **momentum) for momentum in _momenta(rule))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(theirs, max_lr=0.015, total_steps=total)
@@ -109,7 +109,7 @@ def test_evaluation_is_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_cpu_without_bf16_is_told(
+def test_a_cpu_without_bf16_is_warned_of(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
@@ -126,7 +126,9 @@ def test_the_gradient_is_clipped() -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_loss_that_is_no_number(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, run = make_config(method="pgd-at", **TINY), tmp_path / "run"
     steps = 0
 

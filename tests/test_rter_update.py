@@ -1,4 +1,4 @@
-"""One update: which parameters move, how AWP perturbs, and what the attack leaves behind."""
+"""One update: which parameters change, how AWP perturbs them, and that the attack leaves nothing behind."""
 
 import copy
 from typing import Any
@@ -70,7 +70,7 @@ def test_every_method_updates_and_repeats_itself(batch: Split, method: str, epoc
         ("jtdmoe", "moe.", "standard.moe."),
     ],
 )
-def test_a_pass_moves_its_part_alone(
+def test_a_pass_updates_only_its_part(
     batch: Split, method: str, first: str, second: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, config = tiny(batch, method)
