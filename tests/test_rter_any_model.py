@@ -199,7 +199,7 @@ def test_a_route_that_cannot_be_attacked_is_named(kind: str) -> None:
             r"\[6, 2\]",
         ),
         "twice": (Twice(layer), "does not run exactly once per forward"),
-        "lambda": (lambda x: layer(x.flatten(1)), "is no module"),
+        "lambda": (lambda x: layer(x.flatten(1)), "is not a module"),
         "no gradient": (RobustMoE.from_experts([nn.Flatten(), nn.Flatten()], Deaf()), "have no gradient"),
     }
     model, said = models[kind]
