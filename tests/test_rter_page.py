@@ -1,4 +1,4 @@
-"""report.html in Debian's chromium, without which only CI does not skip: no request, no error, every plot visible."""
+"""report.html in Debian's chromium (skipped without it, except in CI): no request, no error, every plot visible."""
 
 import base64
 import json
