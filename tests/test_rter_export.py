@@ -3,16 +3,20 @@
 import json
 import math
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rter import UserError, evaluate_model
 from rter.__main__ import main
 from rter.checkpoint import load_tensors, save_tensors
 from rter.intervals import paired
 from rter.settings import make_config
 from rter.train import train
+from torch import Tensor
 
 TINY: dict[str, Any] = {"num_experts": 2, "width": 2, "attack_steps": 1, "held_out": 60, "batch_size": 500, "epochs": 1}
 WEAK = ["--steps", "2", "--restarts", "1"]
@@ -68,7 +72,55 @@ def test_export_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     save_tensors(other / "last.safetensors", weights | {name: torch.full_like(weights[name], 7e4)})
     assert main(["export", str(other), "--out", str(tmp_path / "new")]) == 2
     assert f"{name} must be within fp16's range of 65504, got 7e+04" in capsys.readouterr().err
+    assert main(["export", str(other), "--weights", "best", "--out", str(tmp_path / "new")]) == 2
+    save_tensors(other / "last.safetensors", weights)  # beside no metrics.jsonl
+    assert main(["export", str(other), "--out", str(tmp_path / "new")]) == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_an_exported_run_names_no_folder(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "started"
+    shutil.copytree(run, other)
+    settings = json.loads((run / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"init": "/home/me/net.pt", "data_dir": "/home/me/data"}))
+    assert main(["export", str(other), "--out", str(tmp_path / "new")]) == 0
+    settings = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert settings["init"] == "net.pt" and "/" not in "".join(map(str, settings.values()))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda t: t.fill_(math.nan), "must be finite, got nan"),
+        (lambda t: t.fill_(-math.inf), "must be finite, got -inf"),
+        (lambda t: t.long(), "must be torch.float32, got torch.int64"),
+        (lambda t: t.to(torch.complex64), "must be torch.float32, got torch.complex64"),
+    ],
+)
+def test_damaged_weights_are_not_evaluated(
+    wrong: Callable[[Tensor], Tensor], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, name = tmp_path / "run", "moe.experts.bn1.running_var"
+    assert main(["export", str(run), "--out", str(other)]) == 0
+    weights = load_tensors(other / "last.safetensors")
+    save_tensors(other / "last.safetensors", weights | {name: wrong(weights[name])})
+    assert main(["evaluate", str(other), "--suite", "pgd", *WEAK]) == 2
+    assert f"last.safetensors is damaged: {name} {message}" in capsys.readouterr().err
+
+
+def test_an_evaluation_does_not_go_into_another_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    assert main(["evaluate", str(run), "--suite", "pgd", *WEAK, "--out", str(other)]) == 2
+    message = f"out must not be the folder of another run, got {other}: give another folder"
+    assert capsys.readouterr().err == f"rter: error: {message}\n"
+    with pytest.raises(UserError, match=re.escape(message)):
+        evaluate_model(torch.nn.Flatten(), torch.rand(2, 1, 8, 8), torch.zeros(2).long(), eps=0.1, out=other)
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+    assert main(["evaluate", str(other), "--suite", "pgd", *WEAK, "--images", "10", "--out", str(other)]) == 0
 
 
 def test_an_evaluation_in_a_folder_of_its_own(run: Path, tmp_path: Path) -> None:

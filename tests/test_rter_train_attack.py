@@ -182,6 +182,14 @@ def test_a_run_that_does_not_count_as_collapsed_goes_on(
     assert [line.get("collapsed") for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [None] * 4
 
 
+def test_a_fall_by_chance_is_no_collapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 60 images, 3, 1 and 0."""
+    found = iter([3 / 60, 1 / 60, 0.0, 2 / 60])
+    monkeypatch.setattr("rter.train.quick_accuracies", lambda *args: {"sa": 0.6, "ra": next(found)})
+    assert main(["train", "--out", str(tmp_path / "run"), *collapsing()]) == 0
+    assert [line.get("collapsed") for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [None] * 4
+
+
 def test_a_collapse_in_the_last_epoch_is_reported(
     falling: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

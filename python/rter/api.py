@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rter.checkpoint import demand_no_run
 from rter.console import say
 from rter.data.split import Split
 from rter.errors import UserError
@@ -89,6 +90,8 @@ def evaluate_model(
         UserError: if an argument, which the message names, is not as described, or if `out` holds the unfinished
             evaluation of another model.
     """
+    if out is not None:
+        demand_no_run(Path(out))
     strength = make_strength(eps, norm, suite, bounds, batch_size, seed, steps, restarts, queries)
     x, y = _images(x, y, bounds)
     like = next(model.parameters(), x) if isinstance(model, nn.Module) else x

@@ -100,8 +100,14 @@ def refusal(error: Exception) -> str:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
+    tensors, own = load_tensors(path), model.state_dict()
+    for name, t in tensors.items():
+        if name in own and t.is_floating_point() != own[name].is_floating_point():
+            raise damaged(path, f"{name} must be {own[name].dtype}, got {t.dtype}")
+        if not t.isfinite().all():
+            raise damaged(path, f"{name} must be finite, got {t[~t.isfinite()][0].item()}")
     try:
-        model.load_state_dict(load_tensors(path))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the run's config.json: {' '.join(str(error).split())}") from None
 
@@ -163,6 +169,12 @@ def run_config(run: Path, data_dir: str | None = None) -> Config:
         raise UserError(f"RUN must be a folder made by `rter train`, but {run} holds no config.json")
     config = load_config(run / "config.json")
     return config if data_dir is None else config.elsewhere(data_dir)
+
+
+def demand_no_run(out: Path) -> None:
+    """Refuses a folder whose report.json and metrics.jsonl are those of a run."""
+    if (out / "config.json").exists():
+        raise UserError(f"out must not be the folder of another run, got {out}: give another folder")
 
 
 def _demand_folder(run: Path) -> None:

@@ -70,7 +70,8 @@ class Config:
                                 "from a uniform start), n-fgsm (eps from noise of 2 eps, not clipped to the ball) or "
                                 "fgsm-pgi (eps from the last batch's perturbations)")  # fmt: skip
     collapse: float = _attack(0.5, "a run that trains by single steps has collapsed, and stops, when the held-out "
-                              "accuracy under PGD is below this fraction of its best; 0: never")  # fmt: skip
+                              "accuracy under PGD is below this fraction of its best and their 95 % intervals do not "
+                              "overlap; 0: never")  # fmt: skip
 
     method: str = _method("rt-er", "how to train: see the formulas below")
     faithful: bool = _method(False, "use the settings of RT-ER's public code: hard gate, beta 6, none of our additions")

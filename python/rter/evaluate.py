@@ -12,7 +12,7 @@ from moe_kernels.attacks import every_expert
 from rter.attack import make_attack
 from rter.autoattack import auto_attack
 from rter.certificate import affine_router, paper_certificate, route_radius
-from rter.checkpoint import floating_dtype, load_weights, read_lines, run_config, write_atomic
+from rter.checkpoint import demand_no_run, floating_dtype, load_weights, read_lines, run_config, write_atomic
 from rter.config import Config
 from rter.curves import eps_curve, mixing_curve
 from rter.data.load import load_data
@@ -86,6 +86,8 @@ def evaluate(run: TrainedRun, effort: Effort, progress: bool = False) -> dict[st
 
     An evaluation that was killed is resumed, and a finished one is not computed again.
     """
+    if run.out and not (run.out.exists() and run.out.samefile(run.folder)):
+        demand_no_run(run.out)
     config, data, model = run.load()
     test = data.test if run.images is None else data.test.sample(run.images, config.seed)
     history, out = read_lines(run.folder / "metrics.jsonl"), run.out or run.folder

@@ -1,5 +1,6 @@
 """Exports what `rter evaluate` needs of a trained run: its settings, its metrics, and its weights in 16 bits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ def export(run: Path, weights: str, out: Path) -> Path:
     """Writes a folder that `rter evaluate` accepts as a run; returns the path of the weights in it.
 
     Floating-point weights are rounded to fp16; the rounded values are evaluated in fp32. The settings name no folder of
-    this machine, so --data-dir must say where the data are.
+    this machine: of `init` only the file's name is kept, and --data-dir must say where the data are.
 
     Args:
         run: folder of the run.
@@ -23,14 +24,16 @@ def export(run: Path, weights: str, out: Path) -> Path:
     Raises:
         UserError: if there is no such run, if the folder exists, or if a weight is beyond fp16's range.
     """
-    config = run_config(run)
+    config = run_config(run, "data")
+    config = replace(config, init=Path(config.init).name)
     file = f"{weights}.safetensors"
     rounded = {name: _half(run / file, name, tensor) for name, tensor in load_tensors(run / file).items()}
+    metrics = (run / "metrics.jsonl").read_bytes()
     if out.exists():
         raise UserError(f"--out {out} already exists: give another folder, or remove it first")
     out.mkdir(parents=True)
-    write_atomic(out / "config.json", config.elsewhere("data").to_json())
-    write_atomic(out / "metrics.jsonl", (run / "metrics.jsonl").read_bytes())
+    write_atomic(out / "config.json", config.to_json())
+    write_atomic(out / "metrics.jsonl", metrics)
     save_tensors(out / file, rounded)
     return out / file
 

@@ -32,6 +32,7 @@ from rter.data.split import Data, Split
 from rter.distributed import Share, choose_device, processes, spread_experts, wait_for_all, whole
 from rter.errors import NonFiniteError, Stopped, UserError
 from rter.evaluate import quick_accuracies
+from rter.intervals import wilson
 from rter.methods import METHODS
 from rter.methods.step import Step
 from rter.methods.update import update
@@ -179,6 +180,11 @@ class _Training:
             if lines[-1].get("collapsed") and self.config.collapse:
                 raise UserError(self._collapse(lines[-1]))
 
+    def _has_collapsed(self, ra: float) -> bool:
+        """Whether ra is below the part --collapse of its best by more than so few images may be off by chance."""
+        images, best = len(self.data.held_out), self.state.best
+        return ra < self.config.collapse * best and wilson(ra, images)[1] < wilson(best, images)[0]
+
     def _collapse(self, metrics: dict[str, Any]) -> str:
         return (
             f"the run in {self.out} collapsed in epoch {metrics['epoch']} (catastrophic overfitting): accuracy under "
@@ -263,7 +269,7 @@ class _Training:
             if metrics[best_by] > state.best:
                 state.best = metrics[best_by]
                 save_weights(out / "best.safetensors", model)
-            if config.train_attack != "pgd" and metrics["ra"] < config.collapse * state.best:
+            if config.train_attack != "pgd" and self._has_collapsed(metrics["ra"]):
                 metrics["collapsed"] = True
                 self.collapsed = self._collapse(metrics)
         append_line(out / "metrics.jsonl", metrics)
