@@ -1,5 +1,8 @@
 """The expert MLP beyond the common contract: what it saves, threads, gradients of the gates, compilation, errors."""
 
+import re
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -125,6 +128,24 @@ def test_the_old_name_of_gates_still_works() -> None:
     with pytest.warns(DeprecationWarning, match="weights is called gates"):
         found = mlp(x, offsets, order, weights=gates, position=position)
     assert torch.equal(found, mlp(x, offsets, order, gates, position))
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    assert torch.equal(found, compiled(x, offsets, order, weights=gates, position=position))
+
+
+def test_the_warning_is_shown_at_the_users_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """By Python's own filters, which show it where it comes from a script, and at each line once."""
+    script = """
+import torch, moe_kernels
+from moe_kernels.ops import group_by_expert
+mlp, gates = moe_kernels.ExpertMLP(2, 4, 3), torch.rand(2, 1)
+order, position, offsets = group_by_expert(torch.tensor([[1], [0]]), 2)
+for _ in range(2):
+    mlp(torch.rand(2, 4), offsets, order, weights=gates, position=position)
+    mlp.down(torch.rand(2, 3), offsets, order, "gelu", weights=gates, position=position)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    shown = re.findall(r"<string>:(\d+): DeprecationWarning: forward: weights is called gates", capfd.readouterr().err)
+    assert shown == ["7", "8"]
 
 
 def test_bad_input_says_what_was_expected() -> None:

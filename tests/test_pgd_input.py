@@ -83,6 +83,22 @@ def test_eps_and_alpha_may_be_numpy_numbers_or_require_grad(attack: type[PGD | A
     assert torch.equal(attack(NETWORK, eps.clone().requires_grad_(), **numbers)(X, Y), expected)
 
 
+class Slots:
+    """A callable that takes neither a weak reference nor a hash."""
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+@pytest.mark.parametrize("attack", [PGD, APGD])
+def test_any_callable_is_a_model(attack: type[PGD | APGD]) -> None:
+    expected = attack(lambda x: x.flatten(1), eps=0.1, steps=2, seed=0)(X, Y)
+    assert torch.equal(attack(Slots(), eps=0.1, steps=2, seed=0)(X, Y), expected)
+
+
 @pytest.mark.parametrize(("eps", "message"), [(8, "8/255"), (0.031, "0.03137")])
 def test_likely_mistakes_are_warned_of(eps: float, message: str) -> None:
     with pytest.warns(UserWarning, match=message):

@@ -111,7 +111,8 @@ class Attack(ABC):
         _check_values(x, labels, self.bounds)
         self._probabilities = None
         self._least_classes = int(labels.max()) + 1
-        idle = self.compile or (self.recompute == "none" and x.numel() <= _IDLE.get(self.model, 0))
+        small = isinstance(self.model, nn.Module) and x.numel() <= _IDLE.get(self.model, 0)
+        idle = self.compile or (self.recompute == "none" and small)
         self._in_model = nullcontext() if idle else mode_of(self.model, self.recompute)
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             x_adv = self._attack(x.detach(), y.to(torch.int64, copy=True), kwargs)
