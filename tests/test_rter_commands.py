@@ -118,7 +118,7 @@ def test_a_sample_of_the_images_is_named(demo: Path, tmp_path: Path, capsys: pyt
     run = tmp_path / "run"
     shutil.copytree(demo / "standard", run)
     assert main(["evaluate", str(run), *WEAK, "--images", "61"]) == 2
-    assert "rter: error: images must be at most 60, which is how many there are, got 61" in capsys.readouterr().err
+    assert "rter: error: images must be at most 60, all that there are to measure on, got 61" in capsys.readouterr().err
     assert (
         main(["evaluate", str(run), *WEAK, "--restarts", "1", "--images", "20"]) == 0
         and main(["report", str(run)]) == 0

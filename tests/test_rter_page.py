@@ -103,7 +103,7 @@ def test_a_page_is_one_file_and_explains_its_terms(runs: Path, page: str) -> Non
 
 def test_runs_of_one_name_are_not_compared(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(runs / "rt-er"), str(runs / "rt-er")]) == 2
-    assert "RUN must be folders of different names, got rt-er, rt-er" in capsys.readouterr().err
+    assert f"RUN must be folders of different names, got {runs / 'rt-er'}, {runs / 'rt-er'}" in capsys.readouterr().err
 
 
 class Browser:

@@ -96,13 +96,15 @@ def is_emulated(x: Tensor) -> bool:
     return x.device.type == "cpu" and autocast_dtype(x) in DTYPES[1:]
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, padding: list[int], turned: bool) -> Tensor:
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, padding: list[int], transposed: bool
+) -> Tensor:
     height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
-    return empty_images(x, x.shape[0], weight.shape[2 if turned else 1], height, width)
+    return empty_images(x, x.shape[0], weight.shape[2 if transposed else 1], height, width)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, offsets, ctx.padding, ctx.turned = inputs
+    x, weight, _, offsets, ctx.padding, ctx.transposed = inputs
     x_needs, weight_needs = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if weight_needs else None, weight if x_needs else None, offsets)
 
@@ -113,18 +115,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     opposite = [2 - p for p in ctx.padding]
     dx = dweight = dbias = None
     if x_needs:
-        dx = _winograd_conv2d(grad, weight, None, offsets, opposite, not ctx.turned)
+        dx = _winograd_conv2d(grad, weight, None, offsets, opposite, not ctx.transposed)
     if weight_needs:
-        pair, padding = ((x, grad), opposite) if ctx.turned else ((grad, x), ctx.padding)
+        pair, padding = ((x, grad), opposite) if ctx.transposed else ((grad, x), ctx.padding)
         dweight = _weight_grad(*pair, offsets, padding)
     if bias_needs:
         dbias = expert_sum(grad.sum((2, 3)), offsets)
     return dx, dweight, dbias, None, None, None
 
 
-# `turned` says that the kernels are rotated by 180 degrees and that O and C are swapped, as the input gradient needs.
+# `transposed`: the kernels are rotated by 180 degrees, and O and C are swapped, as the input gradient needs.
 _winograd_conv2d = define(
-    "winograd_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, int[2] padding, bool turned) -> Tensor",
+    "winograd_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, int[2] padding, bool transposed) -> Tensor",
     _fake,
     setup_context=_setup_context,
     backward=_backward,

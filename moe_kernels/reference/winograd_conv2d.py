@@ -15,10 +15,10 @@ A_T = [[float(i == 0), *(p**i for p, _ in POINTS), float(i == 3)] for i in range
 
 
 def winograd_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, padding: list[int], turned: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, padding: list[int], transposed: bool = False
 ) -> Tensor:
     _, g, a = _matrices(x)
-    weight = weight.flip(3, 4).transpose(1, 2) if turned else weight
+    weight = weight.flip(3, 4).transpose(1, 2) if transposed else weight
     height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
     kernels = g @ weight @ g.mT  # [E, O, C, 6, 6]
     parts = zip(pairwise(offsets.tolist()), kernels, strict=True)

@@ -52,8 +52,8 @@ def make_report(run: Path, baselines: Sequence[Path]) -> str:
     if baselines:
         report["baselines"] = {name_of(path): read_report(path) | {"baselines": {}} for path in baselines}
         if len({name, *report["baselines"]}) <= len(baselines):
-            names = ", ".join(map(name_of, (run, *baselines)))
-            raise UserError(f"RUN and --baselines must be folders of different names, got {names}")
+            folders = ", ".join(map(str, (run, *baselines)))
+            raise UserError(f"RUN and --baselines must be folders of different names, got {folders}")
         write_json(run / "report.json", report)
     figures = table({name: summary(report), **{n: summary(b) for n, b in report["baselines"].items()}})
     examples = _examples(run)
@@ -69,7 +69,7 @@ def compare(runs: Sequence[Path], file: Path) -> str:
     """Writes a page of several runs; returns the table of their figures, and how the first differs from the others."""
     names = [name_of(run) for run in runs]
     if len(set(names)) < len(names):
-        raise UserError(f"RUN must be folders of different names, got {', '.join(names)}")
+        raise UserError(f"RUN must be folders of different names, got {', '.join(map(str, runs))}")
     reports = {name: read_report(run) for name, run in zip(names, runs, strict=True)}
     folders = dict(zip(names, runs, strict=True))
     paired, unpaired = differences(folders, reports)

@@ -41,7 +41,7 @@ class Split:
             UserError: if there are fewer.
         """
         if count > len(self):
-            raise UserError(f"images must be at most {len(self)}, which is how many there are, got {count}")
+            raise UserError(f"images must be at most {len(self)}, all that there are to measure on, got {count}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         sizes = self.y.cpu().bincount()
         by_class = order[self.y.cpu()[order].argsort(stable=True)]
