@@ -39,9 +39,11 @@ def test_a_sample_has_the_proportions_of_the_classes() -> None:
     assert sample.y.bincount().tolist() == [10, 6, 4] and sample.x.flatten().diff().gt(0).all()
     assert torch.equal(y[sample.x.flatten().long()], sample.y)
     assert not torch.equal(sample.x, split.sample(20, seed=4).x) and torch.equal(sample.x, split.sample(20, seed=3).x)
-    for count in (1, 21, 50, 200, 201, 500):
+    with pytest.raises(UserError, match="images must be at most 201, all that there are to measure on, got 202"):
+        split.sample(202, seed=3)
+    for count in (1, 21, 50, 200, 201):
         larger = split.sample(count, seed=3)
-        assert len(larger) == min(count, 201)
+        assert len(larger) == count
         assert all((larger.y == c).sum() - size * len(larger) / 201 < 1 for c, size in enumerate(y.bincount().tolist()))
         fewer, more = sorted((sample, larger), key=len)
         assert set(fewer.x.flatten().tolist()) <= set(more.x.flatten().tolist())
