@@ -157,7 +157,7 @@ def kept(model: RobustClassifier, x: Tensor) -> float:
         ({"route_weight": 1, "method": "standard"}, "route_weight must be 0 for standard, got 1.0"),
         (
             {"route_weight": 1, "method": "pgd-at", "gate": "soft"},
-            "gate must be one that chooses an expert with a route",
+            "gate must be one that chooses an expert with route_weight above 0, got soft",
         ),
         ({"recompute": "some"}, "recompute must be one of auto, none, activations, all, got 'some'"),
     ],
