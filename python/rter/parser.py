@@ -182,7 +182,7 @@ def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
             own_defaults = "".join(f"; {value} for {name}" for name, value in owners.items())
             default = f"default: {field.metadata['default'] or NOTHING[field.type]}{own_defaults}"
             one_of = f"one of {', '.join(choices)}; " if choices else ""
-            text = f"{field.metadata['help']} ({one_of}{default})"
+            text = f"{field.metadata['help']} ({one_of}{default})".replace("%", "%%")
             flag = "--" + field.name.replace("_", "-")
             kind: dict[str, Any] = {"metavar": "NAME" if choices else METAVARS.get(field.type)}
             if field.type is bool:
