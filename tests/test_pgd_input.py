@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_kernels.attacks import APGD, PGD
+from moe_kernels.attacks.attack_mode import mode_of
 
 NETWORK = nn.Linear(3, 2)
 
@@ -107,3 +108,25 @@ def test_likely_mistakes_are_warned_of(eps: float, message: str) -> None:
         warnings.simplefilter("error")
         PGD(NETWORK, eps, norm="L2")
         PGD(NETWORK, 8, bounds=(0, 255))
+
+
+def test_a_network_without_work_for_any_rule_is_attacked_without_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second call on, for inputs that are no larger, while autocast is what it was."""
+    entered: list[Any] = []
+
+    def counted(*args: Any) -> Any:
+        entered.append(mode_of(*args))
+        return entered[-1]
+
+    monkeypatch.setattr("moe_kernels.attacks.attack.mode_of", counted)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2**14, 2))
+    attack, x, y = PGD(model, steps=2), torch.rand(16, 1, 128, 128), torch.zeros(16, dtype=torch.int64)
+    attack(x, y)
+    attack(x, y)
+    assert len(entered) == 1
+    attack(torch.cat([x, x]), torch.cat([y, y]))
+    assert len(entered) == 2
+    for _ in range(2):  # autocast gives the linear map a rule, which must not be lost
+        with torch.autocast("cpu", torch.bfloat16):
+            attack(x, y)
+    assert len(entered) == 4 and [mode.applied for mode in entered] == [False, False, True, True]

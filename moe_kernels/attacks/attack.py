@@ -15,12 +15,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_kernels import _checks as check
 from moe_kernels import _fsdp as fsdp
-from moe_kernels._torch import compiled
+from moe_kernels._torch import autocast_dtype, compiled
 from moe_kernels.attacks.attack_mode import MODES, frozen, mode_of
 from moe_kernels.attacks.losses import Loss
 from moe_kernels.ops.pgd_step_ import norm_name, step_unchecked_
 
-_IDLE = WeakIdKeyDictionary()  # model -> elements of an input for which no rule of the lean mode was worth its time
+# model -> dtype of the computation -> elements of an input for which no rule of the lean mode was worth its time
+_IDLE = WeakIdKeyDictionary()
 
 
 class Attack(ABC):
@@ -111,7 +112,7 @@ class Attack(ABC):
         _check_values(x, labels, self.bounds)
         self._probabilities = None
         self._least_classes = int(labels.max()) + 1
-        small = isinstance(self.model, nn.Module) and x.numel() <= _IDLE.get(self.model, 0)
+        small = isinstance(self.model, nn.Module) and x.numel() <= _IDLE.get(self.model, {}).get(autocast_dtype(x), 0)
         idle = self.compile or (self.recompute == "none" and small)
         self._in_model = nullcontext() if idle else mode_of(self.model, self.recompute)
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
@@ -173,7 +174,7 @@ class Attack(ABC):
         if x.requires_grad and mode is not None and not mode.applied:
             self._in_model = nullcontext()
             if isinstance(self.model, nn.Module):
-                _IDLE[self.model] = x.numel()
+                _IDLE.setdefault(self.model, {})[autocast_dtype(x)] = x.numel()
         _check_logits(logits, len(x), self._least_classes)
         if self._probabilities is None and isinstance(self.loss, str):
             self._probabilities = _are_probabilities(logits.detach())
