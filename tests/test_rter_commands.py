@@ -369,7 +369,11 @@ def test_an_incomplete_last_line_is_ignored(demo: Path, tmp_path: Path, capsys: 
     assert report["train_seconds"] == json.loads(whole.splitlines()[0])["seconds"]
 
 
-def test_a_run_is_not_overwritten(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_not_overwritten(
+    demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are images read first, which may take minutes."""
+    monkeypatch.setattr("rter.train.load_data", lambda *args: pytest.fail("images were read"))
     assert main(["train", "--out", str(demo / "rt-er")]) == 2
     assert f"--out {demo / 'rt-er'} already holds a run: give another folder" in capsys.readouterr().err
 

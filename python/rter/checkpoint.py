@@ -112,13 +112,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise UserError(f"{path} does not fit the run's config.json: {' '.join(str(error).split())}") from None
 
 
-@contextlib.contextmanager
-def open_run(out: Path, config: Config, resume: bool) -> Iterator[None]:
-    """Makes the folder of a run and its config.json, or resumes the run that is there; locks it for this process.
-
-    Raises:
-        UserError: if the folder is in use, or holds something else or a run with other settings.
-    """
+def demand_usable(out: Path, resume: bool) -> bool:
+    """Whether the folder holds a run; refuses one that may not be trained into."""
     holds_run = (out / "config.json").exists()
     if holds_run and not resume:
         raise UserError(
@@ -128,6 +123,17 @@ def open_run(out: Path, config: Config, resume: bool) -> Iterator[None]:
         raise UserError(
             f"--out {out} already exists and is not an empty folder: give another folder, or remove it first"
         )
+    return holds_run
+
+
+@contextlib.contextmanager
+def open_run(out: Path, config: Config, resume: bool) -> Iterator[None]:
+    """Makes the folder of a run and its config.json, or resumes the run that is there; locks it for this process.
+
+    Raises:
+        UserError: if the folder is in use, or holds something else or a run with other settings.
+    """
+    holds_run = demand_usable(out, resume)
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:

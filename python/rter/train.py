@@ -16,6 +16,7 @@ from moe_kernels import build_info
 from rter import console
 from rter.checkpoint import (
     append_line,
+    demand_usable,
     keep_lines,
     open_run,
     read_lines,
@@ -69,6 +70,8 @@ def train(
     # Until a process sets a number of threads, MKL chooses one call by call, and rounding varies with it.
     torch.set_num_threads(torch.get_num_threads())
     where = choose_device(device)
+    if is_first():
+        demand_usable(out, resume)  # before data are read, which may take minutes
     if config.amp == "bf16" and where.type == "cpu" and is_first() and build_info()["cpu_bf16"] == "emulated":
         say("amp bf16: this CPU has no instructions for bfloat16 and emulates them, so fp32 (amp none) may be faster")
     data = load_data(config.data, config.held_out, config.seed, config.data_dir, config.image_size, config.train_images)
