@@ -40,7 +40,7 @@ def table(results: dict[str, Any]) -> str:
                 continue
             target = targets.get(name, "")
             if name not in rows:
-                lines.append(f"| {group} | {name} | not installed | | | {target} | |")
+                lines.append(f"| {group} | {name} | not run | | | {target} | |")
                 continue
             info, theirs = rows[name]["extra_info"], rows[name]["stats"]["median"]
             times = (readable(seconds / info["calls"]) for seconds in (theirs, info["ours"]))

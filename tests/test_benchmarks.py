@@ -110,7 +110,7 @@ def test_table() -> None:
     assert lines[4:] == [
         "| fast | a loop | 80 ms | 40 ms | 2.50 | >= 3 | missed |",
         "| fast | a GEMM | 20 ms | 50 ms | 0.40 |  |  |",
-        "| fast | a library | not installed | | | >= 2 | |",
+        "| fast | a library | not run | | | >= 2 | |",
     ]
 
 
