@@ -10,6 +10,7 @@ from rter.checkpoint import load_tensors, read_json
 from rter.data.load import load_data
 from rter.data.split import Split
 from rter.errors import UserError
+from rter.methods import METHODS
 from rter.methods.step import Step, partly_forced
 from rter.models.build import build_model
 from rter.models.classifier import DualClassifier, RobustClassifier
@@ -102,6 +103,22 @@ def test_the_router_is_trained_to_keep_its_choice() -> None:
     assert terms.keys() == {"balance", "route"}
     torch.testing.assert_close(terms["route"], 0.5 * F.cross_entropy(model.route(x_r).logits, chosen))
     torch.testing.assert_close(step.found[0], x_r)
+
+
+@pytest.mark.parametrize("method", ["fast-at", "rt-er"])
+def test_the_trunk_computes_the_clean_images_once_for_all_routes(method: str) -> None:
+    """Besides, it runs in each step of the attack, and in the loss. What balances the router does not train it."""
+    model, images = classifier(method=method)
+    step = Step(model, make_config(**SHARED | {"method": method, "train_attack": "fgsm-rs", "eps": 0.1}), 0, epoch=0)
+    calls: list[Tensor] = []
+    model.trunk.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    loss = METHODS[method].passes[0].make_loss(step, images.x, images.y)
+    assert [len(output) for output in calls if not output.requires_grad] == [20]
+    terms = loss()
+    assert len(calls) == 3
+    grads = torch.autograd.grad(terms["balance"], [*model.parameters()], allow_unused=True)
+    trained = {name for (name, _), grad in zip(model.named_parameters(), grads, strict=True) if grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith("moe.router.")}
 
 
 def slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from rter.methods.step import Step, partly_forced
 def _robust(step: Step, x: Tensor, y: Tensor) -> Loss:
     step = replace(step, model=step.dual.robust)
     model, config, E = step.model, step.config, step.model.num_experts
-    own, route = step.own_route(x), model.route(x)
+    own, route = step.own_route(x), step.clean_route(x)
     each = Routing.cat([route.fixed(e) for e in range(E)])
     attacked = step.attack(partly_forced(model, own, each))(x.repeat(1 + E, 1, 1, 1), y.repeat(1 + E))
     routing = step.routing(x)

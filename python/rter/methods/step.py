@@ -25,6 +25,7 @@ class Step:
         found: what the attacks of this step have returned.
         priors: the perturbations from which the next step's attacks start, by the attack's purpose.
         terms: the terms of the loss computed so far, detached.
+        clean: the input of experts and router of the batch's clean images, once it has been computed for this model.
     """
 
     model: RobustClassifier
@@ -35,6 +36,7 @@ class Step:
     found: list[Tensor] = field(default_factory=list)
     priors: dict[str, Tensor] = field(default_factory=dict)
     terms: dict[str, Tensor] = field(default_factory=dict)
+    clean: list[Tensor] = field(default_factory=list, init=False)
 
     @property
     def exploring(self) -> bool:
@@ -100,7 +102,15 @@ class Step:
         generator = torch.Generator().manual_seed(self.config.seed_for(purpose, self.index))
         rows, ours = (self.share or Share.whole(len(x))).joint_rows(len(x))
         rank = torch.randint(ranks.start, ranks.stop, (rows,), generator=generator)[ours].to(x.device)
-        return self.model.route(x, top_k=ranks.stop).select(rank)
+        return self.clean_route(x, ranks.stop).select(rank)
+
+    def clean_route(self, x: Tensor, top_k: int | None = None) -> Routing:
+        """The model's route of the batch's clean images, with a gradient to the router but not to shared stages, which
+        are computed once in a step."""
+        if not self.clean:
+            with torch.no_grad():
+                self.clean.append(self.model.features(x))
+        return self.model.moe.route(self.clean[0], top_k)
 
     def routing(self, x: Tensor) -> Callable[[], dict[str, Tensor]]:
         """The losses of the router as a function of the weights: the balance and, with a `route_weight`, the route's.
@@ -110,8 +120,7 @@ class Step:
         """
         if not self.config.route_weight or self.model.num_experts == 1:
             return lambda: self.balance(x)
-        with torch.no_grad():
-            chosen = self.model.route(x).experts[:, 0].long()
+        chosen = self.clean_route(x).experts[:, 0].long()
         x_r = self.attack(RouterLogits(self.model), "route")(x, chosen)
 
         def loss() -> dict[str, Tensor]:
@@ -127,7 +136,7 @@ class Step:
         """
         if not self.config.balance_weight:
             return {}
-        routing = self.model.route(x)
+        routing = self.clean_route(x)
         load = routing.load
         if self.share:
             self.share.mean_([load])
