@@ -196,6 +196,14 @@ def table() -> list[Tuned]:
             "kRows", "cpu/expert_batch_norm.cpp", "expert_batch_norm", ("4", "64"), "the same", batch_norm(True, True)
         ),
         Tuned(
+            "kPixels",
+            "cpu/expert_batch_norm.cpp",
+            "expert_batch_norm",
+            ("256", "4096"),
+            "the same",
+            batch_norm(True, True),
+        ),
+        Tuned(
             "kSums",
             "cpu/expert_batch_norm.cpp",
             "expert_batch_norm",

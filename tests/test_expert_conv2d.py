@@ -2,6 +2,7 @@
 winograd_conv2d, too, where both agree."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,20 @@ def test_channels_last_stays_channels_last(convolve: Callable[..., Tensor]) -> N
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     assert dx.is_contiguous(memory_format=torch.channels_last) and not dx.is_contiguous()
     torch.testing.assert_close(y, convolve(x.contiguous(), weight, bias, offsets, padding=1))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("padding", [0, 1, (3, 0)])
+@pytest.mark.parametrize("stride", [1, 2, (3, 2)])
+def test_the_weight_gradient_of_pointwise_kernels(stride: Any, padding: Any, channels_last: bool) -> None:
+    """Also where some output pixels, or all of a row, lie in the padding."""
+    s = Source(torch.float32)
+    x, weight, offsets = s.randn(5, 3, 6, 1), s.randn(3, 4, 3, 1, 1).requires_grad_(), s.offsets((2, 0, 3))
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    y = expert_conv2d(x, weight, None, offsets, stride, padding)
+    grad = s.randn(*y.shape).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    parts = [F.conv2d(x[:2], weight[0], None, stride, padding), F.conv2d(x[2:], weight[2], None, stride, padding)]
+    torch.testing.assert_close(*(torch.autograd.grad(out, weight, grad)[0] for out in (y, torch.cat(parts))))
 
 
 @BOTH

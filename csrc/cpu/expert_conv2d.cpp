@@ -62,6 +62,28 @@ Tensor expert_conv2d_input_grad(const Tensor& grad, const Tensor& weight, const 
   return out;
 }
 
+// One expert's gradient of a weight of 1 x 1 kernels, a matrix product over the pixels that are not in the padding.
+// oneDNN takes 9 ms in place of 0.7 for 128 images of 16 x 32 x 32 and stride 2 (AVX-512, one thread), and
+// channels-last, with a number of channels that is no multiple of 8, it writes beyond its buffer.
+//   grad: [n, O, H', W'], x: [n, C, H, W], stride and padding: (vertical, horizontal); returns [O, C]
+Tensor pointwise_weight_grad(const Tensor& grad, const Tensor& x, const Shape& stride, const Shape& padding) {
+  const int64_t O = grad.size(1), C = x.size(1);
+  const auto first = [&](int i) { return (padding[i] + stride[i] - 1) / stride[i]; };  // output pixel
+  const auto count = [&](int i) {
+    return std::max<int64_t>(0, (x.size(2 + i) - 1 + padding[i]) / stride[i] + 1 - first(i));
+  };
+  // Every step-th pixel of t from the one at (top, left) on: [n, count(0), count(1), channels], contiguous.
+  const auto pixels = [&](const Tensor& t, int64_t top, int64_t left, const Shape& step) {
+    const Shape sizes{t.size(0), count(0), count(1), t.size(1)};
+    const Shape steps{t.stride(0), t.stride(2) * step[0], t.stride(3) * step[1], t.stride(1)};
+    return as_contiguous(view_at(t, top * t.stride(2) + left * t.stride(3), sizes, steps));
+  };
+  const Tensor grads = pixels(grad, first(0), first(1), kOnes);
+  const Tensor images = pixels(x, first(0) * stride[0] - padding[0], first(1) * stride[1] - padding[1], stride);
+  const int64_t rows = x.size(0) * count(0) * count(1);
+  return call_aten("aten::mm", "", view_at(grads, 0, {O, rows}, {1, O}), view_at(images, 0, {rows, C}, {C, 1}));
+}
+
 // The gradient of the weight; an expert without images gets zeros. One expert after the other, each on all threads, so
 // that this is the only result in this file whose last bits may depend on the number of threads.
 //   grad: [N, O, H', W'], x: [N, C, H, W], offsets: [E + 1], stride, padding: (vertical, horizontal)
@@ -70,20 +92,22 @@ Tensor expert_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Tens
                                  int64_t kernel_width, const Shape& stride, const Shape& padding) {
   const int64_t num_experts = offsets.size(0) - 1;
   const auto ranges = read_offsets(offsets, num_experts, grad.size(0));
-  // For 1 x 1 kernels the images are made contiguous: channels-last, with a number of channels that is no multiple of
-  // 8, oneDNN writes beyond its buffer.
-  const bool pointwise = kernel_height * kernel_width == 1;
-  const Tensor grads = pointwise ? as_layout(grad, false) : grad, images = pointwise ? as_layout(x, false) : x;
   Tensor out = new_tensor(grad, {num_experts, grad.size(1), x.size(1), kernel_height, kernel_width});
   for (int64_t e = 0; e < num_experts; ++e) {
     Tensor out_e = item_of(out, e);
     const int64_t begin = ranges[e], count = ranges[e + 1] - begin;
     if (count == 0) {
       torch::stable::zero_(out_e);
+      continue;
+    }
+    const Tensor values = to_native_type(rows_of(grad, begin, count)),
+                 images = to_native_type(rows_of(x, begin, count));
+    if (kernel_height * kernel_width == 1) {
+      Tensor matrix = view_at(out_e, 0, {out_e.size(0), out_e.size(1)}, {out_e.size(1), 1});
+      torch::stable::copy_(matrix, pointwise_weight_grad(values, images, stride, padding));
     } else {
-      const Tensor values = to_native_type(rows_of(grads, begin, count));
-      torch::stable::copy_(out_e, convolution_backward(values, to_native_type(rows_of(images, begin, count)),
-                                                       new_tensor(values, shape(out_e)), stride, padding, false));
+      const Tensor like_weight = new_tensor(values, shape(out_e));
+      torch::stable::copy_(out_e, convolution_backward(values, images, like_weight, stride, padding, false));
     }
   }
   return out;
