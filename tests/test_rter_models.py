@@ -77,7 +77,7 @@ def test_networks_have_their_own_default_sizes() -> None:
         ({"model": "wrn", "depth": 11}, "model wrn: depth must be 10, 16, 22, 28 or another 6 n + 4, got 11"),
         ({"model": "vit", "patch": 3}, "model vit: image_size must be a multiple of patch"),
         ({"model": "cnn"}, "model must be one of small-conv, resnet18, preact-resnet18, wrn, vit, got 'cnn'"),
-        ({"router": "lottery"}, "router must be one of linear, conv, mlp, got 'lottery'"),
+        ({"router": "lottery"}, "router must be one of linear, conv, mlp, pooled, got 'lottery'"),
         ({"patch": 0}, "patch must be above 0, got 0"),
         (
             {"normalize": "0.5"},

@@ -33,7 +33,7 @@ def classifier(**settings: Any) -> tuple[RobustClassifier, Split]:
 
 def test_router_and_experts_read_the_trunks_features() -> None:
     model, images = classifier(gate="softmax")
-    assert model.trunk is not None and model.moe.router[-1].in_features == 4 * 4 * 4
+    assert model.trunk is not None and model.moe.router[-1].in_features == 4
     h = model.trunk(model.normalize(images.x))
     logits = model.moe.router(h)
     assert torch.equal(model.route(images.x).logits, logits)

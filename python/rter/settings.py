@@ -61,15 +61,16 @@ def make_config(**given: Any) -> Config:
 
 
 def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The default of every setting. In order of precedence: the network's own, that of RT-ER's public code (with
-    `faithful`), the data set's, the method's, the general one."""
+    """The default of every setting. In order of precedence: that of shared stages, the network's own, that of RT-ER's
+    public code (with `faithful`), the data set's, the method's, the general one."""
     defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(Config)}
 
     def own(name: str) -> Mapping[str, Any]:
         return OWN_DEFAULTS.get(str(chosen.get(name, defaults[name])), {})
 
     faithful = FAITHFUL if chosen.get("faithful") else {}
-    return {**defaults, **own("method"), **own("data"), **faithful, **own("model")}
+    shared = {"router": "pooled"} if chosen.get("shared_stages") else {}
+    return {**defaults, **own("method"), **own("data"), **faithful, **own("model"), **shared}
 
 
 def _check(config: Config) -> None:

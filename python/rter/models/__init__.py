@@ -28,4 +28,5 @@ ROUTERS = {  # where each one's function (image [C, H, W], num_experts) -> route
     "linear": "rter.models.routers:linear",
     "conv": "rter.models.routers:conv",
     "mlp": "rter.models.routers:mlp",
+    "pooled": "rter.models.routers:pooled",
 }

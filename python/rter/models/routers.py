@@ -31,6 +31,17 @@ def mlp(image: torch.Size, num_experts: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(image.numel(), HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, num_experts))
 
 
+def pooled(image: torch.Size, num_experts: int) -> nn.Sequential:
+    """By the means of the standardised channels. Features of shared stages are far from zero on average: reading them
+    as they are, a router soon sends all images to one expert and, its softmax being exactly 1, cannot turn back."""
+    return nn.Sequential(
+        nn.BatchNorm2d(image[0], affine=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(image[0], num_experts),
+    )
+
+
 def make_router(config: Config, image: torch.Size) -> nn.Sequential:
     """Logits [B, E] of images [B, C, H, W]."""
     router: nn.Sequential = pkgutil.resolve_name(ROUTERS[config.router])(image, config.num_experts)

@@ -1,0 +1,101 @@
+"""Collects the rows of docs/cifar10.md, and prints their tables; run it with python/ on the PYTHONPATH:
+
+python benchmarks/cifar10.py benchmarks/results/cifar10 benchmarks/results/cpu/cifar10.json
+
+Each folder in the first is a row: an export of a run of `rter train`, and in its folders pgd and full, if they are
+there, what `rter evaluate` wrote in that suite.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rter.checkpoint import read_json, read_lines, read_report, write_json
+from rter.paired import differences
+from rter.report import table
+
+ROWS = {
+    "dense-16": "one dense network of width 16",
+    "dense-32": "one dense network of width 32",
+    "standard": "mixture of four, standard training",
+    "at-moe": "mixture of four, adversarially trained",
+    "rt-er": "mixture of four, RT-ER",
+    "rt-er-paper": "mixture of four, RT-ER with the paper's terms",
+    "shared-3": "four last stages behind shared ones, adversarially trained",
+}
+SETTINGS = ("method", "train_attack", "num_experts", "width", "shared_stages", "epochs")
+TRAINING_IMAGES = 49_500
+FIRST = "dense-16"
+
+
+def row(folder: Path) -> dict[str, Any]:
+    """The figures of a row; None for what was not measured."""
+    config, history = read_json(folder / "config.json", {}), read_lines(folder / "metrics.jsonl")
+    reports = {suite: read_report(folder / suite) for suite in ("pgd", "full") if (folder / suite).exists()}
+    seconds = history[-1]["seconds"]
+    figures = {key: config[key] for key in SETTINGS if key in config}
+    figures |= {"seconds": seconds, "images/s": TRAINING_IMAGES * len(history) / seconds}
+    for suite, keys in {"pgd": ("sa", "ra"), "full": ("aa", "verdict")}.items():
+        report = reports.get(suite)
+        figures |= {key: report and [report[key], *report["intervals"][key]] for key in keys}
+        figures[f"{suite}_images"] = report and report["held_out"]
+    full = reports.get("full", {})
+    figures["expert_load"] = (full or reports.get("pgd", {})).get("expert_load")
+    figures["attack_results"] = full.get("attack_results")
+    return figures
+
+
+def paired(folders: dict[str, Path], suite: str) -> dict[str, dict[str, str | None]]:
+    """Each row's figures minus those of the first, image by image, with 95 % intervals."""
+    there = {name: folder / suite for name, folder in folders.items() if (folder / suite).exists()}
+    reports = {name: read_report(folder) for name, folder in there.items()}
+    found = {}
+    for name in [name for name in there if name != FIRST and FIRST in there]:
+        pair = (name, FIRST)
+        rows, unpaired = differences({n: there[n] for n in pair}, {n: reports[n] for n in pair})
+        if unpaired:
+            raise SystemExit(f"{suite}: {unpaired[0]}")
+        found[name] = rows[FIRST]
+    return found
+
+
+def percent(figure: list[float] | None) -> str:
+    if figure is None:
+        return "not measured"
+    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in figure))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="whose folders are the rows")
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    folders = {name: options.folder / name for name in ROWS if (options.folder / name).exists()}
+    rows = {name: row(folder) for name, folder in folders.items()}
+    print(
+        table(
+            {
+                name: {
+                    "clean, %": percent(r["sa"]),
+                    "PGD-50, %": percent(r["ra"]),
+                    "AutoAttack, %": percent(r["aa"]),
+                    "every attack, %": percent(r["verdict"]),
+                    "least load": f"{min(r['expert_load']):.2f}" if r["num_experts"] > 1 and r["expert_load"] else "",
+                    "core-hours": f"{r['seconds'] / 3600:.1f}",
+                }
+                for name, r in rows.items()
+            },
+            "row",
+        )
+    )
+    found = {suite: paired(folders, suite) for suite in ("pgd", "full")}
+    for suite, differ in found.items():
+        if differ:
+            kept = {name: {k: v for k, v in figures.items() if v is not None} for name, figures in differ.items()}
+            print(f"\n{suite}: each row minus {FIRST}\n\n{table(kept, 'row')}")
+    write_json(options.out, {"rows": rows, "minus_dense": found})
+
+
+if __name__ == "__main__":
+    main()
