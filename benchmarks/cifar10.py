@@ -7,7 +7,6 @@ there, what `rter evaluate` wrote in that suite.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 

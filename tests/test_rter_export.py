@@ -13,7 +13,9 @@ import torch
 from rter import UserError, evaluate_model
 from rter.__main__ import main
 from rter.checkpoint import load_tensors, save_tensors
+from rter.evaluate import TrainedRun
 from rter.intervals import paired
+from rter.models.classifier import DualClassifier
 from rter.settings import make_config
 from rter.train import train
 from torch import Tensor
@@ -86,6 +88,31 @@ def test_an_exported_run_names_no_folder(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(other), "--out", str(tmp_path / "new")]) == 0
     settings = json.loads((tmp_path / "new" / "config.json").read_text())
     assert settings["init"] == "net.pt" and "/" not in "".join(map(str, settings.values()))
+
+
+def test_two_runs_become_a_dual_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    standard, out = tmp_path / "standard", tmp_path / "dual"
+    train(make_config(method="standard", model="resnet18", seed=1, **TINY), standard)
+    words = ["export", str(run), "--standard", str(standard), "--dual-alpha", "0.25", "--out"]
+    assert main([*words, str(out)]) == 0
+    _, data, model = TrainedRun(out, data_dir=str(tmp_path)).load()
+    assert isinstance(model, DualClassifier)
+    x = data.test.x[:20]
+    parts = [TrainedRun(folder).load()[2](x) for folder in (standard, run)]
+    torch.testing.assert_close(model(x), 0.75 * parts[0] + 0.25 * parts[1], atol=0.02, rtol=0.02)  # weights in fp16
+    capsys.readouterr()
+    assert main([*words[:4], "--out", str(out)]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert main([*words[:2], "--standard", str(out), "--out", str(tmp_path / "new")]) == 2
+    assert "a dual model must be made of runs with one model each, got one of method dual" in capsys.readouterr().err
+    assert main([*words[:5], "2", "--out", str(tmp_path / "new")]) == 2
+    assert "--dual-alpha must be between 0 and 1, got 2" in capsys.readouterr().err
+    assert main([*words[:2], "--dual-alpha", "0.5", "--out", str(tmp_path / "new")]) == 2
+    assert "--dual-alpha must be given with --standard" in capsys.readouterr().err
+    settings = json.loads((standard / "config.json").read_text())
+    (standard / "config.json").write_text(json.dumps(settings | {"width": 3}))
+    assert main([*words, str(tmp_path / "new")]) == 2
+    assert "--standard must be a run with the width of RUN, 2, got 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

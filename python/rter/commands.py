@@ -76,7 +76,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from rter.export import export
 
-    file = export(args.run_folder, args.weights, args.out)
+    if args.dual_alpha is not None and not args.standard:
+        raise UserError("--dual-alpha must be given with --standard, a run to make a dual model of")
+    file = export(args.run_folder, args.weights, args.out, standard=args.standard, dual_alpha=args.dual_alpha)
     weights = "" if args.weights == "last" else f" --weights {args.weights}"
     print(
         f"written: {file}, {file.stat().st_size / 1e6:.2f} MB; next: rter evaluate {args.out}{weights} --data-dir DIR"

@@ -135,6 +135,10 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("run_folder", type=Path, metavar="RUN", help="folder made by `rter train`")
     export.add_argument("--weights", choices=("last", "best"), default="last", help="which (default: last)")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    export.add_argument("--standard", type=Path, metavar="RUN", help="export a dual model: this run's as F_S, the "
+                        "first RUN's as F_R")  # fmt: skip
+    export.add_argument("--dual-alpha", type=float, metavar="ALPHA", help="the weight of F_R (default: that of the "
+                        "first RUN's settings)")  # fmt: skip
 
     report = commands.add_parser("report", help="write report.html and report.md of a run or a sweep; of several "
                                  "runs a page that compares them")  # fmt: skip
