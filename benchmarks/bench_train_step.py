@@ -1,0 +1,86 @@
+"""One step of single-step adversarial training, as `rter train --train-attack fgsm-rs`, beside plain loops."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import MAX_GRADIENT_ERROR, Contest, first_is_core
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_kernels import PGD, ExpertResNet18, RobustMoE
+from moe_kernels.testing import Source
+from moe_kernels.testing.networks import ResNet18
+
+EPS, WIDTH, BATCH = 8 / 255, 16, 128
+
+
+class Loop(nn.Module):
+    """Each expert on the images that the router sends to it."""
+
+    def __init__(self, experts: list[nn.Module], router: nn.Module) -> None:
+        super().__init__()
+        self.experts, self.router = nn.ModuleList(experts), router
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.experts) == 1:
+            return self.experts[0](x)  # type: ignore[no-any-return]
+        chosen = self.router(x).argmax(1)
+        rows = [(chosen == e).nonzero()[:, 0] for e in range(len(self.experts))]
+        logits = torch.cat([expert(x[i]) for expert, i in zip(self.experts, rows, strict=True)])
+        return logits[torch.cat(rows).argsort()]
+
+
+def fgsm(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    start = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1).requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(start), y), start)
+    return (x + (start.detach() + 1.25 * EPS * grad.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
+
+
+def step(model: nn.Module, attack: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+    optimizer.setdefault(model, torch.optim.SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4))
+    loss = F.cross_entropy(model(attack(x, y)), y)
+    optimizer[model].zero_grad()
+    loss.backward()
+    optimizer[model].step()
+
+
+optimizer: dict[nn.Module, torch.optim.Optimizer] = {}
+
+
+def check(ours: nn.Module, loop: Loop, x: Tensor, y: Tensor) -> None:
+    """Checks the gradients of all weights, in eval mode, in which rounding does not reach the statistics."""
+    for model in (ours, loop):
+        model.eval()
+        F.cross_entropy(model(x), y).backward()
+    for name, parameter in ours.experts.named_parameters():  # type: ignore[union-attr]
+        alone = [expert.get_parameter(name) for expert in loop.experts]
+        theirs = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in alone])
+        error = (parameter.grad - theirs).norm() / theirs.norm()
+        assert error <= MAX_GRADIENT_ERROR[torch.float32], f"the gradient of {name} is wrong by {error:.1e}"
+    ours.train(), loop.train()
+
+
+@pytest.mark.parametrize("experts", first_is_core([1, 4]))
+@pytest.mark.parametrize("name", ["moe_kernels", "eager", "eager, channels-last"])
+def test_step(contest: Contest, experts: int, name: str) -> None:
+    """The attack, the loss, its gradient and the optimiser; training mode, fp32."""
+    torch.manual_seed(0)
+    s = Source(torch.float32)
+    x, y = s.rand(BATCH, 3, 32, 32), s.randint(10, BATCH).long()
+    router = nn.Sequential(nn.Flatten(), nn.LayerNorm(3072, elementwise_affine=False), nn.Linear(3072, experts))
+    loop = Loop([ResNet18(width=WIDTH) for _ in range(experts)], router)
+    grouped = ExpertResNet18.from_state_dicts([expert.state_dict() for expert in loop.experts])
+    grouped.recompute = "none"
+    ours = RobustMoE.from_experts(grouped, router, gate="hard")
+    check(ours, loop, x[:16], y[:16])
+    attack = PGD(ours, EPS, 1.25 * EPS, 1, best_iterate=False)
+    contenders: dict[str, Callable[[], Any]] = {"moe_kernels": partial(step, ours, attack, x, y)}
+    for kind, layout in {"eager": torch.contiguous_format, "eager, channels-last": torch.channels_last}.items():
+        plain = Loop([ResNet18(width=WIDTH) for _ in range(experts)], router).to(memory_format=layout)
+        contenders[kind] = partial(step, plain, partial(fgsm, plain), x.contiguous(memory_format=layout), y)
+    what = "a dense one" if experts == 1 else f"a mixture of {experts}"
+    label = f"training step of single-step AT, {what} of ResNet-18 of width {WIDTH}, {BATCH} images"
+    contest(label, contenders, name, targets={"eager": ">= 1.5", "eager, channels-last": ">= 1.5"})
