@@ -1,6 +1,6 @@
 """Collects the rows of docs/cifar10.md, and prints their tables; run it with python/ on the PYTHONPATH:
 
-python benchmarks/cifar10.py benchmarks/results/cifar10 benchmarks/results/cpu/cifar10.json
+python benchmarks/cifar10.py benchmarks/results/cifar10 benchmarks/results/cpu/cifar10.json docs/images/cifar10.svg
 
 Each folder in the first is a row: an export of a run of `rter train`, and in its folders pgd and full, if they are
 there, what `rter evaluate` wrote in that suite.
@@ -10,9 +10,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from rter import plots
 from rter.checkpoint import read_json, read_lines, read_report, write_json
 from rter.paired import differences
 from rter.report import table
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
 
 ROWS = {
     "dense-16": "one dense network of width 16",
@@ -65,10 +70,27 @@ def percent(figure: list[float] | None) -> str:
     return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in figure))
 
 
+def draw(folders: dict[str, Path], file: Path) -> None:
+    """Held-out accuracies of each row over its epochs: clean, and under PGD-10."""
+    style = plots.STYLE | {"svg.hashsalt": "", "svg.fonttype": "path"}
+    with plt.rc_context(style):
+        figure, both = plt.subplots(1, 2, figsize=(8, 3.2), sharex=True)
+        for (name, folder), colour in zip(folders.items(), (plots.INK, *plots.RUNS), strict=False):
+            history = read_lines(folder / "metrics.jsonl")
+            for axes, key in zip(both, ("sa", "ra"), strict=True):
+                points = [(record["epoch"], 100 * record[key]) for record in history]
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, linewidth=1.5, label=name)
+        for axes, title in zip(both, ("clean", "under PGD-10"), strict=True):
+            axes.set(title=f"Held-out accuracy, {title}, %", xlabel="epoch", ylim=(0, None))
+        both[0].legend(ncols=2, fontsize=8)
+        figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="whose folders are the rows")
     parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("curves", type=Path, help="SVG file to write")
     options = parser.parse_args()
     folders = {name: options.folder / name for name in ROWS if (options.folder / name).exists()}
     rows = {name: row(folder) for name, folder in folders.items()}
@@ -93,6 +115,7 @@ def main() -> None:
         if differ:
             kept = {name: {k: v for k, v in figures.items() if v is not None} for name, figures in differ.items()}
             print(f"\n{suite}: each row minus {FIRST}\n\n{table(kept, 'row')}")
+    draw(folders, options.curves)
     write_json(options.out, {"rows": rows, "minus_dense": found})
 
 

@@ -12,6 +12,7 @@ from rter.data.split import Split
 from rter.errors import UserError
 from rter.methods import METHODS
 from rter.methods.step import Step, partly_forced
+from rter.methods.update import update
 from rter.models.build import build_model
 from rter.models.classifier import DualClassifier, RobustClassifier
 from rter.settings import make_config
@@ -183,3 +184,31 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
     with pytest.raises(UserError) as error:
         make_config(**settings)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("method", ["fast-at", "rt-er", "standard"])
+def test_upcycled_experts_are_one_until_they_part(method: str, tmp_path: Path) -> None:
+    """With SGD's momentum and a running mean of the weights; resumed inside the epoch in which they part."""
+    config = make_config(
+        method=method, upcycle=0.5, ema=0.5, optimizer="sgd", **TINY | {"epochs": 2, "eval_every": 1, "lr": 0.1}
+    )
+    train(config, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("rter.train.update", interrupted(update, at=4))
+        train(config, tmp_path / "run", save_every=0)
+    weights = load_tensors(tmp_path / "run" / "last.safetensors")
+    experts = {name: t for name, t in weights.items() if name.startswith("moe.experts.")}
+    assert all(torch.equal(t, t[:1].expand_as(t)) for t in experts.values())
+    assert train(config, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    after = load_tensors(tmp_path / "whole" / "last.safetensors")["moe.experts.linear.weight"]
+    assert not torch.equal(after[0], after[1])
+
+
+def test_upcycling_that_does_not_fit() -> None:
+    for settings, message in {
+        ("jtdmoe", 0.5): "upcycle must be 0 for jtdmoe, got 0.5",
+        ("rt-er", 1.5): "upcycle must be between 0 and 1, got 1.5",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            make_config(method=settings[0], upcycle=settings[1])

@@ -86,6 +86,8 @@ class Config:
     awp_gamma: float = _method(0.0, "AWP, adversarial weight perturbation, on top of any method: its size relative to "
                                "the weights, such as 0.005; 0: none")  # fmt: skip
     awp_warmup: int = _method(10, "epochs before AWP begins")
+    upcycle: float = _method(0.0, "fraction of the epochs in which all experts are one: every image goes to the first, "
+                             "whose weights the others then start from")  # fmt: skip
     fgsm_reach: float = _method(1.0, "largest radius of the nine experts' FGSM, relative to eps")
     pgd_scale: float = _method(0.2, "the nine experts' PGD takes 10 to 50 steps times this")
 

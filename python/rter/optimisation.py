@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moe_kernels.nn import GroupedNetwork
 from rter.config import Config
 from rter.distributed import Share, whole
 from rter.errors import NonFiniteError
@@ -65,6 +66,20 @@ class RunningMean:
             mean.lerp_(weight, 1 - decay)
         for copied, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             copied.copy_(buffer)
+
+
+@torch.no_grad()
+def upcycle(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Gives all experts the weights, the statistics and, with an optimiser, the moments of the first one.
+
+    Source: Komatsuzaki et al., Sparse Upcycling, ICLR 2023.
+    """
+    for experts in (module for module in model.modules() if isinstance(module, GroupedNetwork)):
+        weights = list(experts.parameters())
+        states = [optimizer.state.get(w, {}) for w in weights] if optimizer else []
+        moments = [m for state in states for m in state.values() if isinstance(m, Tensor) and m.dim() > 0]
+        for tensor in (*weights, *experts.buffers(), *moments):
+            tensor[1:] = tensor[:1]
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

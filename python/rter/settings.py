@@ -92,7 +92,7 @@ def _check(config: Config) -> None:
             demand(field.name, getattr(config, field.name) < 2**limit, f"below 2^{limit}")
     demand("alpha_ratio", config.alpha_ratio <= 2, "at most 2: it is relative to eps, and 2 eps spans the ball")
     demand("eps", config.eps <= 1 or config.norm != "Linf", "at most 1 in the Linf norm, images being in [0, 1]")
-    for name in ("explore", "dual_alpha", "lr_low", "collapse"):
+    for name in ("explore", "upcycle", "dual_alpha", "lr_low", "collapse"):
         demand(name, 0 <= getattr(config, name) <= 1, "between 0 and 1")
     for name in ("momentum", "ema", "label_smoothing"):
         demand(name, 0 <= getattr(config, name) < 1, "at least 0 and below 1")
@@ -113,6 +113,9 @@ def _check(config: Config) -> None:
         demand("shared_stages", config.model == "resnet18" and config.shared_stages <= 4, "at most 4, of resnet18")
         demand("shared_stages", config.method != "advmoe", "0 for advmoe, which trains experts and router alone")
         demand("shared_stages", not config.init, "0 with init, whose experts share nothing")
+    if config.upcycle:
+        demand("upcycle", config.method not in ("jtdmoe", "nine-experts"), f"0 for {config.method}")
+        demand("gate", config.gate != "soft", "one that chooses an expert with upcycle above 0")
     if config.route_weight:
         demand("route_weight", len(method.attacks) > 1, f"0 for {config.method}")
         demand("gate", config.gate != "soft", "one that chooses an expert with route_weight above 0")

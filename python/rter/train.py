@@ -40,7 +40,7 @@ from rter.methods.update import update
 from rter.models.build import build_model
 from rter.models.classifier import RobustClassifier
 from rter.models.initial import load_initial
-from rter.optimisation import RunningMean, make_optimizer, running_statistics, set_rate
+from rter.optimisation import RunningMean, make_optimizer, running_statistics, set_rate, upcycle
 from rter.ranks import is_first, num_processes
 from rter.resume import State, circumstances
 from rter.tensorboard import Board
@@ -121,6 +121,8 @@ class _Training:
         model.to(data.train.y.device)
         self.alone = None
         if expert_parallel > 1:
+            if config.upcycle:
+                raise UserError(f"upcycle must be 0 with experts spread over processes, got {config.upcycle:g}")
             self.alone = copy.deepcopy(model)  # the whole model, with which the first process evaluates
             spread_experts(model, expert_parallel)
         optimizer = make_optimizer(config, model)
@@ -259,6 +261,10 @@ class _Training:
         state, config, out = self.state, self.config, self.out
         metrics: dict[str, Any] = {"epoch": epoch + 1, **_means(state.records), "seconds": round(state.seconds, 3)}
         state.records = []
+        if epoch < config.upcycle * config.epochs:
+            upcycle(state.model, state.optimizer)
+            if state.ema:
+                upcycle(state.ema.model)
         evaluated = (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs
         model = state.ema.model if state.ema else state.model
         if evaluated:

@@ -43,6 +43,11 @@ class Step:
         return self.epoch < self.config.explore * self.config.epochs
 
     @property
+    def upcycling(self) -> bool:
+        """Whether all experts are one, see `upcycle`."""
+        return self.epoch < self.config.upcycle * self.config.epochs
+
+    @property
     def awp_gamma(self) -> float:
         return self.config.awp_gamma if self.epoch >= self.config.awp_warmup else 0.0
 
@@ -93,12 +98,15 @@ class Step:
 
     def own_route(self, x: Tensor) -> Routing | None:
         """While exploring, a route to each image's first or second expert at random; then None: the model routes."""
-        if not self.exploring or self.model.num_experts == 1 or self.config.gate == "soft":
+        if not (self.exploring or self.upcycling) or self.model.num_experts == 1 or self.config.gate == "soft":
             return None
         return self.ranked_route(x, range(2), "explore")
 
     def ranked_route(self, x: Tensor, ranks: range, purpose: str) -> Routing:
-        """Each image's route to the expert of a rank drawn from `ranks`; rank 0 is its first expert."""
+        """Each image's route to the expert of a rank drawn from `ranks`, of which 0 is its first; while upcycling, to
+        the one expert."""
+        if self.upcycling:
+            return self.clean_route(x).fixed(0)
         generator = torch.Generator().manual_seed(self.config.seed_for(purpose, self.index))
         rows, ours = (self.share or Share.whole(len(x))).joint_rows(len(x))
         rank = torch.randint(ranks.start, ranks.stop, (rows,), generator=generator)[ours].to(x.device)
