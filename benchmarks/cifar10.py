@@ -26,7 +26,7 @@ ROWS = {
     "at-moe": "mixture of four, adversarially trained",
     "rt-er": "mixture of four, RT-ER",
     "rt-er-paper": "mixture of four, RT-ER with the paper's terms",
-    "shared-3": "four last stages behind shared ones, adversarially trained",
+    "upcycled": "four last stages behind three shared ones, upcycled",
 }
 SETTINGS = ("method", "train_attack", "num_experts", "width", "shared_stages", "epochs")
 TRAINING_IMAGES = 49_500

@@ -1,6 +1,9 @@
 """The runs of docs/configs/cifar10-*.toml have the same schedule and attack, and differ only in what they compare."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ from rter.data.split import Data, Split
 from rter.models.build import build_model
 from rter.settings import load_config
 
-CONFIGS = Path(__file__).parent.parent / "docs" / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "docs" / "configs"
 PAPER: dict[str, Any] = {
     "gate": "softmax", "second": "ranked", "beta": 6.0, "clean_weight": 0.0, "balance_weight": 0.0, "explore": 0.0,
 }  # fmt: skip
@@ -21,13 +25,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "at-moe": {"method": "fast-at"},
     "rt-er": {"method": "rt-er"},
     "rt-er-paper": {"method": "rt-er", **PAPER},
+    "upcycled": {"method": "fast-at", "shared_stages": 3, "router": "pooled", "upcycle": 0.5},
 }
 SAME = {
     "data": "cifar10", "model": "resnet18", "width": 16, "num_experts": 4, "eps": 8 / 255, "norm": "Linf",
     "train_attack": "n-fgsm", "augment": "flip,translate4", "optimizer": "sgd", "schedule": "one-cycle", "lr": 0.2,
     "weight_decay": 5e-4, "momentum": 0.9, "batch_size": 128, "ema": 0.999, "label_smoothing": 0, "epochs": 10,
     "held_out": 500, "eval_every": 1, "seed": 0, "train_images": 0, "clip_norm": 0, "amp": "none", "awp_gamma": 0,
-    "shared_stages": 0, "route_weight": 0,
+    "shared_stages": 0, "route_weight": 0, "router": "linear", "upcycle": 0,
 }  # fmt: skip
 
 
@@ -45,7 +50,7 @@ def test_a_row_is_the_run_it_is_meant_to_be(row: str) -> None:
 def test_rows_differ_only_in_what_they_compare() -> None:
     first, *others = (dataclasses.asdict(load_config(CONFIGS / f"cifar10-{row}.toml")) for row in ROWS)
     differ = {name for other in others for name in first if first[name] != other[name]}
-    assert differ == {"method", "train_attack", "num_experts", "width", *PAPER}
+    assert differ == {"method", "train_attack", "num_experts", "width", *PAPER, "shared_stages", "router", "upcycle"}
 
 
 def test_dense_rows_have_an_experts_width_and_a_mixtures_parameters() -> None:
@@ -56,3 +61,14 @@ def test_dense_rows_have_an_experts_width_and_a_mixtures_parameters() -> None:
         sizes[row] = sum(weight.numel() for weight in model.moe.experts.parameters())
     assert sizes["rt-er"] == 4 * sizes["dense-16"] and abs(sizes["dense-32"] / sizes["rt-er"] - 1) < 0.01
     assert 2 * max(sizes.values()) < 6e6  # bytes in fp16
+
+
+def test_the_page_and_the_json_repeat_the_evaluations(tmp_path: Path) -> None:
+    out, curves = tmp_path / "rows.json", tmp_path / "curves.svg"
+    words = ["benchmarks/cifar10.py", "benchmarks/results/cifar10", str(out), str(curves)]
+    said = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "docs/cifar10.md").read_text()
+    rows = [line for line in said.splitlines() if line.startswith("|")]
+    assert len(rows) >= 3 and not [line for line in rows if line not in page]
+    assert json.loads(out.read_text()) == json.loads((ROOT / "benchmarks/results/cpu/cifar10.json").read_text())
+    assert curves.stat().st_size > 1000
