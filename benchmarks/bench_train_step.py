@@ -34,8 +34,11 @@ class Loop(nn.Module):
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """In eval mode, as our attacks."""
+    model.eval()
     start = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1).requires_grad_()
     (grad,) = torch.autograd.grad(F.cross_entropy(model(start), y), start)
+    model.train()
     return (x + (start.detach() + 1.25 * EPS * grad.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
 
 

@@ -103,7 +103,7 @@ def main() -> None:
                     "AutoAttack, %": percent(r["aa"]),
                     "every attack, %": percent(r["verdict"]),
                     "least load": f"{min(r['expert_load']):.2f}" if r["num_experts"] > 1 and r["expert_load"] else "",
-                    "core-hours": f"{r['seconds'] / 3600:.1f}",
+                    "hours": f"{r['seconds'] / 3600:.1f}",
                 }
                 for name, r in rows.items()
             },

@@ -25,7 +25,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "at-moe": {"method": "fast-at"},
     "rt-er": {"method": "rt-er"},
     "rt-er-paper": {"method": "rt-er", **PAPER},
-    "upcycled": {"method": "fast-at", "shared_stages": 3, "router": "pooled", "upcycle": 0.5},
+    "upcycled": {"method": "fast-at", "shared_stages": 3, "router": "pooled", "upcycle": 0.5, "explore": 0},
 }
 SAME = {
     "data": "cifar10", "model": "resnet18", "width": 16, "num_experts": 4, "eps": 8 / 255, "norm": "Linf",
@@ -68,7 +68,8 @@ def test_the_page_and_the_json_repeat_the_evaluations(tmp_path: Path) -> None:
     words = ["benchmarks/cifar10.py", "benchmarks/results/cifar10", str(out), str(curves)]
     said = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     page = (ROOT / "docs/cifar10.md").read_text()
-    rows = [line for line in said.splitlines() if line.startswith("|")]
-    assert len(rows) >= 3 and not [line for line in rows if line not in page]
+    tables = [part for part in said.strip().split("\n\n") if part.startswith("|")]
+    assert len(tables) == 3 and not [table for table in tables if table not in page]
+    assert sum(line.startswith("| dense-16 ") for line in page.splitlines()) == 1
     assert json.loads(out.read_text()) == json.loads((ROOT / "benchmarks/results/cpu/cifar10.json").read_text())
     assert curves.stat().st_size > 1000

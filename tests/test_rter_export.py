@@ -92,7 +92,7 @@ def test_an_exported_run_names_no_folder(run: Path, tmp_path: Path) -> None:
 
 def test_two_runs_become_a_dual_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     standard, out = tmp_path / "standard", tmp_path / "dual"
-    train(make_config(method="standard", model="resnet18", seed=1, **TINY), standard)
+    train(make_config(method="standard", model="resnet18", **TINY), standard)
     words = ["export", str(run), "--standard", str(standard), "--dual-alpha", "0.25", "--out"]
     assert main([*words, str(out)]) == 0
     _, data, model = TrainedRun(out, data_dir=str(tmp_path)).load()
@@ -110,9 +110,17 @@ def test_two_runs_become_a_dual_model(run: Path, tmp_path: Path, capsys: pytest.
     assert main([*words[:2], "--dual-alpha", "0.5", "--out", str(tmp_path / "new")]) == 2
     assert "--dual-alpha must be given with --standard" in capsys.readouterr().err
     settings = json.loads((standard / "config.json").read_text())
-    (standard / "config.json").write_text(json.dumps(settings | {"width": 3}))
-    assert main([*words, str(tmp_path / "new")]) == 2
-    assert "--standard must be a run with the width of RUN, 2, got 3" in capsys.readouterr().err
+    for other, message in {
+        ("width", 3): "the width of RUN, 2, got 3",
+        ("seed", 1): "the seed of RUN, 0, got 1",
+    }.items():
+        (standard / "config.json").write_text(json.dumps(settings | dict([other])))
+        assert main([*words, str(tmp_path / "new")]) == 2
+        assert f"--standard must be a run with {message}" in capsys.readouterr().err
+    dense = tmp_path / "dense"
+    train(make_config(method="pgd-at", model="resnet18", **TINY | {"num_experts": 1}), dense)
+    assert main(["export", str(dense), "--standard", str(dense), "--out", str(tmp_path / "new")]) == 2
+    assert "num_experts must be at least 2 for dual" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

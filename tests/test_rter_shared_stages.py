@@ -15,6 +15,7 @@ from rter.methods.step import Step, partly_forced
 from rter.methods.update import update
 from rter.models.build import build_model
 from rter.models.classifier import DualClassifier, RobustClassifier
+from rter.optimisation import upcycle
 from rter.settings import make_config
 from rter.train import train
 from runs import assert_same_run
@@ -186,23 +187,54 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("method", ["fast-at", "rt-er", "standard"])
+@pytest.mark.parametrize("method", ["fast-at", "rt-er", "dual"])
 def test_upcycled_experts_are_one_until_they_part(method: str, tmp_path: Path) -> None:
     """With SGD's momentum and a running mean of the weights; resumed inside the epoch in which they part."""
     config = make_config(
         method=method, upcycle=0.5, ema=0.5, optimizer="sgd", **TINY | {"epochs": 2, "eval_every": 1, "lr": 0.1}
     )
     train(config, tmp_path / "whole")
+    passes = len(METHODS[method].passes)
+    assert passes == 1 + (method == "dual")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("rter.train.update", interrupted(update, at=4))
         train(config, tmp_path / "run", save_every=0)
     weights = load_tensors(tmp_path / "run" / "last.safetensors")
-    experts = {name: t for name, t in weights.items() if name.startswith("moe.experts.")}
-    assert all(torch.equal(t, t[:1].expand_as(t)) for t in experts.values())
+    experts = [t for name, t in weights.items() if "moe.experts." in name]
+    assert experts and all(torch.equal(t, t[:1].expand_as(t)) for t in experts)
     assert train(config, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     after = load_tensors(tmp_path / "whole" / "last.safetensors")["moe.experts.linear.weight"]
     assert not torch.equal(after[0], after[1])
+
+
+def test_while_upcycling_all_images_train_the_first_expert() -> None:
+    config = make_config(method="rt-er", upcycle=0.5, **TINY | {"epochs": 4, "explore": 0.5})
+    assert [(config.upcycling(epoch), config.exploring(epoch)) for epoch in range(4)] == [
+        (True, False), (True, False), (False, True), (False, False)
+    ]  # fmt: skip
+    model, images = classifier(method="rt-er")
+    update(Step(model.train(), config, 0, epoch=1), torch.optim.SGD(model.parameters(), lr=0.1), images)
+    batches = {name: b.tolist() for name, b in model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert {tuple(b) for name, b in batches.items() if "moe.experts" in name} == {(1, 0, 0)}
+    assert {tuple(b) for name, b in batches.items() if "trunk" in name} == {(1,)}
+    assert batches["moe.router.0.num_batches_tracked"] == 1
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_upcycling_copies_weights_statistics_and_moments(kind: str) -> None:
+    model, images = classifier()
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9) if kind == "SGD" else torch.optim.Adam(model.parameters())
+    for _ in range(2):
+        model(images.x).logsumexp(1).sum().backward()
+        optimizer.step()
+    trunk = model.trunk.conv1.weight.clone()
+    upcycle(model, optimizer)
+    moments = [m for w in model.moe.experts.parameters() for m in optimizer.state[w].values() if m.dim()]
+    assert len(moments) == (1 if kind == "SGD" else 2) * len([*model.moe.experts.parameters()])
+    tensors = [*model.moe.experts.state_dict().values(), *moments]
+    assert all(torch.equal(t, t[:1].expand_as(t)) for t in tensors) and torch.equal(trunk, model.trunk.conv1.weight)
 
 
 def test_upcycling_that_does_not_fit() -> None:
@@ -212,3 +244,10 @@ def test_upcycling_that_does_not_fit() -> None:
     }.items():
         with pytest.raises(UserError, match=message):
             make_config(method=settings[0], upcycle=settings[1])
+
+
+@pytest.mark.parametrize(("stages", "router"), [(0, "linear"), ("0", "linear"), (2, "pooled"), ("2", "pooled")])
+def test_the_router_behind_shared_stages(stages: int | str, router: str) -> None:
+    """The default, also of settings that come as text; another may be given."""
+    assert make_config(model="resnet18", shared_stages=stages).router == router
+    assert make_config(model="resnet18", shared_stages=stages, router="conv").router == "conv"

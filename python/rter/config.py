@@ -6,6 +6,7 @@ Which values a setting may have, and how its default is chosen, is in rter.setti
 import dataclasses
 import functools
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,11 @@ def _setting(default: Any, help: str, group: str) -> Any:
 
 
 _run, _model, _data, _attack, _method, _optimisation = (functools.partial(_setting, group=group) for group in GROUPS)
+
+
+def _epochs(fraction: float, epochs: int) -> int:
+    """The fraction of the epochs, with a part of an epoch counted as a whole one."""
+    return math.ceil(round(fraction * epochs, 6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +87,9 @@ class Config:
     balance_weight: float = _method(1.0, "lambda, weight of the router's balance loss on clean images")
     route_weight: float = _method(0.0, "weight of the router's cross-entropy to its own choice, on images attacked "
                                   "to change that choice")  # fmt: skip
-    explore: float = _method(0.5, "fraction of the epochs in which an image goes at random to its first or second "
-                             "expert; for nine-experts, in which the experts train independently")  # fmt: skip
+    explore: float = _method(0.5, "fraction of the epochs, after those of --upcycle, in which an image goes at random "
+                             "to its first or second expert; for nine-experts, in which the experts train "
+                             "independently")  # fmt: skip
     awp_gamma: float = _method(0.0, "AWP, adversarial weight perturbation, on top of any method: its size relative to "
                                "the weights, such as 0.005; 0: none")  # fmt: skip
     awp_warmup: int = _method(10, "epochs before AWP begins")
@@ -105,6 +112,14 @@ class Config:
     ema: float = _optimisation(0.0, "decay of the EMA, a running mean of the weights that is evaluated and saved in "
                                "their place, such as 0.999; 0: none")  # fmt: skip
     amp: str = _optimisation("none", "autocast in training and its attack; evaluation stays in fp32")
+
+    def upcycling(self, epoch: int) -> bool:
+        """Whether all experts are one in an epoch, counted from 0."""
+        return epoch < _epochs(self.upcycle, self.epochs)
+
+    def exploring(self, epoch: int) -> bool:
+        first = _epochs(self.upcycle, self.epochs)
+        return first <= epoch < first + _epochs(self.explore, self.epochs - first)
 
     @property
     def dual(self) -> bool:

@@ -1,6 +1,6 @@
 """Exports what `rter evaluate` needs of a trained run: its settings, its metrics, and its weights in 16 bits."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from rter.checkpoint import load_tensors, run_config, save_tensors, write_atomic
 from rter.config import Config
 from rter.errors import UserError
+from rter.settings import make_config
 
 OF_ONE = {"init", "recompute", "dual_alpha", "dual_mix"}  # settings in which the parts of a dual model may differ
 
@@ -30,7 +31,7 @@ def export(
 
     Raises:
         UserError: if there is no such run, if the folder exists, if a weight is beyond fp16's range, or if the two runs
-            have not the same data or network.
+            have not the same images to train on and the same network, or are no parts of a dual model.
     """
     config = run_config(run, "data")
     file = f"{weights}.safetensors"
@@ -65,11 +66,12 @@ def _dual(robust: Config, standard: Config, alpha: float | None) -> Config:
         if config.dual:
             raise UserError(f"a dual model must be made of runs with one model each, got one of method {config.method}")
     of_both = [f.name for f in fields(Config) if f.metadata["group"] == "model" and f.name not in OF_ONE]
-    for name in ("data", "image_size", *of_both):
+    # With another seed or number of held-out images one part may be tested on what the other has seen in training.
+    for name in ("data", "image_size", "seed", "held_out", *of_both):
         values = getattr(robust, name), getattr(standard, name)
         if values[0] != values[1]:
             raise UserError(f"--standard must be a run with the {name} of RUN, {values[0]!r}, got {values[1]!r}")
     alpha = robust.dual_alpha if alpha is None else alpha
     if not 0 <= alpha <= 1:
         raise UserError(f"--dual-alpha must be between 0 and 1, got {alpha}")
-    return replace(robust, method="dual", dual_alpha=alpha)
+    return make_config(**asdict(replace(robust, method="dual", dual_alpha=alpha)))

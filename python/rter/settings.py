@@ -52,9 +52,10 @@ def make_config(**given: Any) -> Config:
     Raises:
         UserError: if a value is out of range or does not go with the others.
     """
-    chosen = {name: value for name, value in given.items() if value is not None}
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    chosen = {name: _convert(fields[name], given[name]) for name in fields if given.get(name) is not None}
     values = _defaults(chosen) | chosen
-    converted = {field.name: _convert(field, values[field.name]) for field in dataclasses.fields(Config)}
+    converted = {name: _convert(field, values[name]) for name, field in fields.items()}
     config = Config(**(given | converted))
     _check(config)
     return config

@@ -261,7 +261,7 @@ class _Training:
         state, config, out = self.state, self.config, self.out
         metrics: dict[str, Any] = {"epoch": epoch + 1, **_means(state.records), "seconds": round(state.seconds, 3)}
         state.records = []
-        if epoch < config.upcycle * config.epochs:
+        if config.upcycling(epoch):
             upcycle(state.model, state.optimizer)
             if state.ema:
                 upcycle(state.ema.model)

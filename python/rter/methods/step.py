@@ -12,6 +12,7 @@ from moe_kernels import RouterLogits, Routing
 from rter.attack import make_attack
 from rter.config import Config
 from rter.distributed import Share
+from rter.methods.awp import kept_buffers
 from rter.models.classifier import DualClassifier, RobustClassifier, View
 from rter.train_attacks import SINGLE_STEPS
 
@@ -40,12 +41,7 @@ class Step:
 
     @property
     def exploring(self) -> bool:
-        return self.epoch < self.config.explore * self.config.epochs
-
-    @property
-    def upcycling(self) -> bool:
-        """Whether all experts are one, see `upcycle`."""
-        return self.epoch < self.config.upcycle * self.config.epochs
+        return self.config.exploring(self.epoch)
 
     @property
     def awp_gamma(self) -> float:
@@ -97,15 +93,17 @@ class Step:
         return F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
     def own_route(self, x: Tensor) -> Routing | None:
-        """While exploring, a route to each image's first or second expert at random; then None: the model routes."""
-        if not (self.exploring or self.upcycling) or self.model.num_experts == 1 or self.config.gate == "soft":
+        """While exploring, a route to each image's first or second expert at random, and while upcycling to the one
+        expert; then None: the model routes."""
+        early = self.exploring or self.config.upcycling(self.epoch)
+        if not early or self.model.num_experts == 1 or self.config.gate == "soft":
             return None
         return self.ranked_route(x, range(2), "explore")
 
     def ranked_route(self, x: Tensor, ranks: range, purpose: str) -> Routing:
         """Each image's route to the expert of a rank drawn from `ranks`, of which 0 is its first; while upcycling, to
         the one expert."""
-        if self.upcycling:
+        if self.config.upcycling(self.epoch):
             return self.clean_route(x).fixed(0)
         generator = torch.Generator().manual_seed(self.config.seed_for(purpose, self.index))
         rows, ours = (self.share or Share.whole(len(x))).joint_rows(len(x))
@@ -113,12 +111,17 @@ class Step:
         return self.clean_route(x, ranks.stop).select(rank)
 
     def clean_route(self, x: Tensor, top_k: int | None = None) -> Routing:
-        """The model's route of the batch's clean images, with a gradient to the router but not to shared stages, which
-        are computed once in a step."""
+        """The model's route of the batch's clean images, which moves no statistics of batch norm."""
+        with kept_buffers(self.model.moe.router):
+            return self.model.moe.route(self.clean_features(x), top_k)
+
+    def clean_features(self, x: Tensor) -> Tensor:
+        """The input of experts and router of the batch's clean images, without a gradient: computed once in a step,
+        with the weights that it begins with, and without moving statistics."""
         if not self.clean:
-            with torch.no_grad():
+            with torch.no_grad(), kept_buffers(self.model):
                 self.clean.append(self.model.features(x))
-        return self.model.moe.route(self.clean[0], top_k)
+        return self.clean[0]
 
     def routing(self, x: Tensor) -> Callable[[], dict[str, Tensor]]:
         """The losses of the router as a function of the weights: the balance and, with a `route_weight`, the route's.
@@ -140,11 +143,12 @@ class Step:
     def balance(self, x: Tensor) -> dict[str, Tensor]:
         """The balance loss; no term if its weight is 0, so that the router gets no gradient rather than zeros.
 
+        Its gradient reaches the router alone, and not stages that experts share.
         With the load of the joint batch it is a mean over rows, like every other term.
         """
         if not self.config.balance_weight:
             return {}
-        routing = self.clean_route(x)
+        routing = self.model.moe.route(self.clean_features(x))
         load = routing.load
         if self.share:
             self.share.mean_([load])
