@@ -54,7 +54,7 @@ class Config:
                                 "gets their output; 0: none, and the router gets the image")  # fmt: skip
     recompute: str = _model("auto", "what a training step recomputes in its backward instead of keeping it, see "
                             "docs/memory.md; auto: the network's own default")  # fmt: skip
-    router: str = _model("linear", "network that chooses the expert")
+    router: str = _model("linear", "network that chooses the expert; pooled is the default with shared stages")
     normalize: str = _model("data", "how the model normalises images: data, by mean and deviation of the training "
                             "images, or given values such as 0.49,0.48,0.45/0.25,0.24,0.26")  # fmt: skip
     init: str = _model("", "file of initial weights: a mixture of RT-ER's public code, or one network for every expert")
