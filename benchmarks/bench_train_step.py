@@ -14,7 +14,8 @@ from moe_kernels import PGD, ExpertResNet18, RobustMoE
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import ResNet18
 
-EPS, WIDTH, BATCH = 8 / 255, 16, 128
+EPS = 8 / 255
+CASES = [(16, 128, 1), (16, 128, 4), (64, 32, 1), (64, 32, 4)]  # width, images, experts
 
 
 class Loop(nn.Module):
@@ -42,22 +43,26 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (x + (start.detach() + 1.25 * EPS * grad.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
 
 
-def step(model: nn.Module, attack: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> None:
-    optimizer.setdefault(model, torch.optim.SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4))
-    loss = F.cross_entropy(model(attack(x, y)), y)
-    optimizer[model].zero_grad()
-    loss.backward()
-    optimizer[model].step()
+def make_step(model: nn.Module, attack: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4)
 
+    def step() -> None:
+        loss = F.cross_entropy(model(attack(x, y)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-optimizer: dict[nn.Module, torch.optim.Optimizer] = {}
+    return step
 
 
 def check(ours: nn.Module, loop: Loop, x: Tensor, y: Tensor) -> None:
-    """Checks the gradients of all weights, in eval mode, in which rounding does not reach the statistics."""
-    for model in (ours, loop):
+    """Checks the gradients of images and weights, in eval mode, in which rounding does not reach the statistics."""
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    for model, leaf in zip((ours, loop), leaves, strict=True):
         model.eval()
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(model(leaf), y).backward()
+    found, expected = (leaf.grad for leaf in leaves)
+    assert (found - expected).norm() <= MAX_GRADIENT_ERROR[torch.float32] * expected.norm()
     for name, parameter in ours.experts.named_parameters():  # type: ignore[union-attr]
         alone = [expert.get_parameter(name) for expert in loop.experts]
         theirs = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in alone])
@@ -66,24 +71,25 @@ def check(ours: nn.Module, loop: Loop, x: Tensor, y: Tensor) -> None:
     ours.train(), loop.train()
 
 
-@pytest.mark.parametrize("experts", first_is_core([1, 4]))
+@pytest.mark.parametrize("case", first_is_core(CASES), ids=str)
 @pytest.mark.parametrize("name", ["moe_kernels", "eager", "eager, channels-last"])
-def test_step(contest: Contest, experts: int, name: str) -> None:
+def test_step(contest: Contest, case: tuple[int, int, int], name: str) -> None:
     """The attack, the loss, its gradient and the optimiser; training mode, fp32."""
     torch.manual_seed(0)
+    width, batch, experts = case
     s = Source(torch.float32)
-    x, y = s.rand(BATCH, 3, 32, 32), s.randint(10, BATCH).long()
+    x, y = s.rand(batch, 3, 32, 32), s.randint(10, batch).long()
     router = nn.Sequential(nn.Flatten(), nn.LayerNorm(3072, elementwise_affine=False), nn.Linear(3072, experts))
-    loop = Loop([ResNet18(width=WIDTH) for _ in range(experts)], router)
+    loop = Loop([ResNet18(width=width) for _ in range(experts)], router)
     grouped = ExpertResNet18.from_state_dicts([expert.state_dict() for expert in loop.experts])
     grouped.recompute = "none"
     ours = RobustMoE.from_experts(grouped, router, gate="hard")
     check(ours, loop, x[:16], y[:16])
     attack = PGD(ours, EPS, 1.25 * EPS, 1, best_iterate=False)
-    contenders: dict[str, Callable[[], Any]] = {"moe_kernels": partial(step, ours, attack, x, y)}
+    contenders: dict[str, Callable[[], Any]] = {"moe_kernels": make_step(ours, attack, x, y)}
     for kind, layout in {"eager": torch.contiguous_format, "eager, channels-last": torch.channels_last}.items():
-        plain = Loop([ResNet18(width=WIDTH) for _ in range(experts)], router).to(memory_format=layout)
-        contenders[kind] = partial(step, plain, partial(fgsm, plain), x.contiguous(memory_format=layout), y)
+        plain = Loop([ResNet18(width=width) for _ in range(experts)], router).to(memory_format=layout)
+        contenders[kind] = make_step(plain, partial(fgsm, plain), x.contiguous(memory_format=layout), y)
     what = "a dense one" if experts == 1 else f"a mixture of {experts}"
-    label = f"training step of single-step AT, {what} of ResNet-18 of width {WIDTH}, {BATCH} images"
+    label = f"training step of single-step AT, {what} of ResNet-18 of width {width}, {batch} images"
     contest(label, contenders, name, targets={"eager": ">= 1.5", "eager, channels-last": ">= 1.5"})

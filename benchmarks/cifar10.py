@@ -19,15 +19,7 @@ from rter.report import table
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-ROWS = {
-    "dense-16": "one dense network of width 16",
-    "dense-32": "one dense network of width 32",
-    "standard": "mixture of four, standard training",
-    "at-moe": "mixture of four, adversarially trained",
-    "rt-er": "mixture of four, RT-ER",
-    "rt-er-paper": "mixture of four, RT-ER with the paper's terms",
-    "upcycled": "four last stages behind three shared ones, upcycled",
-}
+ROWS = ("dense-16", "dense-32", "standard", "at-moe", "rt-er", "rt-er-paper", "upcycled")  # of docs/configs
 SETTINGS = ("method", "train_attack", "num_experts", "width", "shared_stages", "epochs")
 TRAINING_IMAGES = 49_500
 FIRST = "dense-16"

@@ -119,7 +119,7 @@ class Step:
         """The input of experts and router of the batch's clean images, without a gradient: computed once in a step,
         with the weights that it begins with, and without moving statistics."""
         if not self.clean:
-            with torch.no_grad(), kept_buffers(self.model):
+            with torch.no_grad(), kept_buffers(self.model.trunk or self.model.normalize):
                 self.clean.append(self.model.features(x))
         return self.clean[0]
 
