@@ -117,9 +117,12 @@ class ExpertConv2d(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> [N, O, H', W']."""
-        if saves_work(x, self.weight, self.stride, self.padding):
-            return winograd_conv2d(x, self.weight, self.bias, offsets, self.padding)
-        return expert_conv2d(x, self.weight, self.bias, offsets, self.stride, self.padding)
+        return self.convolved(x, self.weight, offsets)
+
+    def convolved(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        if saves_work(x, weight, self.stride, self.padding):
+            return winograd_conv2d(x, weight, self.bias, offsets, self.padding)
+        return expert_conv2d(x, weight, self.bias, offsets, self.stride, self.padding)
 
     def extra_repr(self) -> str:
         return (

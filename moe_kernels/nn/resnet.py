@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import _checks as check
+from moe_kernels.nn.cond_conv import ExpertCondConv2d
 from moe_kernels.nn.grouped import GroupedNetwork, stage
 from moe_kernels.nn.layers import ExpertBatchNorm2d, ExpertConv2d, ExpertLinear
 from moe_kernels.nn.recompute import RECOMPUTE, recomputed
@@ -26,12 +27,13 @@ class ExpertBasicBlock(nn.Module):
         stride: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        kernels: int = 1,
     ) -> None:
         super().__init__()
         to: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv1 = ExpertConv2d(num_experts, in_channels, channels, 3, stride, 1, bias=False, **to)
+        self.conv1 = _convolution(num_experts, kernels, in_channels, channels, stride, **to)
         self.bn1 = ExpertBatchNorm2d(num_experts, channels, **to)
-        self.conv2 = ExpertConv2d(num_experts, channels, channels, 3, 1, 1, bias=False, **to)
+        self.conv2 = _convolution(num_experts, kernels, channels, channels, 1, **to)
         self.bn2 = ExpertBatchNorm2d(num_experts, channels, **to)
         self.shortcut = nn.ModuleList()
         if stride != 1 or in_channels != channels:
@@ -54,6 +56,12 @@ class ExpertBasicBlock(nn.Module):
         return mask_relu(self.bn2(h, offsets) + x)
 
 
+def _convolution(num_experts: int, kernels: int, before: int, channels: int, stride: int, **to: Any) -> ExpertConv2d:
+    if kernels == 1:
+        return ExpertConv2d(num_experts, before, channels, 3, stride, 1, bias=False, **to)
+    return ExpertCondConv2d(num_experts, kernels, before, channels, 3, stride, 1, **to)
+
+
 STAGES = 4  # of two basic blocks each; stage i has width * 2^(i - 1) channels, and all but the first halve the image
 
 
@@ -71,7 +79,8 @@ class ResNet18Stages(GroupedNetwork):
     """The stem and some stages of a ResNet-18 per expert; `ExpertResNet18` explains the arguments."""
 
     def __init__(
-        self, num_experts: int, in_channels: int, width: int, first: int, last: int, recompute: str, **to: Any
+        self, num_experts: int, in_channels: int, width: int, first: int, last: int, recompute: str, *,
+        kernels: int = 1, **to: Any
     ) -> None:
         super().__init__()
         check.one_of("recompute", recompute, RECOMPUTE)
@@ -83,7 +92,7 @@ class ResNet18Stages(GroupedNetwork):
             self.bn1 = ExpertBatchNorm2d(num_experts, width, **to)
         for i in range(first, last + 1):
             before, stride = (width, 1) if i == 1 else (_features(in_channels, width, i - 1), 2)
-            blocks = stage(ExpertBasicBlock, 2, num_experts, before, width * 2 ** (i - 1), stride, **to)
+            blocks = stage(ExpertBasicBlock, 2, num_experts, before, width * 2 ** (i - 1), stride, kernels=kernels, **to)
             self.add_module(f"layer{i}", blocks)
 
     def features(self, x: Tensor, offsets: Tensor) -> Tensor:
@@ -133,11 +142,13 @@ class ExpertResNet18(ResNet18Stages):
         *,
         recompute: str = "activations",
         shared_stages: int = 0,
+        kernels: int = 1,
     ) -> None:
         check_stages(shared_stages, 0)
         check.count("num_classes", num_classes, 1)
+        check.count("kernels", kernels, 1)
         to: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(num_experts, in_channels, width, shared_stages + 1, STAGES, recompute, **to)
+        super().__init__(num_experts, in_channels, width, shared_stages + 1, STAGES, recompute, kernels=kernels, **to)
         self.linear = ExpertLinear(num_experts, 8 * width, num_classes, **to)
 
     def logits(self, x: Tensor, offsets: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ def small_conv(config: Config, image: torch.Size, num_classes: int) -> GroupedNe
 
 
 def resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
-    shared = config.shared_stages
-    return ExpertResNet18(config.num_experts, num_classes, image[0], config.width, shared_stages=shared)
+    options = {"shared_stages": config.shared_stages, "kernels": config.kernels}
+    return ExpertResNet18(config.num_experts, num_classes, image[0], config.width, **options)
 
 
 def preact_resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
