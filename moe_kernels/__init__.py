@@ -5,6 +5,7 @@ from moe_kernels.build_info import __version__ as __version__
 from moe_kernels.build_info import build_info
 from moe_kernels.nn import (
     ExpertBatchNorm2d,
+    ExpertCondConv2d,
     ExpertConv2d,
     ExpertLayerNorm,
     ExpertLinear,
@@ -34,6 +35,7 @@ __all__ = [
     "PGD",
     "ExpertAttack",
     "ExpertBatchNorm2d",
+    "ExpertCondConv2d",
     "ExpertConv2d",
     "ExpertLayerNorm",
     "ExpertLinear",

@@ -11,6 +11,7 @@ from torch import nn
 import moe_kernels.nn
 from moe_kernels import (
     ExpertBatchNorm2d,
+    ExpertCondConv2d,
     ExpertConv2d,
     ExpertLayerNorm,
     ExpertLinear,
@@ -32,6 +33,7 @@ MAKE: dict[type[nn.Module], Callable[[], nn.Module]] = {
     ExpertAttention: lambda: ExpertAttention(2, 16, 2),
     ExpertBasicBlock: lambda: ExpertBasicBlock(2, 8, 16, 2),
     ExpertBatchNorm2d: lambda: ExpertBatchNorm2d(2, 16),
+    ExpertCondConv2d: lambda: ExpertCondConv2d(2, 3, 8, 16, 3),
     ExpertConv2d: lambda: ExpertConv2d(2, 8, 16, 3),
     ExpertLayerNorm: lambda: ExpertLayerNorm(2, 16),
     ExpertLinear: lambda: ExpertLinear(2, 16, 32),

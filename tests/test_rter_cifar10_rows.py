@@ -26,13 +26,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "rt-er": {"method": "rt-er"},
     "rt-er-paper": {"method": "rt-er", **PAPER},
     "upcycled": {"method": "fast-at", "shared_stages": 3, "router": "pooled", "upcycle": 0.5, "explore": 0},
+    "condconv": {"method": "fast-at", "num_experts": 1, "kernels": 4},
 }
 SAME = {
     "data": "cifar10", "model": "resnet18", "width": 16, "num_experts": 4, "eps": 8 / 255, "norm": "Linf",
     "train_attack": "n-fgsm", "augment": "flip,translate4", "optimizer": "sgd", "schedule": "one-cycle", "lr": 0.2,
     "weight_decay": 5e-4, "momentum": 0.9, "batch_size": 128, "ema": 0.999, "label_smoothing": 0, "epochs": 10,
     "held_out": 500, "eval_every": 1, "seed": 0, "train_images": 0, "clip_norm": 0, "amp": "none", "awp_gamma": 0,
-    "shared_stages": 0, "route_weight": 0, "router": "linear", "upcycle": 0,
+    "shared_stages": 0, "route_weight": 0, "router": "linear", "upcycle": 0, "kernels": 1,
 }  # fmt: skip
 
 
@@ -50,7 +51,8 @@ def test_a_row_is_the_run_it_is_meant_to_be(row: str) -> None:
 def test_rows_differ_only_in_what_they_compare() -> None:
     first, *others = (dataclasses.asdict(load_config(CONFIGS / f"cifar10-{row}.toml")) for row in ROWS)
     differ = {name for other in others for name in first if first[name] != other[name]}
-    assert differ == {"method", "train_attack", "num_experts", "width", *PAPER, "shared_stages", "router", "upcycle"}
+    compared = {"method", "train_attack", "num_experts", "width", "shared_stages", "router", "upcycle", "kernels"}
+    assert differ == {*compared, *PAPER}
 
 
 def test_dense_rows_have_an_experts_width_and_a_mixtures_parameters() -> None:

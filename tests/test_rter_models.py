@@ -20,7 +20,7 @@ from rter.models.initial import load_initial
 from rter.settings import make_config
 from torch import Tensor, nn
 
-from moe_kernels import attack_mode
+from moe_kernels import ExpertCondConv2d, attack_mode
 from moe_kernels.testing.networks import ResNet18, randomize_statistics
 
 SMALL: dict[str, dict[str, int]] = {"wrn": {"depth": 10, "width": 4}, "vit": {"depth": 1, "width": 8}}
@@ -54,6 +54,16 @@ def test_networks_can_be_trained_and_attacked(model: str) -> None:
     torch.testing.assert_close(y, torch.stack([alone[e][i] for i, e in enumerate(chosen)]))
 
 
+@pytest.mark.parametrize("shared_stages", [0, 2])
+def test_convolutions_with_several_kernels(shared_stages: int) -> None:
+    classifier = tiny(kernels=3, shared_stages=shared_stages)
+    layers = [m for m in classifier.modules() if isinstance(m, ExpertCondConv2d)]
+    assert [len(layer.weight) for layer in layers] == 2 * (8 - 2 * shared_stages) * [2] + 4 * shared_stages * [1]
+    assert {layer.weight.shape[1] for layer in layers} == {3}
+    classifier(images().train.x).logsumexp(1).sum().backward()
+    assert all(layer.router.weight.grad is not None for layer in layers)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routers_route_each_image_by_itself(router: str) -> None:
     data = images()
@@ -78,6 +88,12 @@ def test_networks_have_their_own_default_sizes() -> None:
         ({"model": "vit", "patch": 3}, "model vit: image_size must be a multiple of patch"),
         ({"model": "cnn"}, "model must be one of small-conv, resnet18, preact-resnet18, wrn, vit, got 'cnn'"),
         ({"router": "lottery"}, "router must be one of linear, conv, mlp, pooled, got 'lottery'"),
+        ({"kernels": 0}, "kernels must be above 0, got 0"),
+        ({"kernels": 2, "model": "wrn"}, "kernels must be 1 for wrn, got 2"),
+        (
+            {"kernels": 2, "model": "resnet18", "init": "net.pt"},
+            "kernels must be 1 with init, whose convolutions have one kernel, got 2",
+        ),
         ({"patch": 0}, "patch must be above 0, got 0"),
         (
             {"normalize": "0.5"},

@@ -1,5 +1,6 @@
 """Layers: parameters and calls of the operators, no kernels."""
 
+from moe_kernels.nn.cond_conv import ExpertCondConv2d
 from moe_kernels.nn.experts import ExpertMLP
 from moe_kernels.nn.grouped import GroupedNetwork
 from moe_kernels.nn.layers import ExpertBatchNorm2d, ExpertConv2d, ExpertLayerNorm, ExpertLinear
@@ -12,6 +13,7 @@ from moe_kernels.nn.vit import ExpertViT
 
 __all__ = [
     "ExpertBatchNorm2d",
+    "ExpertCondConv2d",
     "ExpertConv2d",
     "ExpertLayerNorm",
     "ExpertLinear",

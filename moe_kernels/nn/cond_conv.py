@@ -1,4 +1,4 @@
-"""Convolutions whose kernel is a mixture for each image, the softest kind of expert."""
+"""A convolution whose kernel is mixed anew for every image."""
 
 from typing import Any
 
@@ -6,20 +6,25 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import _checks as check
-from moe_kernels.nn.layers import ExpertBatchNorm2d, ExpertConv2d, ExpertLinear, reset_like_torch
+from moe_kernels.nn.layers import ExpertBatchNorm2d, ExpertLinear, Pixels, convolve, reset_like_torch
+from moe_kernels.nn.recompute import recomputed
 from moe_kernels.ops import expert_linear
 
-MERGED = 96  # least products per weight of an image for which merging its kernels pays (docs/facts.md)
+# An image's kernels are mixed before the convolution if they meet at least this many pixels times K - 1, else after it,
+# by a convolution of K scaled copies of the image: what is faster on a CPU (docs/facts.md).
+MIX_FIRST = 96
 
 
-class ExpertCondConv2d(ExpertConv2d):
-    """A 2D convolution per expert whose kernel is, for each image, a weighted sum of K: `weight` [E, K, O, C, kh, kw].
+class ExpertCondConv2d(nn.Module):
+    """A 2D convolution per expert with K kernels, of which every image gets a sum of its own: `weight`
+    [E, K, O, C, kh, kw].
 
-    The weights of the sum are sigmoids of a linear map of the means of x's channels, standardised over the batch.
+    The K coefficients of an image are sigmoids of a linear map of the means of its channels, which are standardised
+    over the expert's batch, or by running statistics in eval mode. There is no bias.
 
     Args:
         num_experts: number of experts E.
-        kernels: number of kernels K of each expert.
+        num_kernels: number of kernels of each, K.
         in_channels: channels of x, C.
         out_channels: channels of the result, O.
         kernel_size, stride, padding: in pixels, one number or (vertical, horizontal).
@@ -28,45 +33,62 @@ class ExpertCondConv2d(ExpertConv2d):
     Raises:
         ValueError: if a number is less than 1, or the padding negative.
 
-    Source: Yang et al., "CondConv: Conditionally Parameterized Convolutions for Efficient Inference", NeurIPS 2019;
-    there the means are not standardised.
+    Source: Yang et al., "CondConv: Conditionally Parameterized Convolutions for Efficient Inference", NeurIPS 2019,
+    where the means are not standardised.
     """
 
     def __init__(
         self,
         num_experts: int,
-        kernels: int,
+        num_kernels: int,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        kernel_size: Pixels,
+        stride: Pixels = 1,
+        padding: Pixels = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        super().__init__()
         to: dict[str, Any] = {"device": device, "dtype": dtype}
-        check.count("kernels", kernels, 1)
-        super().__init__(num_experts * kernels, in_channels, out_channels, kernel_size, stride, padding, False, **to)
-        self.num_experts = num_experts
-        self.weight = nn.Parameter(self.weight.detach().unflatten(0, (num_experts, kernels)))
+        sizes = {"num_kernels": num_kernels, "in_channels": in_channels, "out_channels": out_channels}
+        for name, size in sizes.items():
+            check.count(name, size, 1)
+        check.pair("stride", stride, 1)
+        check.pair("padding", padding, 0)
+        kernel = check.pair("kernel_size", kernel_size, 1)
+        self.num_experts, self.stride, self.padding = num_experts, stride, padding
         self.norm = ExpertBatchNorm2d(num_experts, in_channels, affine=False, **to)
-        self.router = ExpertLinear(num_experts, in_channels, kernels, **to)
+        self.router = ExpertLinear(num_experts, in_channels, num_kernels, **to)
+        self.weight = nn.Parameter(torch.empty(num_experts, num_kernels, out_channels, in_channels, *kernel, **to))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        weight = self.weight.detach()
-        reset_like_torch(weight.flatten(0, -5), None)
+        for weight in self.weight.unbind(1):
+            reset_like_torch(weight, None)
 
-    def gates(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """The weights of each image's kernels [N, K]."""
-        return self.router(self.norm(x.mean((2, 3), keepdim=True), offsets).flatten(1), offsets).sigmoid()
+    def coefficients(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, C, H, W] sorted by expert -> [N, K], each in (0, 1)."""
+        means = self.norm(x.mean((2, 3), keepdim=True), offsets)
+        return self.router(means.flatten(1), offsets).sigmoid()
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> [N, O, H', W']."""
-        gates, (kernels, O, C, *size) = self.gates(x, offsets), self.weight.shape[1:]
-        height, width = (s // t for s, t in zip(x.shape[2:], check.pair("stride", self.stride, 1), strict=True))
-        if height * width * (kernels - 1) >= MERGED:
-            merged = expert_linear(gates, self.weight.flatten(2).mT, None, offsets).view(-1, O, C, *size)
+        check.shape("x", x, (None, self.weight.shape[3], None, None), "[N, C, H, W] with C = in_channels")
+        mix = self.coefficients(x, offsets)
+        pixels = x.shape[2:].numel() // torch.Size(check.pair("stride", self.stride, 1)).numel()
+        if len(x) > 0 and pixels * (mix.shape[1] - 1) >= MIX_FIRST:
             each = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
-            return self.convolved(x, merged, each)
-        scaled = torch.cat([x * g[:, None, None, None] for g in gates.unbind(1)], 1)
-        return self.convolved(scaled, self.weight.transpose(1, 2).flatten(2, 3), offsets)
+            kernels = recomputed(self._mixed, mix, offsets)
+            return convolve(x, kernels, None, each, self.stride, self.padding)
+        copies, kernels = recomputed(_scaled_copies, x, mix), self.weight.transpose(1, 2).flatten(2, 3)
+        return convolve(copies, kernels, None, offsets, self.stride, self.padding)
+
+    def _mixed(self, mix: Tensor, offsets: Tensor) -> Tensor:
+        """A kernel for every image [N, O, C, kh, kw]."""
+        return expert_linear(mix, self.weight.flatten(2).mT, None, offsets).unflatten(1, self.weight.shape[2:])
+
+
+def _scaled_copies(x: Tensor, mix: Tensor) -> Tensor:
+    """[N, K C, H, W]"""
+    return torch.cat([x * factor[:, None, None, None] for factor in mix.to(x.dtype).unbind(1)], 1)

@@ -13,6 +13,8 @@ from moe_kernels.ops import expert_batch_norm, expert_conv2d, expert_linear, win
 from moe_kernels.ops.expert_sum import expand_to_rows
 from moe_kernels.ops.winograd_conv2d import saves_work
 
+Pixels = int | tuple[int, int]  # the same in both directions, or (vertical, horizontal)
+
 
 class ExpertLinear(nn.Module):
     """A linear layer per expert: `weight` [E, out, in], `bias` [E, out] or None.
@@ -74,8 +76,6 @@ class ExpertLinear(nn.Module):
 class ExpertConv2d(nn.Module):
     """A 2D convolution per expert: `weight` [E, O, C, kh, kw], `bias` [E, O] or None.
 
-    It runs `winograd_conv2d` where that is faster (on a CPU, not in float64), else `expert_conv2d`.
-
     Args:
         num_experts: number of experts E.
         in_channels: channels of x, C.
@@ -93,9 +93,9 @@ class ExpertConv2d(nn.Module):
         num_experts: int,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        kernel_size: Pixels,
+        stride: Pixels = 1,
+        padding: Pixels = 0,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -117,12 +117,7 @@ class ExpertConv2d(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> [N, O, H', W']."""
-        return self.convolved(x, self.weight, offsets)
-
-    def convolved(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        if saves_work(x, weight, self.stride, self.padding):
-            return winograd_conv2d(x, weight, self.bias, offsets, self.padding)
-        return expert_conv2d(x, weight, self.bias, offsets, self.stride, self.padding)
+        return convolve(x, self.weight, self.bias, offsets, self.stride, self.padding)
 
     def extra_repr(self) -> str:
         return (
@@ -248,6 +243,15 @@ class ExpertLayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, eps={self.eps}"
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, stride: Pixels, padding: Pixels
+) -> Tensor:
+    """`winograd_conv2d` where that is faster (on a CPU, not in float64), else `expert_conv2d`."""
+    if saves_work(x, weight, stride, padding):
+        return winograd_conv2d(x, weight, bias, offsets, padding)
+    return expert_conv2d(x, weight, bias, offsets, stride, padding)
 
 
 def reset_like_torch(weight: Tensor, bias: Tensor | None) -> None:

@@ -27,13 +27,13 @@ class ExpertBasicBlock(nn.Module):
         stride: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        kernels: int = 1,
+        num_kernels: int = 1,
     ) -> None:
         super().__init__()
         to: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv1 = _convolution(num_experts, kernels, in_channels, channels, stride, **to)
+        self.conv1 = _convolution(num_experts, num_kernels, in_channels, channels, stride, **to)
         self.bn1 = ExpertBatchNorm2d(num_experts, channels, **to)
-        self.conv2 = _convolution(num_experts, kernels, channels, channels, 1, **to)
+        self.conv2 = _convolution(num_experts, num_kernels, channels, channels, 1, **to)
         self.bn2 = ExpertBatchNorm2d(num_experts, channels, **to)
         self.shortcut = nn.ModuleList()
         if stride != 1 or in_channels != channels:
@@ -56,10 +56,12 @@ class ExpertBasicBlock(nn.Module):
         return mask_relu(self.bn2(h, offsets) + x)
 
 
-def _convolution(num_experts: int, kernels: int, before: int, channels: int, stride: int, **to: Any) -> ExpertConv2d:
-    if kernels == 1:
+def _convolution(
+    num_experts: int, num_kernels: int, before: int, channels: int, stride: int, **to: Any
+) -> ExpertConv2d | ExpertCondConv2d:
+    if num_kernels == 1:
         return ExpertConv2d(num_experts, before, channels, 3, stride, 1, bias=False, **to)
-    return ExpertCondConv2d(num_experts, kernels, before, channels, 3, stride, 1, **to)
+    return ExpertCondConv2d(num_experts, num_kernels, before, channels, 3, stride, 1, **to)
 
 
 STAGES = 4  # of two basic blocks each; stage i has width * 2^(i - 1) channels, and all but the first halve the image
@@ -79,12 +81,20 @@ class ResNet18Stages(GroupedNetwork):
     """The stem and some stages of a ResNet-18 per expert; `ExpertResNet18` explains the arguments."""
 
     def __init__(
-        self, num_experts: int, in_channels: int, width: int, first: int, last: int, recompute: str, *,
-        kernels: int = 1, **to: Any
+        self,
+        num_experts: int,
+        in_channels: int,
+        width: int,
+        first: int,
+        last: int,
+        recompute: str,
+        num_kernels: int,
+        **to: Any,
     ) -> None:
         super().__init__()
         check.one_of("recompute", recompute, RECOMPUTE)
-        for name, size in (("num_experts", num_experts), ("in_channels", in_channels), ("width", width)):
+        sizes = {"num_experts": num_experts, "in_channels": in_channels, "width": width, "num_kernels": num_kernels}
+        for name, size in sizes.items():
             check.count(name, size, 1)
         self.num_experts, self.recompute = num_experts, recompute
         if first == 1:
@@ -92,7 +102,8 @@ class ResNet18Stages(GroupedNetwork):
             self.bn1 = ExpertBatchNorm2d(num_experts, width, **to)
         for i in range(first, last + 1):
             before, stride = (width, 1) if i == 1 else (_features(in_channels, width, i - 1), 2)
-            blocks = stage(ExpertBasicBlock, 2, num_experts, before, width * 2 ** (i - 1), stride, kernels=kernels, **to)
+            channels, kinds = width * 2 ** (i - 1), {"num_kernels": num_kernels, **to}
+            blocks = stage(ExpertBasicBlock, 2, num_experts, before, channels, stride, **kinds)
             self.add_module(f"layer{i}", blocks)
 
     def features(self, x: Tensor, offsets: Tensor) -> Tensor:
@@ -126,6 +137,7 @@ class ExpertResNet18(ResNet18Stages):
             recomputes one expert after the other, so that only one has activations at a time.
         shared_stages: number of stages, 0 to 4, that a `ResNet18Trunk` computes first; x is then its result, and the
             experts have neither these stages nor, unless it is 0, the stem.
+        num_kernels: if more than 1, every 3x3 convolution in the stages is an `ExpertCondConv2d` of so many kernels.
 
     Raises:
         ValueError: if a size is less than 1, or recompute or shared_stages is out of range.
@@ -142,13 +154,12 @@ class ExpertResNet18(ResNet18Stages):
         *,
         recompute: str = "activations",
         shared_stages: int = 0,
-        kernels: int = 1,
+        num_kernels: int = 1,
     ) -> None:
         check_stages(shared_stages, 0)
         check.count("num_classes", num_classes, 1)
-        check.count("kernels", kernels, 1)
         to: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(num_experts, in_channels, width, shared_stages + 1, STAGES, recompute, kernels=kernels, **to)
+        super().__init__(num_experts, in_channels, width, shared_stages + 1, STAGES, recompute, num_kernels, **to)
         self.linear = ExpertLinear(num_experts, 8 * width, num_classes, **to)
 
     def logits(self, x: Tensor, offsets: Tensor) -> Tensor:

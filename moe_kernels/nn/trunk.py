@@ -19,7 +19,7 @@ class ResNet18Trunk(ResNet18Stages):
         in_channels: channels of the images.
         width: channels of the first stage.
         device, dtype: those of the parameters.
-        recompute: as for `ExpertResNet18`.
+        recompute, num_kernels: as for `ExpertResNet18`.
 
     Raises:
         ValueError: if shared_stages or recompute is out of range.
@@ -34,9 +34,10 @@ class ResNet18Trunk(ResNet18Stages):
         dtype: torch.dtype | None = None,
         *,
         recompute: str = "activations",
+        num_kernels: int = 1,
     ) -> None:
         check_stages(shared_stages, 1)
-        super().__init__(1, in_channels, width, 1, shared_stages, recompute, device=device, dtype=dtype)
+        super().__init__(1, in_channels, width, 1, shared_stages, recompute, num_kernels, device=device, dtype=dtype)
         self.shared_stages = shared_stages
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]

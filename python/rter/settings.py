@@ -81,7 +81,7 @@ def _check(config: Config) -> None:
 
     for name in ("held_out", "num_experts", "width", "eps", "alpha_ratio", "attack_steps"):
         demand(name, getattr(config, name) > 0, "above 0")
-    for name in ("batch_size", "lr", "eval_every", "cycle_steps", "patch"):
+    for name in ("batch_size", "lr", "eval_every", "cycle_steps", "patch", "kernels"):
         demand(name, getattr(config, name) > 0, "above 0")
     for name in ("seed", "epochs", "train_images", "image_size", "depth", "weight_decay", "clip_norm", "beta",
                  "clean_weight", "balance_weight", "route_weight", "awp_gamma", "awp_warmup",
@@ -114,6 +114,8 @@ def _check(config: Config) -> None:
         demand("shared_stages", config.model == "resnet18" and config.shared_stages <= 4, "at most 4, of resnet18")
         demand("shared_stages", config.method != "advmoe", "0 for advmoe, which trains experts and router alone")
         demand("shared_stages", not config.init, "0 with init, whose experts share nothing")
+    demand("kernels", config.kernels == 1 or config.model == "resnet18", f"1 for {config.model}")
+    demand("kernels", config.kernels == 1 or not config.init, "1 with init, whose convolutions have one kernel")
     if config.upcycle:
         demand("upcycle", config.method not in ("jtdmoe", "nine-experts"), f"0 for {config.method}")
         demand("gate", config.gate != "soft", "one that chooses an expert with upcycle above 0")

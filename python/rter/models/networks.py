@@ -41,8 +41,10 @@ def small_conv(config: Config, image: torch.Size, num_classes: int) -> GroupedNe
 
 
 def resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
-    options = {"shared_stages": config.shared_stages, "kernels": config.kernels}
-    return ExpertResNet18(config.num_experts, num_classes, image[0], config.width, **options)
+    shared, kernels = config.shared_stages, config.kernels
+    return ExpertResNet18(
+        config.num_experts, num_classes, image[0], config.width, shared_stages=shared, num_kernels=kernels
+    )
 
 
 def preact_resnet18(config: Config, image: torch.Size, num_classes: int) -> GroupedNetwork:
@@ -78,7 +80,7 @@ def make_trunk(config: Config, image: torch.Size) -> tuple[ResNet18Trunk | None,
     """The layers that the experts share, if any, and the shape [C, H, W] of the input of experts and router."""
     if not config.shared_stages:
         return None, image
-    trunk = ResNet18Trunk(config.shared_stages, image[0], config.width)
+    trunk = ResNet18Trunk(config.shared_stages, image[0], config.width, num_kernels=config.kernels)
     C, H, W = config.width, *image[1:]
     for _ in range(config.shared_stages - 1):
         C, H, W = 2 * C, (H + 1) // 2, (W + 1) // 2
