@@ -116,10 +116,14 @@ def test_bad_input_names_the_argument() -> None:
             winograd_conv2d(*args)
 
 
-@pytest.mark.parametrize("counts, width", [((70, 1, 19), 6), ((2, 0, 1), 70)], ids=["many blocks", "few blocks"])
+@pytest.mark.parametrize(
+    "counts, width",
+    [((70, 1, 19), 6), ((2, 0, 1), 70), (10 * (1, 2), 6), (10 * (1, 0), 6)],
+    ids=["many blocks", "few blocks", "many experts", "idle experts"],
+)
 def test_bitwise_equal_for_any_number_of_threads(counts: tuple[int, ...], width: int) -> None:
     s = Source(torch.float32)
-    x, weight, offsets = s.randn(sum(counts), 5, 9, 8), s.randn(3, width, 5, 3, 3), s.offsets(counts)
+    x, weight, offsets = s.randn(sum(counts), 5, 9, 8), s.randn(len(counts), width, 5, 3, 3), s.offsets(counts)
     grad = s.randn(sum(counts), width, 9, 8)
 
     def results() -> tuple[Tensor, ...]:

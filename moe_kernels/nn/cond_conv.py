@@ -69,8 +69,9 @@ class ExpertCondConv2d(nn.Module):
 
     def coefficients(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> [N, K], each in (0, 1)."""
-        means = self.norm(x.mean((2, 3), keepdim=True), offsets)
-        return self.router(means.flatten(1), offsets).sigmoid()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        means = x.sum((2, 3), keepdim=True, dtype=wide) / x.shape[2:].numel()  # mean()'s backward fills a whole image
+        return self.router(self.norm(means.to(x.dtype), offsets).flatten(1), offsets).sigmoid()
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> [N, O, H', W']."""

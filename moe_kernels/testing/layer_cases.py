@@ -198,6 +198,7 @@ def _winograd_conv2d_cases() -> list[Case]:
     groups["odd_sizes"] = (9, 5, 7)
     return [
         *(case(name, counts, *((7, 9) if name == "odd_sizes" else (2, 3))) for name, counts in groups.items()),
+        case("an_image_each", 20 * (1,)),
         case("one_pixel", (1, 2), size=(1, 1)),
         case("no_padding", (1, 2), size=(3, 6), padding=(0, 0), bias=False),
         case("not_square", (1, 0, 2), 17, 37, size=(9, 7), padding=(0, 2)),
