@@ -90,6 +90,16 @@ def test_an_exported_run_names_no_folder(run: Path, tmp_path: Path) -> None:
     assert settings["init"] == "net.pt" and "/" not in "".join(map(str, settings.values()))
 
 
+def test_an_exported_run_is_not_trained_over(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume"]) == 2
+    assert "holds an exported run, which cannot be resumed: give another folder" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_two_runs_become_a_dual_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     standard, out = tmp_path / "standard", tmp_path / "dual"
     train(make_config(method="standard", model="resnet18", **TINY), standard)

@@ -22,6 +22,7 @@ from rter.data.files import damaged
 from rter.errors import UserError
 from rter.settings import ABSOLUTE, load_config
 
+RESUME = "resume.safetensors"  # the file that `rter.resume.State` saves
 NUMBER, OPTIONAL = (int, float), (int, float, type(None))
 NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
 NAMES |= {type(None): "null"}
@@ -119,6 +120,8 @@ def demand_usable(out: Path, resume: bool) -> bool:
         raise UserError(
             f"--out {out} already holds a run: give another folder, remove it, or continue it with --resume"
         )
+    if holds_run and not (out / RESUME).exists() and ABSOLUTE not in read_json(out / "config.json", {}):
+        raise UserError(f"--out {out} holds an exported run, which cannot be resumed: give another folder")
     if not holds_run and out.exists() and not (out.is_dir() and set(out.iterdir()) == _unfinished(out)):
         raise UserError(
             f"--out {out} already exists and is not an empty folder: give another folder, or remove it first"

@@ -164,7 +164,8 @@ def experts(report: dict[str, Any]) -> Figure:
 
 def images(report: dict[str, Any], examples: dict[str, Tensor]) -> Figure:
     """One image of each class, the perturbation, and the adversarial image, with the model's predictions."""
-    count = len(examples["label"])
+    count, names = len(examples["label"]), report.get("classes") or []
+    short = max(map(len, names), default=99) <= 12
     figure, grid = plt.subplots(3, count, figsize=(0.82 * count, 3.15), squeeze=False)
     delta = examples["x_adv"] - examples["x"]
     rows = (
@@ -182,9 +183,9 @@ def images(report: dict[str, Any], examples: dict[str, Tensor]) -> Figure:
             if predictions is not None:
                 right = bool(predictions[i] == examples["label"][i])
                 axes.spines[:].set(color=CLEAN if right else ATTACKED, linewidth=1.6)
-                axes.set_xlabel(
-                    f"{predictions[i]} {'✓' if right else '✗'}", color=CLEAN if right else ATTACKED, labelpad=2
-                )
+                said = names[int(predictions[i])] if short else predictions[i]
+                mark, colour = ("✓", CLEAN) if right else ("✗", ATTACKED)
+                axes.set_xlabel(f"{said} {mark}", color=colour, labelpad=2, fontsize=7 if short else 9)
         row[0].set_ylabel(title, labelpad=6)
     title = f"What the model reads within {NORMS[report['norm']]} distance {report['eps']:.3g}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")

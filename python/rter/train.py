@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_kernels import build_info
 from rter import console
 from rter.checkpoint import (
+    RESUME,
     append_line,
     demand_usable,
     keep_lines,
@@ -133,8 +134,8 @@ class _Training:
 
     def run(self, save_every: float) -> bool:
         state, out, total = self.state, self.out, self.config.epochs * self.steps
-        if (out / "resume.safetensors").exists():
-            state.load(out / "resume.safetensors")
+        if (out / RESUME).exists():
+            state.load(out / RESUME)
             if state.step == total:
                 return False
         if is_first():
@@ -165,7 +166,7 @@ class _Training:
                     stopped = self.share.any(asked, loss.device) and state.step < total
                     overdue = time.monotonic() - self.saved >= save_every
                     if self._jointly(state.step == total or stopped or overdue):
-                        state.save(out / "resume.safetensors")
+                        state.save(out / RESUME)
                         self.saved = time.monotonic()
                     progress.update(fact=lambda loss=loss: f"loss {loss.item():.4g}")  # type: ignore[misc]
                     if stopped and self.collapsed:
@@ -205,7 +206,7 @@ class _Training:
                 save_weights(self.out / f"{name}.safetensors", model)
             write_atomic(self.out / "metrics.jsonl", "")
         if self._jointly(True):
-            self.state.save(self.out / "resume.safetensors")
+            self.state.save(self.out / RESUME)
 
     def _jointly(self, answer: bool) -> bool:
         """Whether this process takes part in what the first one decides; if experts are spread, all do."""
