@@ -20,7 +20,8 @@ class ExpertCondConv2d(nn.Module):
     [E, K, O, C, kh, kw].
 
     The K coefficients of an image are sigmoids of a linear map of the means of its channels, which are standardised
-    over the expert's batch, or by running statistics in eval mode. There is no bias.
+    over the expert's batch, or by running statistics in eval mode. The map starts at zero, so that all images begin with
+    one kernel. There is no bias.
 
     Args:
         num_experts: number of experts E.
@@ -34,7 +35,7 @@ class ExpertCondConv2d(nn.Module):
         ValueError: if a number is less than 1, or the padding negative.
 
     Source: Yang et al., "CondConv: Conditionally Parameterized Convolutions for Efficient Inference", NeurIPS 2019,
-    where the means are not standardised.
+    where the means are not standardised, and the map starts at random.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class ExpertCondConv2d(nn.Module):
         self.num_experts, self.stride, self.padding = num_experts, stride, padding
         self.norm = ExpertBatchNorm2d(num_experts, in_channels, affine=False, **to)
         self.router = ExpertLinear(num_experts, in_channels, num_kernels, **to)
+        self.router.init_std = 0.0
+        self.router.reset_parameters()
         self.weight = nn.Parameter(torch.empty(num_experts, num_kernels, out_channels, in_channels, *kernel, **to))
         self.reset_parameters()
 

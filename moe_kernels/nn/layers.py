@@ -57,10 +57,13 @@ class ExpertLinear(nn.Module):
     def reset_parameters(self) -> None:
         if self.init_std is None:
             reset_like_torch(self.weight, self.bias)
+            return
+        if self.init_std == 0:
+            nn.init.zeros_(self.weight)
         else:
             nn.init.trunc_normal_(self.weight, std=self.init_std)
-            if self.bias is not None:
-                nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
         """x [N, in] sorted by expert -> [N, out]; with `rows` [N], slot j reads x[rows[j]]."""
