@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,13 @@ OFFSETS = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
 @pytest.fixture(params=[0, 2**31], ids=["mixed_first", "mixed_last"], autouse=True)
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cond_conv, "MIX_FIRST", request.param)
+
+
+def made(*sizes: Any, **options: Any) -> ExpertCondConv2d:
+    """A layer with a router as training would leave it, at random."""
+    layer = ExpertCondConv2d(*sizes, **options)
+    nn.init.normal_(layer.router.weight)
+    return layer
 
 
 def plain(layer: ExpertCondConv2d, x: Tensor) -> Tensor:
@@ -48,7 +56,7 @@ def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 def test_equals_a_plain_convolution_for_each_image(
     stride: int | tuple[int, int], layout: torch.memory_format, training: bool
 ) -> None:
-    layer = ExpertCondConv2d(3, 4, 5, 6, (3, 5), stride, (1, 2), dtype=torch.float64).train(training)
+    layer = made(3, 4, 5, 6, (3, 5), stride, (1, 2), dtype=torch.float64).train(training)
     nn.init.uniform_(layer.norm.running_mean, -0.2, 0.2)
     nn.init.uniform_(layer.norm.running_var, 0.5, 1.5)
     x = torch.randn(5, 5, 9, 7, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
@@ -57,7 +65,7 @@ def test_equals_a_plain_convolution_for_each_image(
 
 
 def test_winograd_in_fp32() -> None:
-    layer, x = ExpertCondConv2d(3, 4, 16, 32, 3, 1, 1), torch.randn(5, 16, 16, 16, requires_grad=True)
+    layer, x = made(3, 4, 16, 32, 3, 1, 1), torch.randn(5, 16, 16, 16, requires_grad=True)
     expected = gradients(plain(layer.double(), x.double()), *layer.parameters())
     result = gradients(layer.float()(x, OFFSETS), *layer.parameters())
     torch.testing.assert_close(result, tuple(t.float() for t in expected), rtol=1e-3, atol=1e-3)
@@ -65,7 +73,7 @@ def test_winograd_in_fp32() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_images(rows: int) -> None:
-    layer, x = ExpertCondConv2d(2, 3, 4, 5, 3, padding=1).eval(), torch.randn(rows, 4, 6, 6, requires_grad=True)
+    layer, x = made(2, 3, 4, 5, 3, padding=1).eval(), torch.randn(rows, 4, 6, 6, requires_grad=True)
     y = layer(x, torch.tensor([0, rows, rows], dtype=torch.int32))
     y.sum().backward()
     assert y.shape == (rows, 5, 6, 6)
@@ -73,7 +81,7 @@ def test_few_images(rows: int) -> None:
 
 
 def test_one_kernel_is_a_convolution_times_a_coefficient() -> None:
-    layer, x = ExpertCondConv2d(3, 1, 4, 5, 3).eval(), torch.randn(5, 4, 6, 6)
+    layer, x = made(3, 1, 4, 5, 3).eval(), torch.randn(5, 4, 6, 6)
     torch.testing.assert_close(layer(x, OFFSETS), plain(layer, x))
 
 
@@ -83,6 +91,8 @@ def test_a_network_of_them(recompute: str) -> None:
     torch.manual_seed(0)
     grouped = ExpertResNet18(3, 7, 2, 4, dtype=torch.float64, num_kernels=2, recompute=recompute)
     assert [m.weight.shape[1] for m in grouped.modules() if isinstance(m, ExpertCondConv2d)] == 16 * [2]
+    for layer in (m for m in grouped.modules() if isinstance(m, ExpertCondConv2d)):
+        nn.init.normal_(layer.router.weight)
     x = torch.randn(5, 2, 8, 8, dtype=torch.float64, requires_grad=True)
     inputs = [x, *grouped.parameters()]
     found = torch.autograd.grad(grouped(x, OFFSETS).square().sum(), inputs, materialize_grads=True)
@@ -106,6 +116,8 @@ def test_a_network_of_them(recompute: str) -> None:
 
 def test_attack_mode_keeps_the_gradient() -> None:
     net = randomize_statistics(ExpertResNet18(1, 7, 3, 16, num_kernels=3)).eval().requires_grad_(False)
+    for layer in (m for m in net.modules() if isinstance(m, ExpertCondConv2d)):
+        nn.init.normal_(layer.router.weight)
     offsets = torch.tensor([0, 4], dtype=torch.int32)
 
     def gradient(run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -117,8 +129,15 @@ def test_attack_mode_keeps_the_gradient() -> None:
     torch.testing.assert_close(attacked, gradient(lambda x: net(x, offsets)), rtol=1e-3, atol=1e-4)
 
 
+def test_all_images_begin_with_one_kernel() -> None:
+    layer, x = ExpertCondConv2d(3, 2, 4, 5, 3), torch.randn(5, 4, 6, 6)
+    assert torch.equal(layer.coefficients(x, OFFSETS), torch.full((5, 2), 0.5))
+    layer(x, OFFSETS).square().sum().backward()
+    assert layer.router.weight.grad is not None and layer.router.weight.grad[2].any()
+
+
 def test_the_coefficients_move_the_running_statistics_once() -> None:
-    layer, x = ExpertCondConv2d(3, 2, 4, 5, 3), torch.randn(5, 4, 6, 6, requires_grad=True)
+    layer, x = made(3, 2, 4, 5, 3), torch.randn(5, 4, 6, 6, requires_grad=True)
     layer(x, OFFSETS).sum().backward()
     assert layer.norm.num_batches_tracked.tolist() == [1, 0, 1]
 

@@ -20,8 +20,8 @@ class ExpertCondConv2d(nn.Module):
     [E, K, O, C, kh, kw].
 
     The K coefficients of an image are sigmoids of a linear map of the means of its channels, which are standardised
-    over the expert's batch, or by running statistics in eval mode. The map starts at zero, so that all images begin with
-    one kernel. There is no bias.
+    over the expert's batch, or by running statistics in eval mode. The map starts at zero, so that at first all images
+    have one kernel. There is no bias.
 
     Args:
         num_experts: number of experts E.
