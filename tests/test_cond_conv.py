@@ -19,6 +19,7 @@ OFFSETS = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
 @pytest.fixture(params=[0, 2**31], ids=["mixed_first", "mixed_last"], autouse=True)
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cond_conv, "MIX_FIRST", request.param)
+    monkeypatch.setattr(cond_conv, "FEW", 0)
 
 
 def made(*sizes: Any, **options: Any) -> ExpertCondConv2d:

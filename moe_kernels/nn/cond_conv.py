@@ -10,9 +10,10 @@ from moe_kernels.nn.layers import ExpertBatchNorm2d, ExpertLinear, Pixels, convo
 from moe_kernels.nn.recompute import recomputed
 from moe_kernels.ops import expert_linear
 
-# An image's kernels are mixed before the convolution if they meet at least this many pixels times K - 1, else after it,
-# by a convolution of K scaled copies of the image: what is faster on a CPU (docs/facts.md).
+# An image's kernels are mixed before the convolution if they meet at least this many pixels times K - 1, or if images are
+# few, and else after it, by a convolution of K scaled copies of the image: what is faster on a CPU (docs/facts.md).
 MIX_FIRST = 96
+FEW = 2
 
 
 class ExpertCondConv2d(nn.Module):
@@ -81,7 +82,7 @@ class ExpertCondConv2d(nn.Module):
         check.shape("x", x, (None, self.weight.shape[3], None, None), "[N, C, H, W] with C = in_channels")
         mix = self.coefficients(x, offsets)
         pixels = x.shape[2:].numel() // torch.Size(check.pair("stride", self.stride, 1)).numel()
-        if len(x) > 0 and pixels * (mix.shape[1] - 1) >= MIX_FIRST:
+        if len(x) > 0 and (len(x) <= FEW or pixels * (mix.shape[1] - 1) >= MIX_FIRST):
             each = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
             kernels = recomputed(self._mixed, mix, offsets)
             return convolve(x, kernels, None, each, self.stride, self.padding)
