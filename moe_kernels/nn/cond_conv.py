@@ -10,8 +10,8 @@ from moe_kernels.nn.layers import ExpertBatchNorm2d, ExpertLinear, Pixels, convo
 from moe_kernels.nn.recompute import recomputed
 from moe_kernels.ops import expert_linear
 
-# An image's kernels are mixed before the convolution if they meet at least this many pixels times K - 1, or if images are
-# few, and else after it, by a convolution of K scaled copies of the image: what is faster on a CPU (docs/facts.md).
+# An image's kernels are mixed before the convolution if they meet at least MIX_FIRST pixels times K - 1, or at most FEW
+# images, and else after it, by a convolution of K scaled copies of the image: the faster on a CPU (docs/facts.md).
 MIX_FIRST = 96
 FEW = 2
 
