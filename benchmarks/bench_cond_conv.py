@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MAX_GRADIENT_ERROR, Contest, first_is_core
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_kernels import ExpertCondConv2d
@@ -17,7 +17,7 @@ CASES = [*NARROW, (32, 64, 32), (32, 128, 16), (32, 256, 8), (32, 512, 4), (2, 6
 
 
 def one_group_for_each_image(layer: ExpertCondConv2d, x: Tensor, offsets: Tensor) -> Tensor:
-    """As published, and in timm: the batch is one image with a group of channels for each image."""
+    """As published, and in timm: the batch is one contiguous image with a group of channels for each image."""
     kernels = layer.coefficients(x, offsets) @ layer.weight.flatten(2)[0]
     y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.view(-1, *layer.weight.shape[3:]), padding=1, groups=len(x))
     return y.view(len(x), -1, *y.shape[2:])
@@ -42,6 +42,7 @@ def test_layer(contest: Contest, case: tuple[int, int, int], name: str) -> None:
     torch.manual_seed(0)
     images, channels, side = case
     layer, offsets = ExpertCondConv2d(1, 4, channels, channels, 3, 1, 1), torch.tensor([0, images], dtype=torch.int32)
+    nn.init.normal_(layer.router.weight)
     x = Source(torch.float32).randn(images, channels, side, side)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     leaves = [x, *layer.parameters()]

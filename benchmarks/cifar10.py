@@ -19,7 +19,17 @@ from rter.report import table
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-ROWS = ("dense-16", "dense-32", "standard", "at-moe", "rt-er", "rt-er-paper", "dual", "upcycled", "condconv")
+ROWS = (
+    "dense-16",
+    "dense-32",
+    "standard",
+    "at-moe",
+    "rt-er",
+    "rt-er-paper",
+    "dual",
+    "upcycled",
+    "condconv",
+)  # docs/configs and an export
 SETTINGS = ("method", "train_attack", "num_experts", "width", "shared_stages", "kernels", "epochs")
 TRAINING_IMAGES = 49_500
 FIRST = "dense-16"

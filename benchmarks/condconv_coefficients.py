@@ -55,10 +55,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     options = parser.parse_args()
     config, data, model = TrainedRun(options.run, data_dir=options.data_dir).load()
+    if model.num_experts > 1:
+        raise SystemExit(f"RUN must have one expert, whose images keep their order, got {model.num_experts}")
     test = data.test.sample(options.images, config.seed)
 
     def attack(x: Tensor, y: Tensor) -> Tensor:
-        return PGD(model, config.eps, config.eps / 4, 20, seed=0)(x, y)
+        return PGD(model, config.eps, config.eps / 4, 20, norm=config.norm, seed=0)(x, y)
 
     adversarial = attack(test.x, test.y)
     clean, attacked = coefficients(model, test.x), coefficients(model, adversarial)

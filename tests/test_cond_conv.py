@@ -160,9 +160,33 @@ def test_sizes_that_it_refuses(sizes: tuple[int, ...], message: str) -> None:
         ExpertCondConv2d(*sizes)
 
 
+def test_compiled() -> None:
+    """Inductor once gave wrong gradients of images from a concatenation of scaled copies."""
+    layer, x = made(3, 2, 4, 5, 3, padding=1).eval(), torch.randn(5, 4, 4, 4, requires_grad=True)
+    results = [gradients(run(x, OFFSETS), x) for run in (torch.compile(layer), layer)]
+    torch.testing.assert_close(*results)
+
+
+def test_what_is_saved_for_the_backward() -> None:
+    """With recompute="activations", neither kernels for each image nor copies of the weights or of images."""
+    net = ExpertResNet18(1, 7, 3, 16, num_kernels=3, recompute="activations")
+    sizes: list[int] = []
+    owned = {p.data_ptr() for p in net.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(0 if t.data_ptr() in owned else t.nbytes) or t, lambda t: t
+    ):
+        net(torch.randn(4, 3, 32, 32), torch.tensor([0, 4], dtype=torch.int32))
+    assert max(sizes) <= 4 * 4 * 16 * 32 * 32
+
+
 def test_input_that_it_refuses() -> None:
     layer = ExpertCondConv2d(3, 2, 4, 5, 3)
     with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\] with C = in_channels"):
         layer(torch.randn(5, 4, 6), OFFSETS)
     with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\] with C = in_channels"):
         layer(torch.randn(5, 3, 6, 6), OFFSETS)
+    with pytest.raises(ValueError, match=r"offsets must be int32 of shape \[4\]"):
+        layer(torch.randn(5, 4, 6, 6), OFFSETS[1:])
+    with pytest.raises(ValueError, match=r"no larger than the padded image, here x \[5, 4, 2, 6\]"):
+        layer(torch.randn(5, 4, 2, 6), OFFSETS)
+    assert not layer.norm.num_batches_tracked.any() and "weight=[3, 2, 5, 4, 3, 3], stride=1" in repr(layer)

@@ -11,7 +11,7 @@ from rter.__main__ import main
 from rter.checkpoint import load_tensors, write_json
 from rter.comparison import write_comparison
 from rter.evaluate import TrainedRun, evaluate
-from rter.plots import learning
+from rter.plots import images, learning
 from rter.settings import make_config
 from rter.strength import Effort
 from rter.wording import counted, verdict
@@ -52,6 +52,16 @@ def test_learning_curves_of_methods_with_phases() -> None:
     figure = learning([apart, {"epoch": 2, **joint}, {"epoch": 3, **joint}])
     drawn = {line.get_label(): list(line.get_xdata()) for line in figure.axes[1].get_lines()}
     assert drawn == {"loss": [1, 2, 3], "benign": [1], "fgsm": [1], "pgd": [1], "clean": [2, 3], "adversarial": [2, 3]}
+
+
+def test_pictures_name_what_the_model_reads() -> None:
+    """A model from elsewhere may have more classes than the data have names, and a name may hold a formula."""
+    pixels, label = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+    examples = {"x": pixels, "x_adv": pixels, "label": label, "clean": label, "adversarial": torch.tensor([1, 15])}
+    figure = images({"classes": ["cat", "$x_$"], "norm": "Linf", "eps": 0.1}, examples)
+    figure.canvas.draw()
+    said = [axes.get_xlabel() for axes in figure.axes]
+    assert said == ["cat ✓", "$x_$ ✓", "", "", "$x_$ ✗", "15 ✗"]
 
 
 def test_the_report_has_its_keys(demo: Path) -> None:

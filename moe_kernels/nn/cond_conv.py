@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import _checks as check
+from moe_kernels._layout import memory_format
 from moe_kernels.nn.layers import ExpertBatchNorm2d, ExpertLinear, Pixels, convolve, reset_like_torch
 from moe_kernels.nn.recompute import recomputed
 from moe_kernels.ops import expert_linear
+from moe_kernels.ops.expert_conv2d import check_kernel
 
-# An image's kernels are mixed before the convolution if they meet at least MIX_FIRST pixels times K - 1, or at most FEW
-# images, and else after it, by a convolution of K scaled copies of the image: the faster on a CPU (docs/facts.md).
-MIX_FIRST = 96
+# An image's kernels are mixed before the convolution if K times its pixels is at least MIX_FIRST, or images are at most
+# FEW, and else after it, by a convolution of K scaled copies of the image: the faster on a CPU (docs/facts.md).
+MIX_FIRST = 256
 FEW = 2
 
 
@@ -80,20 +82,29 @@ class ExpertCondConv2d(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, C, H, W] sorted by expert -> [N, O, H', W']."""
         check.shape("x", x, (None, self.weight.shape[3], None, None), "[N, C, H, W] with C = in_channels")
+        check.offsets(offsets, len(self.weight), x)
+        check_kernel(x, self.weight, check.pair("padding", self.padding, 0))
         mix = self.coefficients(x, offsets)
         pixels = x.shape[2:].numel() // torch.Size(check.pair("stride", self.stride, 1)).numel()
-        if len(x) > 0 and (len(x) <= FEW or pixels * (mix.shape[1] - 1) >= MIX_FIRST):
+        if len(x) > 0 and (len(x) <= FEW or pixels * mix.shape[1] >= MIX_FIRST):
             each = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
-            kernels = recomputed(self._mixed, mix, offsets)
-            return convolve(x, kernels, None, each, self.stride, self.padding)
-        copies, kernels = recomputed(_scaled_copies, x, mix), self.weight.transpose(1, 2).flatten(2, 3)
+            return convolve(x, recomputed(self._mixed, mix, offsets), None, each, self.stride, self.padding)
+        copies, kernels = recomputed(_scaled_copies, x, mix), recomputed(self._joined)
         return convolve(copies, kernels, None, offsets, self.stride, self.padding)
 
     def _mixed(self, mix: Tensor, offsets: Tensor) -> Tensor:
         """A kernel for every image [N, O, C, kh, kw]."""
         return expert_linear(mix, self.weight.flatten(2).mT, None, offsets).unflatten(1, self.weight.shape[2:])
 
+    def _joined(self) -> Tensor:
+        """The kernels of every expert as one [E, O, K C, kh, kw]."""
+        return self.weight.transpose(1, 2).flatten(2, 3)
+
+    def extra_repr(self) -> str:
+        return f"weight={list(self.weight.shape)}, stride={self.stride}, padding={self.padding}"
+
 
 def _scaled_copies(x: Tensor, mix: Tensor) -> Tensor:
-    """[N, K C, H, W]"""
-    return torch.cat([x * factor[:, None, None, None] for factor in mix.to(x.dtype).unbind(1)], 1)
+    """[N, K C, H, W] in the layout of x."""
+    copies = x.permute(0, 2, 3, 1).unsqueeze(3) * mix.to(x.dtype)[:, None, None, :, None]
+    return copies.flatten(3).permute(0, 3, 1, 2).contiguous(memory_format=memory_format(x))

@@ -51,16 +51,21 @@ def expert_conv2d(
         check.same_kind("bias", bias, "x", x)
     check.offsets(offsets, weight.shape[0], x)
     strides, paddings = check.pair("stride", stride, 1), check.pair("padding", padding, 0)
-    for size, kernel, pad in zip(x.shape[2:], weight.shape[3:], paddings, strict=True):
-        if not 1 <= kernel <= size + 2 * pad:
-            raise ValueError(
-                f"weight must have kernels of at least 1 x 1 that are no larger than the padded image, here "
-                f"x {list(x.shape)} with padding {paddings}, got shape {list(weight.shape)}"
-            )
+    check_kernel(x, weight, paddings)
     if x.is_cuda and autocast_is_on("cuda"):  # casts the weight and changes its layout in one pass
         weight = channels_innermost(weight, autocast_dtype(weight))
     x, weight, bias = cast_for_autocast(x, weight, bias)
     return backends.choose("expert_conv2d", backend, x)(x, weight, bias, offsets, strides, paddings)
+
+
+def check_kernel(x: Tensor, weight: Tensor, padding: Sequence[int]) -> None:
+    """Of images [N, C, H, W] and kernels [..., kh, kw]."""
+    for size, kernel, pad in zip(x.shape[2:], weight.shape[-2:], padding, strict=True):
+        if not 1 <= kernel <= size + 2 * pad:
+            raise ValueError(
+                f"weight must have kernels of at least 1 x 1 that are no larger than the padded image, here "
+                f"x {list(x.shape)} with padding {list(padding)}, got shape {list(weight.shape)}"
+            )
 
 
 def _fake(

@@ -183,9 +183,12 @@ def images(report: dict[str, Any], examples: dict[str, Tensor]) -> Figure:
             if predictions is not None:
                 right = bool(predictions[i] == examples["label"][i])
                 axes.spines[:].set(color=CLEAN if right else ATTACKED, linewidth=1.6)
-                said = names[int(predictions[i])] if short else predictions[i]
+                number = int(predictions[i])
+                said = names[number] if short and number < len(names) else number
                 mark, colour = ("✓", CLEAN) if right else ("✗", ATTACKED)
-                axes.set_xlabel(f"{said} {mark}", color=colour, labelpad=2, fontsize=7 if short else 9)
+                axes.set_xlabel(
+                    f"{said} {mark}", color=colour, labelpad=2, fontsize=7 if short else 9, parse_math=False
+                )
         row[0].set_ylabel(title, labelpad=6)
     title = f"What the model reads within {NORMS[report['norm']]} distance {report['eps']:.3g}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
