@@ -38,18 +38,18 @@ CONTENDERS: dict[str, Callable[[ExpertCondConv2d, Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("case", first_is_core(CASES), ids=str)
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_layer(contest: Contest, case: tuple[int, int, int], name: str) -> None:
-    """Forward and backward with the gradients of images and parameters; four kernels, fp32, channels-last."""
+    """Forward and backward with the gradients of images and parameters; four kernels, fp32, each in its best layout."""
     torch.manual_seed(0)
     images, channels, side = case
     layer, offsets = ExpertCondConv2d(1, 4, channels, channels, 3, 1, 1), torch.tensor([0, images], dtype=torch.int32)
     nn.init.normal_(layer.router.weight)
     x = Source(torch.float32).randn(images, channels, side, side)
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    leaves = [x, *layer.parameters()]
+    layouts = {c: torch.contiguous_format if "group" in c else torch.channels_last for c in CONTENDERS}
+    images_of = {c: x.contiguous(memory_format=layout).requires_grad_() for c, layout in layouts.items()}
 
     def run(contender: str) -> tuple[Tensor, ...]:
-        y = CONTENDERS[contender](layer, x, offsets)
-        return torch.autograd.grad(y, leaves, y.detach())
+        y = CONTENDERS[contender](layer, images_of[contender], offsets)
+        return torch.autograd.grad(y, [images_of[contender], *layer.parameters()], y.detach())
 
     ours, theirs = run("moe_kernels"), run(name)
     for found, expected in zip(ours, theirs, strict=True):
