@@ -75,3 +75,16 @@ def test_the_page_and_the_json_repeat_the_evaluations(tmp_path: Path) -> None:
     assert sum(line.startswith("| dense-16 ") for line in page.splitlines()) == 1
     assert json.loads(out.read_text()) == json.loads((ROOT / "benchmarks/results/cpu/cifar10.json").read_text())
     assert curves.stat().st_size > 1000
+
+
+def test_the_readme_repeats_rows() -> None:
+    readme, rows = (
+        (ROOT / "README.md").read_text(),
+        json.loads((ROOT / "benchmarks/results/cpu/cifar10.json").read_text()),
+    )
+    names = {"one dense network": "dense-16", "RT-ER, one of four": "rt-er", "one network, four kernels": "condconv"}
+    for said, name in names.items():
+        figures = [rows["rows"][name][key] for key in ("sa", "ra", "aa", "verdict")]
+        expected = [f"{100 * figure[0]:.1f}" if figure else "not measured" for figure in figures]
+        (line,) = [line for line in readme.splitlines() if line.startswith(f"| {said}")]
+        assert line.strip("| ").split(" | ")[1:] == expected
