@@ -115,7 +115,8 @@ def main() -> None:
     found = {suite: paired(folders, suite) for suite in ("pgd", "full")}
     for suite, differ in found.items():
         if differ:
-            kept = {name: {k: v for k, v in figures.items() if v is not None} for name, figures in differ.items()}
+            dull = {"pgd": "verdict"}.get(suite)  # it is RA
+            kept = {name: {k: v for k, v in r.items() if v is not None and k != dull} for name, r in differ.items()}
             print(f"\n{suite}: each row minus {FIRST}\n\n{table(kept, 'row')}")
     draw(folders, options.curves)
     write_json(options.out, {"rows": rows, "minus_dense": found})

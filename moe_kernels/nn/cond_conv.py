@@ -80,7 +80,7 @@ class ExpertCondConv2d(nn.Module):
         return self.router(self.norm(means.to(x.dtype), offsets).flatten(1), offsets).sigmoid()
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [N, C, H, W] sorted by expert -> [N, O, H', W']."""
+        """x [N, C, H, W] sorted by expert, offsets int32 [E + 1] -> [N, O, H', W']."""
         check.shape("x", x, (None, self.weight.shape[3], None, None), "[N, C, H, W] with C = in_channels")
         check.offsets(offsets, len(self.weight), x)
         check_kernel(x, self.weight, check.pair("padding", self.padding, 0))

@@ -52,8 +52,8 @@ class Config:
     patch: int = _model(4, "pixels of vit's patches")
     shared_stages: int = _model(0, "stages of resnet18, with the stem, that all experts share; the router then "
                                 "gets their output; 0: none, and the router gets the image")  # fmt: skip
-    kernels: int = _model(1, "kernels of which each 3 x 3 convolution in the stages of resnet18 mixes one for every "
-                          "image, as CondConv does; 1: an ordinary convolution")  # fmt: skip
+    kernels: int = _model(1, "kernels of each 3 x 3 convolution in the stages of resnet18, of which an image gets a "
+                          "weighted sum of its own, as in CondConv; 1: an ordinary convolution")  # fmt: skip
     recompute: str = _model("auto", "what a training step recomputes in its backward instead of keeping it, see "
                             "docs/memory.md; auto: the network's own default")  # fmt: skip
     router: str = _model("linear", "network that chooses the expert; pooled is the default with shared stages")
