@@ -50,10 +50,10 @@ def python(*arguments: object, **environment: str) -> str:
 def test_benchmarks_run() -> None:
     """All files, with small networks and the smallest of the other shapes."""
     names = ("bench_attack.py", "bench_rt_er.py", "bench_expert_linear.py", "bench_pgd_step_.py", "bench_robust_moe.py")
-    files = [BENCHMARKS / name for name in (*names, "bench_routing.py", "bench_train_step.py")]
+    files = [BENCHMARKS / name for name in (*names, "bench_routing.py", "bench_train_step.py", "bench_cond_conv.py")]
     assert sorted(files) == sorted(BENCHMARKS.glob("bench_*.py"))
     ours = "moe_kernels and (small_part or train_step and 16 or 512 and combine)"
-    others = f"(128 and fp32) or (pgd_step_ and 256) or ({ours})"
+    others = f"(test_layer and not moe_kernels and 64 and 8) or (128 and fp32) or (pgd_step_ and 256) or ({ours})"
     small = f"(moe_kernels and (test_core or test_bf16 or rt_er and fp32)) or (test_core and 16 and frozen) or {others}"
     options = ("-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "--benchmark-disable")
     assert " passed" in python("-c", SMALL_NETWORKS, *options, *files, "-k", small)
