@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,3 +58,14 @@ def robust_digits(tmp_path_factory: pytest.TempPathFactory) -> "tuple[RobustClas
     model = build_model(config, data).eval()
     load_weights(run / "last.safetensors", model)
     return model, data.held_out
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny `rter demo`, each module's own."""
+    from rter.__main__ import main
+    from runs import TINY, WEAK
+
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    assert main(["demo", "--out", str(out), *TINY, *WEAK]) == 0
+    return out

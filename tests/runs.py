@@ -1,4 +1,4 @@
-"""Checks of the folder of a run that several test files share."""
+"""Checks of the folder of a run, and flags for the least work, that several test files share."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,10 @@ import pytest
 import torch
 from rter.checkpoint import load_tensors, read_lines
 from rter.journal import Journal
+
+TINY = ["--epochs", "2", "--batch-size", "400", "--num-experts", "2", "--width", "2", "--attack-steps", "1",
+        "--held-out", "60", "--eval-every", "1"]  # fmt: skip
+WEAK = ["--suite", "quick", "--steps", "2", "--restarts", "2"]
 
 
 def assert_same_run(run: Path, expected: Path) -> None:

@@ -79,6 +79,8 @@ class ExpertLinear(nn.Module):
 class ExpertConv2d(nn.Module):
     """A 2D convolution per expert: `weight` [E, O, C, kh, kw], `bias` [E, O] or None.
 
+    It runs `winograd_conv2d` where that is faster (on a CPU, not in float64), else `expert_conv2d`.
+
     Args:
         num_experts: number of experts E.
         in_channels: channels of x, C.
@@ -251,7 +253,7 @@ class ExpertLayerNorm(nn.Module):
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, stride: Pixels, padding: Pixels
 ) -> Tensor:
-    """`winograd_conv2d` where that is faster (on a CPU, not in float64), else `expert_conv2d`."""
+    """x [N, C, H, W], weight [E, O, C, kh, kw] -> [N, O, H', W'], by the faster operator."""
     if saves_work(x, weight, stride, padding):
         return winograd_conv2d(x, weight, bias, offsets, padding)
     return expert_conv2d(x, weight, bias, offsets, stride, padding)

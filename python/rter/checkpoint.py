@@ -20,9 +20,8 @@ from rter.config import Config
 from rter.console import say
 from rter.data.files import damaged
 from rter.errors import UserError
-from rter.settings import ABSOLUTE, load_config
+from rter.settings import ABSOLUTE, RESUME, load_config
 
-RESUME = "resume.safetensors"  # the file that `rter.resume.State` saves
 NUMBER, OPTIONAL = (int, float), (int, float, type(None))
 NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
 NAMES |= {type(None): "null"}

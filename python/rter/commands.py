@@ -15,7 +15,7 @@ from rter.model_arguments import check_model_arguments
 from rter.parser import make_parser
 from rter.ranks import is_first, num_processes
 from rter.rows import ABLATION, ROWS
-from rter.settings import load_settings, make_config
+from rter.settings import RESUME, load_settings, make_config
 from rter.strength import QUERIES, RESTARTS, Effort
 
 
@@ -188,7 +188,7 @@ def _terminate(number: int, frame: Any) -> None:
 def _goes_on(args: argparse.Namespace, words: list[str]) -> str:
     """The end of a message, with the command that resumes what was stopped, if there is one."""
     again = ["rter", *words]
-    if args.command == "train" and (args.out / "resume.safetensors").exists():
+    if args.command == "train" and (args.out / RESUME).exists():
         again = ["rter", "train", "--out", str(args.out), "--resume"]
         if num_processes() > 1:
             again = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "N"), "-m", *again]

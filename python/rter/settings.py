@@ -43,6 +43,7 @@ OWN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # of each method, network and
     **{name: owner.defaults for owners in (METHODS, NETWORKS) for name, owner in owners.items()},
     **DEFAULTS,
 }
+RESUME = "resume.safetensors"  # what a run's next step depends on, which `rter.resume.State` saves
 ABSOLUTE = "data_dir_absolute"  # in a run's config.json, next to data_dir as it was given
 
 

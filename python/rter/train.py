@@ -15,7 +15,6 @@ from torch import Tensor
 from moe_kernels import build_info
 from rter import console
 from rter.checkpoint import (
-    RESUME,
     append_line,
     demand_usable,
     keep_lines,
@@ -44,6 +43,7 @@ from rter.models.initial import load_initial
 from rter.optimisation import RunningMean, make_optimizer, running_statistics, set_rate, upcycle
 from rter.ranks import is_first, num_processes
 from rter.resume import State, circumstances
+from rter.settings import RESUME
 from rter.tensorboard import Board
 
 
