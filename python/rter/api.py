@@ -82,7 +82,7 @@ def evaluate_model(
             every attack, so that repeating a call that was killed resumes it. Once they are, it returns them.
         progress: show how far each attack is: a bar at a terminal, elsewhere a line every 30 s.
         steps: of PGD and APGD.
-        restarts: of PGD on the whole model; None for 5, or 20 in the full suite.
+        restarts: of PGD on the whole model; None for 1, 5 or 20, in the suites pgd, quick and full.
         queries: of AutoAttack's Square.
         about: further entries for report.json that describe the model and its data, such as "method" and "data".
 
