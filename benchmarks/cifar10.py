@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt
 
 ROWS = (
     "dense-16",
+    "dense-24",
     "dense-32",
     "standard",
     "at-moe",

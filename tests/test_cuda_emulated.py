@@ -18,6 +18,7 @@ OPERATORS = (
     "index_sum",
     "kl_divergence",
     "mask_relu",
+    "mask_relu_forward",
     "topk_route",
     "topk_route_backward",
 )

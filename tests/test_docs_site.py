@@ -15,13 +15,15 @@ HOST = "https://site.invalid"
 # What a browser fetches by itself, in whatever tag.
 FETCHED = {"img": "src", "script": "src", "source": "src", "iframe": "src", "video": "src", "object": "data"}
 PUBLIC = ["moe_kernels", "moe_kernels.attacks", "moe_kernels.nn", "moe_kernels.ops", "moe_kernels.distributed"]
-# Of operators' backwards, and lists of what the tests run on.
+# Of operators' forwards and backwards, and lists of what the tests run on.
 UNDOCUMENTED = {
     "combine_input_grad",
     "combine_weight_grad",
     "expert_mlp_hidden_grad",
     "expert_sum",
     "index_sum",
+    "mask_relu_forward",
+    "mask_relu_forward_",
     "pgd_step_normalized_",
     "topk_route_backward",
     "CASES",

@@ -1,10 +1,11 @@
-"""mask_relu beyond the common contract: saved bytes, NaN, gradients in another layout, bad input."""
+"""mask_relu beyond the common contract: saved bytes, NaN, gradients in another layout, in place, bad input."""
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from moe_kernels.ops import mask_relu
+from moe_kernels.ops import mask_relu, mask_relu_forward, mask_relu_forward_
 from moe_kernels.testing import Source
 
 
@@ -45,6 +46,44 @@ def test_compiles_without_a_graph_break() -> None:
     y = torch.compile(mask_relu, fullgraph=True)(x)
     assert torch.equal(y, torch.relu(x))
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], (x > 0).float())
+
+
+RECTIFIERS = {
+    "relu": ((), F.relu),
+    "relu6": ((0.0, 6.0), F.relu6),
+    "hardtanh": ((-0.5, 1.0), lambda x: F.hardtanh(x, -0.5, 1.0)),
+    "leaky": ((0.0, None, 0.25), lambda x: F.leaky_relu(x, 0.25)),
+    "leaky_without_slope": ((0.0, None, 0.0), lambda x: F.leaky_relu(x, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", RECTIFIERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_other_bounds_and_slopes_are_torchs(name: str, dtype: torch.dtype) -> None:
+    rectifier, function = RECTIFIERS[name]
+    special = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 6.0, -0.5, 1.0, 0.1, -1e-30]
+    x = torch.cat([torch.tensor(special), 4 * torch.randn(1500)]).to(dtype).requires_grad_()
+    grad = torch.randn(x.shape).to(dtype)
+    grad[20:23] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    expected = function(x)
+    (dexpected,) = torch.autograd.grad(expected, x, grad)
+    y, bits = mask_relu_forward(x, *rectifier)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    written = x.detach().clone()
+    assert torch.equal(mask_relu_forward_(written, *rectifier), bits)
+    if name in ("relu6", "hardtanh"):  # torch's vector loop lets no gradient of a NaN pass, its scalar loop does
+        assert dx[0] == grad[0]
+        dexpected[0] = grad[0]
+    for got, wanted in ((y, expected), (dx, dexpected), (written, expected)):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_in_place_a_tensor_with_gaps_is_refused() -> None:
+    x = torch.randn(4, 6)[:, ::2]
+    before = x.clone()
+    with pytest.raises(ValueError, match="x must be contiguous or channels-last, as it is overwritten"):
+        mask_relu_forward_(x)
+    assert torch.equal(x, before)
 
 
 def test_bad_input_names_the_argument() -> None:

@@ -20,6 +20,7 @@ PAPER: dict[str, Any] = {
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {
     "dense-16": {"method": "fast-at", "num_experts": 1},
+    "dense-24": {"method": "fast-at", "num_experts": 1, "width": 24},
     "dense-32": {"method": "fast-at", "num_experts": 1, "width": 32},
     "standard": {"method": "standard", "train_attack": "pgd"},  # which it does not use
     "at-moe": {"method": "fast-at"},

@@ -33,6 +33,11 @@ inline Tensor new_tensor(const Tensor& like, const Shape& sizes, bool channels_l
                               memory_format(channels_last));
 }
 
+// Checks that x can be overwritten in the order of its memory.
+inline void check_dense(const Tensor& x) {
+  MOE_CHECK(x.is_contiguous() || is_channels_last(x), "x must be contiguous or channels-last, as it is overwritten");
+}
+
 // Checks a mask of one bit for each of `count` elements.
 //   bits: uint8 [ceil(count / 8)]
 inline void check_bits(const Tensor& bits, int64_t count) {

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "common/layout.h"
+#include "common/rectifier.h"
 
 namespace moe {
 namespace {
@@ -24,26 +25,25 @@ void for_each_block(int64_t count, const F& f) {
   });
 }
 
-// A NaN stays NaN and passes its gradient.
-//   x: any shape; returns y of the shape and layout of x, and bits: uint8 [ceil(numel / 8)]
-std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x) {
-  const bool channels_last = is_channels_last(x);
-  const Tensor dense = as_layout(x, channels_last);
+// y = x within the bounds of the Rectifier, and bits of where its gradient passes.
+//   x: any shape, dense; y: x itself, or of its shape and layout; returns bits: uint8 [ceil(numel / 8)]
+Tensor rectify(const Tensor& x, double low, std::optional<double> high, std::optional<double> slope, Tensor& y) {
   const int64_t count = x.numel(), bytes = (count + 7) / 8;
-  Tensor y = new_tensor(x, shape(x), channels_last);
   Tensor bits = new_tensor(x, {bytes}, ScalarType::Byte);
   uint8_t* mask = mutable_data<uint8_t>(bits);
   dispatch_float(x.scalar_type(), "x", [&](auto zero) {
     using T = decltype(zero);
-    const T* src = data<T>(dense);
+    const T* src = data<T>(x);
     T* dst = mutable_data<T>(y);
+    const Rectifier<acc_t<T>> rectifier(low, high, slope);
     for_each_block(count, [=](int64_t first, int64_t n, int64_t first_byte, int64_t num_bytes) {
+      const auto own = rectifier;  // which no store can change
       uint8_t pass[kBlock] = {};
+#pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        const T v = src[first + i];
-        const bool positive = !(static_cast<acc_t<T>>(v) <= 0);
-        pass[i] = positive;
-        dst[first + i] = positive ? v : T(0);
+        const auto v = static_cast<acc_t<T>>(src[first + i]);
+        pass[i] = own.passes(v);
+        store(dst[first + i], pass[i] ? v : own.beyond(v));
       }
       for (int64_t b = 0; b < num_bytes; ++b) {
         uint64_t word;
@@ -52,13 +52,29 @@ std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x) {
       }
     });
   });
+  return bits;
+}
+
+// x: any shape; returns y of the shape and layout of x, and bits: uint8 [ceil(numel / 8)]
+std::tuple<Tensor, Tensor> mask_relu_forward(const Tensor& x, double low, std::optional<double> high,
+                                             std::optional<double> slope) {
+  const bool channels_last = is_channels_last(x);
+  Tensor y = new_tensor(x, shape(x), channels_last);
+  const Tensor bits = rectify(as_layout(x, channels_last), low, high, slope, y);
   return {y, bits};
 }
 
-// The gradient of x: grad where the bit is set, else 0.
+// The same in place.
+//   x: any shape, contiguous or channels-last; returns bits
+Tensor mask_relu_forward_(Tensor x, double low, std::optional<double> high, std::optional<double> slope) {
+  check_dense(x);
+  return rectify(x, low, high, slope, x);
+}
+
+// The gradient of x: grad where the bit is set, else slope * grad, or 0 without a slope.
 //   grad: the shape of x, bits: uint8 [ceil(numel / 8)] in the storage order of the given layout
 //   returns the shape of grad, in the given layout
-Tensor mask_relu_backward(const Tensor& grad, const Tensor& bits, bool channels_last) {
+Tensor mask_relu_backward(const Tensor& grad, const Tensor& bits, bool channels_last, std::optional<double> slope) {
   const Tensor dense = as_layout(grad, channels_last), dense_bits = as_contiguous(bits);
   const int64_t count = grad.numel();
   check_bits(bits, count);
@@ -68,15 +84,17 @@ Tensor mask_relu_backward(const Tensor& grad, const Tensor& bits, bool channels_
     using T = decltype(zero);
     const T* src = data<T>(dense);
     T* dst = mutable_data<T>(out);
+    const Rectifier<acc_t<T>> rectifier(0, std::nullopt, slope);
     for_each_block(count, [=](int64_t first, int64_t n, int64_t first_byte, int64_t num_bytes) {
+      const auto own = rectifier;  // which no store can change
       uint8_t pass[kBlock];
       for (int64_t b = 0; b < num_bytes; ++b) {
         const uint64_t word = mask[first_byte + b] * 0x0101010101010101 & 0x8040201008040201;  // bit i alone in byte i
         std::memcpy(pass + 8 * b, &word, 8);
       }
       for (int64_t i = 0; i < n; ++i) {
-        const T v = src[first + i];  // loaded in any case, so that the loop vectorises
-        dst[first + i] = pass[i] ? v : T(0);
+        const auto v = static_cast<acc_t<T>>(src[first + i]);  // loaded in any case, so that the loop vectorises
+        store(dst[first + i], pass[i] ? v : own.remains(v));
       }
     });
   });
@@ -88,5 +106,6 @@ Tensor mask_relu_backward(const Tensor& grad, const Tensor& bits, bool channels_
 
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
   m.impl("mask_relu_forward", TORCH_BOX(&moe::mask_relu_forward));
+  m.impl("mask_relu_forward_", TORCH_BOX(&moe::mask_relu_forward_));
   m.impl("mask_relu_backward", TORCH_BOX(&moe::mask_relu_backward));
 }

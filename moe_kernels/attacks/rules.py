@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_kernels._layout import memory_format
 from moe_kernels._library import OPERATORS
 from moe_kernels._torch import autocast_dtype, autocast_is_on
-from moe_kernels.attacks.autograd import Rule, Size, blank_like, each, lean, piecewise
+from moe_kernels.attacks.autograd import Rule, Size, blank_like, each, lean
 from moe_kernels.attacks.pooling import POOLINGS
 from moe_kernels.backends import is_implemented
 from moe_kernels.ops.winograd_conv2d import is_emulated, saves_work
@@ -199,32 +199,46 @@ def _batch_norm(
 
 
 def _relu(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
-    layout = memory_format(input)
-    if not (input.is_contiguous(memory_format=layout) and is_implemented("mask_relu_forward", input.device.type)):
-        return piecewise(input, torch.relu, lambda x: ~(x <= 0), 0, inplace)
-
-    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-        y, bits = OPERATORS["mask_relu_forward"](x)
-        return y, (bits,)
-
-    def backward(grad: Tensor, bits: Tensor) -> Tensor:
-        return OPERATORS["mask_relu_backward"](grad, bits, layout == torch.channels_last)
-
-    return lean(input, forward, backward, inplace)
+    return _rectified(input, inplace, 0.0, None, None)
 
 
 def _leaky_relu(func: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    return piecewise(input, lambda x: F.leaky_relu(x, negative_slope), lambda x: x > 0, negative_slope, inplace)
+    return _rectified(input, inplace, 0.0, None, negative_slope)
 
 
 def _hardtanh(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    return piecewise(
-        input, lambda x: F.hardtanh(x, min_val, max_val), lambda x: ~((x <= min_val) | (x >= max_val)), 0, inplace
-    )
+    return _rectified(input, inplace, min_val, max_val, None)
 
 
 def _relu6(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
-    return _hardtanh(func, input, 0.0, 6.0, inplace)
+    return _rectified(input, inplace, 0.0, 6.0, None)
+
+
+def _rectified(x: Tensor, inplace: bool, low: float, high: float | None, slope: float | None) -> Tensor:
+    layout = memory_format(x)
+    if not is_implemented("mask_relu_forward", x.device.type):
+        return NotImplemented
+    if not x.is_contiguous(memory_format=layout):
+        return _in_memory_order(x, functools.partial(_rectified, inplace=inplace, low=low, high=high, slope=slope))
+
+    def forward(x: Tensor, inplace: bool = False) -> tuple[Tensor, tuple[Tensor]]:
+        if inplace:
+            return x, (OPERATORS["mask_relu_forward_"](x, low, high, slope),)
+        y, bits = OPERATORS["mask_relu_forward"](x, low, high, slope)
+        return y, (bits,)
+
+    def backward(grad: Tensor, bits: Tensor) -> Tensor:
+        return OPERATORS["mask_relu_backward"](grad, bits, layout == torch.channels_last, slope)
+
+    return lean(x, forward, backward, inplace)
+
+
+def _in_memory_order(x: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+    """The rule for x with its dimensions in the order of memory; not for a tensor with gaps."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    if not x.permute(order).is_contiguous():
+        return NotImplemented
+    return rule(x.permute(order)).permute([order.index(i) for i in range(x.ndim)])
 
 
 # A rule takes the torch function itself and its arguments; NotImplemented leaves the call to torch.

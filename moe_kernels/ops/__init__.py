@@ -9,7 +9,7 @@ from moe_kernels.ops.expert_mlp import expert_mlp_hidden_grad, expert_mlp_output
 from moe_kernels.ops.expert_sum import expert_sum, index_sum
 from moe_kernels.ops.group_by_expert import Groups, group_by_expert
 from moe_kernels.ops.kl_divergence import kl_divergence
-from moe_kernels.ops.mask_relu import mask_relu
+from moe_kernels.ops.mask_relu import mask_relu, mask_relu_forward, mask_relu_forward_
 from moe_kernels.ops.pgd_step_ import pgd_step_, pgd_step_normalized_
 from moe_kernels.ops.topk_route import topk_route, topk_route_backward
 from moe_kernels.ops.winograd_conv2d import winograd_conv2d
@@ -31,6 +31,8 @@ __all__ = [
     "index_sum",
     "kl_divergence",
     "mask_relu",
+    "mask_relu_forward",
+    "mask_relu_forward_",
     "pgd_step_",
     "pgd_step_normalized_",
     "topk_route",

@@ -30,48 +30,61 @@ def mask_relu(x: Tensor, *, backend: str | None = None) -> Tensor:
     return backends.choose("mask_relu_forward", backend, x)(x)[0]
 
 
-def _forward_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+# ReLU, with these as they are; hardtanh, with other bounds; leaky ReLU, with a slope.
+RECTIFIER = "float low=0, float? high=None, float? slope=None"
+
+
+def _forward_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     return y, x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
 def _forward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    bits = output[1]
-    ctx.channels_last = memory_format(inputs[0]) == torch.channels_last
+    (x, *_, ctx.slope), bits = inputs, output[1]
+    ctx.channels_last = memory_format(x) == torch.channels_last
     ctx.mark_non_differentiable(bits)
     ctx.save_for_backward(bits)
 
 
-def _forward_backward(ctx: Any, grad: Tensor, _: None) -> Tensor:
+def _forward_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
     (bits,) = ctx.saved_tensors
-    return _backward(grad, bits, ctx.channels_last)
+    return _backward(grad, bits, ctx.channels_last, ctx.slope), None, None, None
 
 
-_forward = define(
-    "mask_relu_forward(Tensor x) -> (Tensor, Tensor)",
+mask_relu_forward = define(
+    f"mask_relu_forward(Tensor x, {RECTIFIER}) -> (Tensor, Tensor)",
     _forward_fake,
     setup_context=_forward_setup_context,
     backward=_forward_backward,
 )
 
+"""`reference.mask_relu_forward`, and the gradient of x for that of y."""
 
-def _backward_fake(grad: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
+mask_relu_forward_ = define(
+    f"mask_relu_forward_(Tensor(a!) x, {RECTIFIER}) -> Tensor",
+    lambda x, *_: x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8),
+)
+"""`mask_relu_forward` that overwrites x, which must be contiguous or channels-last, with y, and returns the bits. Not
+differentiable by itself."""
+
+
+def _backward_fake(grad: Tensor, bits: Tensor, channels_last: bool, *_: Any) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bits, ctx.channels_last = inputs
+    _, bits, ctx.channels_last, ctx.slope = inputs
     ctx.save_for_backward(bits)
 
 
-def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, None, None]:
+def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, None, None, None]:
     (bits,) = ctx.saved_tensors
-    return _backward(ddx, bits, ctx.channels_last), None, None
+    return _backward(ddx, bits, ctx.channels_last, ctx.slope), None, None, None
 
 
 _backward = define(
-    "mask_relu_backward(Tensor grad, Tensor bits, bool channels_last) -> Tensor",
+    "mask_relu_backward(Tensor grad, Tensor bits, bool channels_last, float? slope=None) -> Tensor",
     _backward_fake,
     setup_context=_backward_setup_context,
     backward=_backward_backward,

@@ -13,7 +13,7 @@ from moe_kernels.reference.expert_mlp import expert_mlp_hidden_grad, expert_mlp_
 from moe_kernels.reference.expert_sum import expert_sum, index_sum
 from moe_kernels.reference.group_by_expert import group_by_expert
 from moe_kernels.reference.kl_divergence import kl_divergence, kl_divergence_backward
-from moe_kernels.reference.mask_relu import mask_relu, mask_relu_backward, mask_relu_forward
+from moe_kernels.reference.mask_relu import mask_relu, mask_relu_backward, mask_relu_forward, mask_relu_forward_
 from moe_kernels.reference.pgd_step_ import pgd_step_, pgd_step_normalized_
 from moe_kernels.reference.topk_route import topk_route, topk_route_backward
 from moe_kernels.reference.winograd_conv2d import winograd_conv2d, winograd_conv2d_weight_grad
@@ -41,6 +41,7 @@ __all__ = [
     "mask_relu",
     "mask_relu_backward",
     "mask_relu_forward",
+    "mask_relu_forward_",
     "pgd_step_",
     "pgd_step_normalized_",
     "topk_route",

@@ -9,15 +9,27 @@ def mask_relu(x: Tensor) -> Tensor:
     return torch.relu(x)
 
 
-def mask_relu_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+def mask_relu_forward(
+    x: Tensor, low: float = 0, high: float | None = None, slope: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """y = x where low < x < high; beyond, slope * x if there is a slope, and else the nearer bound."""
     channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    passes = ~(x.movedim(1, -1) if channels_last else x).le(0).flatten()
-    padded = F.pad(passes.int(), (0, -passes.numel() % 8)).view(-1, 8)
+    passes = x > low if slope is not None else ~(x <= low) if high is None else ~((x <= low) | (x >= high))
+    flat = (passes.movedim(1, -1) if channels_last else passes).flatten()
+    padded = F.pad(flat.int(), (0, -flat.numel() % 8)).view(-1, 8)
     powers = 2 ** torch.arange(8, dtype=torch.int32, device=x.device)
-    return torch.relu(x), (padded * powers).sum(1).to(torch.uint8)
+    y = torch.where(passes, x, x * slope if slope is not None else x.clamp(low, high))
+    return y, (padded * powers).sum(1).to(torch.uint8)
 
 
-def mask_relu_backward(grad: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
+def mask_relu_forward_(x: Tensor, low: float = 0, high: float | None = None, slope: float | None = None) -> Tensor:
+    y, bits = mask_relu_forward(x, low, high, slope)
+    x.copy_(y)
+    return bits
+
+
+def mask_relu_backward(grad: Tensor, bits: Tensor, channels_last: bool, slope: float | None = None) -> Tensor:
     shape = grad.movedim(1, -1).shape if channels_last else grad.shape
     passes = (bits[:, None] >> torch.arange(8, device=bits.device) & 1).flatten()[: grad.numel()].view(shape)
-    return torch.where((passes.movedim(-1, 1) if channels_last else passes) == 1, grad, 0)
+    beyond = 0 if slope is None else grad * slope
+    return torch.where((passes.movedim(-1, 1) if channels_last else passes) == 1, grad, beyond)

@@ -258,7 +258,22 @@ def _mask_relu_cases() -> list[Case]:
     def case(name: str, *shape: int, layout: Callable[[Source, Tensor], Tensor] = lambda s, x: x) -> Case:
         return Case("mask_relu", name, lambda s: (layout(s, s.randn(*shape).requires_grad_()),))
 
+    def others(name: str, *rectifier: float | None) -> list[Case]:
+        """Of other bounds or with a slope; and the same in place."""
+
+        def make(s: Source) -> tuple[Any, ...]:
+            return s.channels_last(s.randn(2, 3, 5, 7)), *rectifier
+
+        return [
+            Case("mask_relu_forward", name, lambda s: (make(s)[0].requires_grad_(), *rectifier)),
+            Case("mask_relu_forward_", name, make, has_gradient=False),
+        ]
+
     return [
+        *others("relu"),
+        *others("relu6", 0.0, 6.0),
+        *others("hardtanh", -0.5, 0.25),
+        *others("leaky", 0.0, None, 0.125),
         case("no_rows", 0, 5),
         case("one_element", 1),
         case("eight", 2, 4),

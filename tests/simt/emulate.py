@@ -119,17 +119,27 @@ def combine_weight_grad(grad: Tensor, y: Tensor, position: Tensor, *, shift: int
     return _combine("combine_weight_grad", {"grad": grad, "y": y}, y, position, out, shift)
 
 
-def mask_relu_forward(x: Tensor, *, shift: int = 0) -> tuple[Tensor, Tensor]:
+def _bounds(low: float, high: float | None, slope: float | None) -> list[Any]:
+    return [low, *("none" if value is None else value for value in (high, slope))]
+
+
+def mask_relu_forward(
+    x: Tensor, low: float = 0, high: float | None = None, slope: float | None = None, *, shift: int = 0
+) -> tuple[Tensor, Tensor]:
     x = x.contiguous(memory_format=memory_format(x))
     outputs = {"y": torch.empty_like(x), "bits": x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)}
-    return drive("mask_relu", {"x": x}, outputs, "mask_relu_forward", name(x.dtype), x.numel(), shift)
+    rectifier = _bounds(low, high, slope)
+    return drive("mask_relu", {"x": x}, outputs, "mask_relu_forward", name(x.dtype), x.numel(), shift, *rectifier)
 
 
-def mask_relu_backward(grad: Tensor, bits: Tensor, channels_last: bool, *, shift: int = 0) -> Tensor:
+def mask_relu_backward(
+    grad: Tensor, bits: Tensor, channels_last: bool, slope: float | None = None, *, shift: int = 0
+) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     inputs = {"grad": grad.contiguous(memory_format=layout), "bits": bits}
     outputs = {"out": torch.empty_like(inputs["grad"])}
-    return drive("mask_relu", inputs, outputs, "mask_relu_backward", name(grad.dtype), grad.numel(), shift)
+    rectifier = _bounds(0, None, slope)
+    return drive("mask_relu", inputs, outputs, "mask_relu_backward", name(grad.dtype), grad.numel(), shift, *rectifier)
 
 
 def topk_route(logits: Tensor, k: int, gate: str = "softmax", renormalize: bool = True) -> tuple[Tensor, Tensor]:
