@@ -1,24 +1,27 @@
-// Batch normalisation with statistics per expert. Sums are in double over fixed blocks, so that they are accurate and
-// bitwise the same for any number of threads.
+// Batch normalisation with statistics per expert. Values are summed a few at a time in the arithmetic of the storage
+// type, and these sums in double over fixed parts, so that they are accurate and bitwise the same for any number of
+// threads.
 #include <algorithm>
 #include <cmath>
 
+#include "common/inline.h"
 #include "common/layout.h"
 #include "cpu/blocks.h"
 
 namespace moe {
 namespace {
 
-// Rows summed before they join the total, so that rounding errors grow with n / 16. 4 and 64 take 1.33 and 0.92 of the
-// time (tuned-constants.md).
-constexpr int64_t kRows = 16;
-// Channels that a task sums, in accumulators that stay in L1. 32 and 128 take 1.06 and 0.95 of the time
-// (tuned-constants.md).
+// Values summed before they join the total in double, so that rounding errors grow with n / 16. 4 and 64 take 1.30 and
+// 0.89 of the time (tuned-constants.md).
+constexpr int64_t kSummands = 16;
+// Sums that are made side by side, in registers. 32 and 128 take 0.99 and 1.06 of the time (tuned-constants.md).
+constexpr int64_t kSums = 64;
+// Most channels of a part. 32 and 128 take 1.01 and 0.96 of the time (tuned-constants.md).
 constexpr int64_t kChannels = 64;
-// Pixels of a block, which is a task for up to kChannels channels. 256 and 4096 take 1.00 and 1.01 of the time
-// (tuned-constants.md).
+// Most pixels of a part, whose channels stay in L2 while they are summed twice. 256 and 4096 take 1.05 and 1.01 of the
+// time (tuned-constants.md).
 constexpr int64_t kPixels = 1024;
-// Fewest elements of a task that normalises. 2048 and 131072 take 1.00 and 1.01 of the time (tuned-constants.md).
+// Fewest elements of a task that normalises. 2048 and 131072 take 0.98 and 0.99 of the time (tuned-constants.md).
 constexpr int64_t kGrain = 16384;
 
 // How a batch x [N, C, *] lies in memory: by pixel (channels-last, or one pixel per image), C channels of one pixel are
@@ -64,73 +67,155 @@ Tensor to_tensor(const std::vector<double>& values, const Tensor& like, const Ba
   return out;
 }
 
-// Sums first(t, j) and second(t, j) over the elements of every expert and channel, where t = expert * C + channel and j
-// is the element's index in memory. Blocks have fixed borders and are added in order.
-//   out_first, out_second: [E * C]
-template <class First, class Second>
-void sum_pairs(const Batch& batch, const First& first, const Second& second, std::vector<double>& out_first,
-               std::vector<double>& out_second) {
-  const int64_t C = batch.channels, S = batch.pixels, E = batch.experts;
-  out_first.assign(E * C, 0.0);
-  out_second.assign(E * C, 0.0);
+// A part of a batch, which one task sums: by pixel some channels of some pixels of one expert, by plane one channel of
+// all images of one expert.
+struct Part {
+  int64_t t, channels;   // expert * C + the first channel, and their number
+  int64_t begin, count;  // the index in memory of the first value, and the values of each channel, at least one
+};
+
+std::vector<Part> parts_of(const Batch& batch) {
+  const int64_t C = batch.channels, S = batch.pixels;
+  std::vector<Part> parts;
+  if (S == 0) return parts;
   if (batch.by_pixel) {
-    // A task is kChannels channels of a block of pixels, which are summed kRows at a time.
-    const int64_t groups = (C + kChannels - 1) / kChannels;
     std::vector<int64_t> pixels(batch.ranges);
     for (int64_t& image : pixels) image *= S;
-    const std::vector<Block> blocks = row_blocks(pixels, kPixels);
-    std::vector<double> sums(2 * blocks.size() * C);  // [blocks, 2, C]
-    torch::stable::parallel_for(0, blocks.size() * groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const Block& block = blocks[task / groups];
-        const int64_t e = block.expert, c0 = task % groups * kChannels, n = std::min(kChannels, C - c0);
-        const int64_t last = block.begin + block.count;
-        double* a = sums.data() + task / groups * 2 * C + c0;
-        double* b = a + C;
-        for (int64_t r = block.begin; r < last; r += kRows) {
-          double pa[kChannels] = {}, pb[kChannels] = {};
-          for (int64_t i = r; i < std::min(r + kRows, last); ++i) {
-            for (int64_t c = 0; c < n; ++c) {
-              pa[c] += first(e * C + c0 + c, i * C + c0 + c);
-              pb[c] += second(e * C + c0 + c, i * C + c0 + c);
-            }
-          }
-          for (int64_t c = 0; c < n; ++c) a[c] += pa[c], b[c] += pb[c];
-        }
+    for (const Block& block : row_blocks(pixels, kPixels)) {
+      for (int64_t c = 0; c < C; c += kChannels) {
+        parts.push_back({block.expert * C + c, std::min(kChannels, C - c), block.begin * C + c, block.count});
       }
-    });
-    for (size_t i = 0; i < blocks.size(); ++i) {
-      const double* sum = sums.data() + 2 * i * C;
-      const int64_t t = blocks[i].expert * C;
-      for (int64_t c = 0; c < C; ++c) out_first[t + c] += sum[c], out_second[t + c] += sum[C + c];
     }
   } else {
-    // A task is one channel of one expert. A plane is summed in kSums interleaved sums, which are then added as a tree.
-    // 8 and 32 take 0.93 and 1.10 of the time (tuned-constants.md).
-    constexpr int64_t kSums = 16;
-    torch::stable::parallel_for(0, E * C, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t e = t / C, c = t % C;
-        for (int64_t image = batch.ranges[e]; image < batch.ranges[e + 1]; ++image) {
-          double pa[kSums] = {}, pb[kSums] = {};
-          const int64_t base = (image * C + c) * S;
-          int64_t s = 0;
-          for (; s + kSums <= S; s += kSums) {
-            for (int64_t l = 0; l < kSums; ++l) {
-              pa[l] += first(t, base + s + l);
-              pb[l] += second(t, base + s + l);
-            }
-          }
-          for (; s < S; ++s) pa[s % kSums] += first(t, base + s), pb[s % kSums] += second(t, base + s);
-          for (int64_t width = kSums / 2; width > 0; width /= 2) {
-            for (int64_t l = 0; l < width; ++l) pa[l] += pa[l + width], pb[l] += pb[l + width];
-          }
-          out_first[t] += pa[0];
-          out_second[t] += pb[0];
-        }
-      }
+    for_each_expert(batch.ranges, [&](int64_t e, int64_t begin, int64_t count) {
+      for (int64_t c = 0; c < C; ++c) parts.push_back({e * C + c, 1, (begin * C + c) * S, count * S});
     });
   }
+  return parts;
+}
+
+// Two values that are summed for every element.
+template <class A>
+struct Pair {
+  A first, second;
+};
+
+// Adds value(lane, index) of some rows of at most kSums / kWays lanes to sums: [lanes]. Neighbouring lanes have
+// neighbouring indices, rows those that are `stride` apart. Every kWays-th row joins the same sum.
+template <int64_t kWays, class A, class Value>
+MOE_INLINE void sum_rows(int64_t index, int64_t rows, int64_t stride, int64_t lanes, const Value& value,
+                         Pair<double>* sums) {
+  constexpr int64_t kLanes = kSums / kWays, kRows = kSummands * kWays;
+  for (int64_t r = 0; r < rows; r += kRows) {
+    A first[kWays][kLanes] = {}, second[kWays][kLanes] = {};
+    const auto add = [&](int64_t way, int64_t lane, int64_t row) {
+      const Pair<A> pair = value(lane, index + row * stride + lane);
+      first[way][lane] += pair.first;
+      second[way][lane] += pair.second;
+    };
+    if (r + kRows <= rows && lanes == kLanes) {  // both constant, so that the sums stay in registers
+      for (int64_t i = 0; i < kRows; i += kWays) {
+#pragma GCC unroll 4
+        for (int64_t way = 0; way < kWays; ++way) {
+          for (int64_t lane = 0; lane < kLanes; ++lane) add(way, lane, r + i + way);
+        }
+      }
+    } else {
+      for (int64_t i = r; i < std::min(r + kRows, rows); ++i) {
+        for (int64_t lane = 0; lane < lanes; ++lane) add(i % kWays, lane, i);
+      }
+    }
+    for (int64_t way = 0; way < kWays; ++way) {
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        sums[lane].first += first[way][lane];
+        sums[lane].second += second[way][lane];
+      }
+    }
+  }
+}
+
+// The sums of value(channel, index) over a part, with the part's channels counted from 0.
+//   sums: [channels of the part]
+template <class A, class Value>
+void sum_part(const Batch& batch, const Part& part, const Value& value, Pair<double>* sums) {
+  std::fill(sums, sums + part.channels, Pair<double>{});
+  if (batch.by_pixel) {
+    constexpr int64_t kRows = 4 * kSummands;  // of all channels before the next
+    for (int64_t r = 0; r < part.count; r += kRows) {
+      const int64_t rows = std::min(kRows, part.count - r), index = part.begin + r * batch.channels;
+      for (int64_t c = 0; c < part.channels;) {
+        const auto of_lanes = [&](int64_t lane, int64_t j) { return value(c + lane, j); };
+        const auto add = [&](auto ways) {
+          const int64_t lanes = std::min(kSums / ways, part.channels - c);
+          sum_rows<ways, A>(index + c, rows, batch.channels, lanes, of_lanes, sums + c);
+          c += lanes;
+        };
+        const int64_t left = part.channels - c;
+        if (left >= kSums) {
+          add(std::integral_constant<int64_t, 1>());
+        } else if (left >= kSums / 2) {
+          add(std::integral_constant<int64_t, 2>());
+        } else {
+          add(std::integral_constant<int64_t, 4>());
+        }
+      }
+    }
+    return;
+  }
+  Pair<double> lanes[kSums] = {};
+  const auto of_plane = [&](int64_t, int64_t j) { return value(0, j); };
+  const int64_t rows = batch.pixels / kSums, rest = batch.pixels % kSums;
+  for (int64_t i = 0; i < part.count; i += batch.pixels) {
+    const int64_t plane = part.begin + i * batch.channels;
+    sum_rows<1, A>(plane, rows, kSums, kSums, of_plane, lanes);
+    sum_rows<1, A>(plane + rows * kSums, rest > 0, 0, rest, of_plane, lanes);
+  }
+  for (const Pair<double>& lane : lanes) sums->first += lane.first, sums->second += lane.second;
+}
+
+// Calls sum(part, sums: [channels of the part]) for all parts, in parallel, and then merge(t, n, sums) for each channel
+// of each part in order, where n is its number of values.
+template <class Sum, class Merge>
+void for_each_part(const Batch& batch, const Sum& sum, const Merge& merge) {
+  const std::vector<Part> parts = parts_of(batch);
+  const int64_t most = batch.by_pixel ? kChannels : 1, count = static_cast<int64_t>(parts.size());
+  std::vector<Pair<double>> sums(count * most);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sum(parts[i], sums.data() + i * most);
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < parts[i].channels; ++c) merge(parts[i].t + c, parts[i].count, sums[i * most + c]);
+  }
+}
+
+// The mean and variance of value(index) over each expert and channel. A part is summed twice, the second time about its
+// own mean, and what parts have is merged as by Chan, Golub and LeVeque ("Updating Formulae and a Pairwise Algorithm
+// for Computing Sample Variances", 1979).
+//   mean, var: [E * C]
+template <class A, class Value>
+void moments(const Batch& batch, const Value& value, std::vector<double>& mean, std::vector<double>& var) {
+  const auto sum = [&](const Part& part, Pair<double>* sums) {
+    A centre[kChannels];
+    sum_part<A>(batch, part, [&](int64_t, int64_t j) { return Pair<A>{value(j), A(0)}; }, sums);
+    for (int64_t c = 0; c < part.channels; ++c) centre[c] = static_cast<A>(sums[c].first / part.count);
+    const auto about_centre = [&](int64_t c, int64_t j) {
+      const A distance = value(j) - centre[c];
+      return Pair<A>{distance, distance * distance};
+    };
+    sum_part<A>(batch, part, about_centre, sums);
+    for (int64_t c = 0; c < part.channels; ++c) {
+      const double error = sums[c].first / part.count;  // of the centre, by rounding
+      sums[c] = {centre[c] + error, sums[c].second - error * sums[c].first};
+    }
+  };
+  std::vector<double> total(mean.size());
+  for_each_part(batch, sum, [&](int64_t t, int64_t n, const Pair<double>& of_part) {
+    const double distance = of_part.first - mean[t], before = total[t];
+    total[t] += n;
+    mean[t] += distance * n / total[t];
+    var[t] += of_part.second + distance * distance * before * n / total[t];
+  });
+  for (size_t t = 0; t < var.size(); ++t) var[t] = var[t] < 0 ? 0 : var[t] / std::max(1.0, total[t]);
 }
 
 // Calls f(t, j) for every element, in parallel: t = expert * C + channel, j its index in memory.
@@ -175,22 +260,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_batch_norm_forward(const Tensor& x, co
     using A = acc_t<T>;
     const T* src = data<T>(dense);
     T* dst = mutable_data<T>(y);
-    const auto value = [&](int64_t j) { return static_cast<double>(static_cast<A>(src[j])); };
-    if (training) {
-      // Two passes: the mean, then the squared distances from it, corrected for the rounding of the mean itself.
-      std::vector<double> sum, squares;
-      const auto none = [](int64_t, int64_t) { return 0.0; };
-      sum_pairs(batch, [&](int64_t, int64_t j) { return value(j); }, none, sum, squares);
-      for (size_t t = 0; t < sum.size(); ++t) mean[t] = sum[t] / std::max<int64_t>(1, batch.values(t / batch.channels));
-      const auto centred = [&](int64_t t, int64_t j) { return value(j) - mean[t]; };
-      const auto square = [&](int64_t t, int64_t j) { return centred(t, j) * centred(t, j); };
-      sum_pairs(batch, centred, square, sum, squares);
-      for (size_t t = 0; t < sum.size(); ++t) {
-        const double n = std::max<int64_t>(1, batch.values(t / batch.channels));
-        var[t] = std::max(0.0, (squares[t] - sum[t] * sum[t] / n) / n);
-        mean[t] += sum[t] / n;
-      }
-    }
+    if (training) moments<A>(batch, [src](int64_t j) { return static_cast<A>(src[j]); }, mean, var);
     std::vector<A> centre(mean.begin(), mean.end()), scale(mean.size()), shift(b.begin(), b.end());
     for (size_t t = 0; t < scale.size(); ++t) scale[t] = static_cast<A>(w[t] / std::sqrt(var[t] + eps));
     for_each_element(batch, [&, src, dst](int64_t t, int64_t j) {
@@ -207,16 +277,24 @@ std::tuple<Tensor, Tensor> expert_batch_norm_param_grad(const Tensor& grad, cons
   const Batch batch(grad, offsets, mean.size(0));
   const Tensor dense_grad = as_layout(grad, batch.channels_last), dense_x = as_layout(x, batch.channels_last);
   const std::vector<double> centre = table(mean, batch, 0), variance = table(var, batch, 0);
-  std::vector<double> dbias, dweight;
+  std::vector<double> dbias(centre.size()), dweight(centre.size());
   dispatch_float(x.scalar_type(), "x", [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     const T *g = data<T>(dense_grad), *src = data<T>(dense_x);
-    const auto plain = [&](int64_t, int64_t j) { return static_cast<double>(static_cast<A>(g[j])); };
-    const auto scaled = [&](int64_t t, int64_t j) {
-      return static_cast<double>(static_cast<A>(g[j])) * (static_cast<double>(static_cast<A>(src[j])) - centre[t]);
+    const std::vector<A> near(centre.begin(), centre.end());
+    const auto sum = [&](const Part& part, Pair<double>* sums) {
+      const A* const m = near.data() + part.t;
+      const auto value = [=](int64_t c, int64_t j) {
+        const A grad = static_cast<A>(g[j]);
+        return Pair<A>{grad, grad * (static_cast<A>(src[j]) - m[c])};
+      };
+      sum_part<A>(batch, part, value, sums);
     };
-    sum_pairs(batch, plain, scaled, dbias, dweight);
+    for_each_part(batch, sum, [&](int64_t t, int64_t, const Pair<double>& of_part) {
+      dbias[t] += of_part.first;
+      dweight[t] += of_part.second;
+    });
   });
   for (size_t t = 0; t < dweight.size(); ++t) dweight[t] /= std::sqrt(variance[t] + eps);
   return {to_tensor(dbias, x, batch), to_tensor(dweight, x, batch)};
