@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def _found(model: object, kind: str) -> list[Any]:
@@ -23,17 +23,6 @@ def owners(model: nn.Module) -> dict[nn.Module, Any]:
     return {m: unit for unit in units(model) for m in unit.modules()}
 
 
-def parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that units in the model swap."""
-    return {p for unit in units(model) for p in unit.parameters()}
-
-
-def reshard(model: nn.Module) -> None:
-    """Replaces whole parameters with their shards."""
-    for unit in units(model):
-        unit.reshard()
-
-
-def as_input(model: object, x: Tensor) -> Tensor:
-    """x, for FSDP1 as a view: torch.autograd.grad cannot reach a leaf that is passed to FSDP1 itself."""
-    return x.view_as(x) if _found(model, "FullyShardedDataParallel") else x
+def needs_view(model: object) -> bool:
+    """Whether a leaf must be passed as a view: torch.autograd.grad cannot reach one that is passed to FSDP1 itself."""
+    return bool(_found(model, "FullyShardedDataParallel"))

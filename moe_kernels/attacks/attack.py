@@ -35,6 +35,7 @@ class Attack(ABC):
     targeted = False
     draws = 1
     _in_model: Any = nullcontext()
+    _needs_view = False
     loss: Any = None
 
     def __init__(
@@ -115,6 +116,7 @@ class Attack(ABC):
         small = isinstance(self.model, nn.Module) and x.numel() <= _IDLE.get(self.model, {}).get(autocast_dtype(x), 0)
         idle = self.compile or (self.recompute == "none" and small)
         self._in_model = nullcontext() if idle else mode_of(self.model, self.recompute)
+        self._needs_view = fsdp.needs_view(self.model)
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             x_adv = self._attack(x.detach(), y.to(torch.int64, copy=True), kwargs)
         if self._probabilities is not None and self._probabilities:
@@ -170,7 +172,7 @@ class Attack(ABC):
 
     def _logits(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         with self._in_model as mode:
-            logits = self._forward()(fsdp.as_input(self.model, x), **kwargs)
+            logits = self._forward()(x.view_as(x) if self._needs_view else x, **kwargs)
         if x.requires_grad and mode is not None and not mode.applied:
             self._in_model = nullcontext()
             if isinstance(self.model, nn.Module):

@@ -70,7 +70,7 @@ class attack_mode:  # noqa: N801, a context manager named as torch.no_grad is
 
 def mode_of(model: Callable[..., Any], recompute: str) -> LeanMode:
     mode = MODES[recompute]()
-    mode.frees_parameters = bool(fsdp.units(model))
+    mode.frees_parameters = recompute != "none" and bool(fsdp.units(model))
     return mode
 
 
@@ -88,13 +88,15 @@ def frozen(model: Callable[..., Any]) -> Iterator[None]:
 
 
 def _freeze(model: nn.Module, stack: ExitStack) -> None:
-    fsdp.reshard(model)  # to freeze the shards: at each forward the whole parameters take their flags
-    sharded = {id(p) for p in fsdp.parameters(model)}  # FSDP2 may still reduce earlier gradients into theirs
+    units = fsdp.units(model)
+    _reshard(units)  # to freeze the shards: at each forward the whole parameters take their flags
+    # Those that the units swap: FSDP2 may still reduce earlier gradients into theirs.
+    sharded = {id(p) for unit in units for p in unit.parameters()}
     modules: list[tuple[nn.Module, bool, list[Any], list[Any]]] = []
     parameters: dict[int, tuple[Tensor, bool]] = {}
     gradients: list[tuple[Tensor, Tensor | None]] = []
     stack.callback(_thaw, modules, parameters, gradients)
-    stack.callback(fsdp.reshard, model)
+    stack.callback(_reshard, units)
     # Copies of buffers, not saved values that are written back: a write raises a buffer's version (which batch norm's
     # own update does not) and would break a graph of the caller's that saved the buffer.
     copies: dict[int, Tensor | None] = {id(None): None}
@@ -128,6 +130,12 @@ def _freeze(model: nn.Module, stack: ExitStack) -> None:
                     parameter.grad = None
     for ddp in wrappers:  # only now that buffers are replaced: rank 0's are written to the copies
         stack.enter_context(without_ddp(ddp))
+
+
+def _reshard(units: list[Any]) -> None:
+    """Replaces FSDP2's whole parameters with their shards."""
+    for unit in units:
+        unit.reshard()
 
 
 def _set_flag(module: nn.Module, name: str, requires_grad: bool) -> None:
