@@ -3,6 +3,7 @@ convolutions."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -211,6 +212,59 @@ def test_special_values_pass_as_in_torch() -> None:
         with attack_mode(function):
             got = input_gradient(function, values, grad)
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last_3d", "transposed"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activations_return_what_torchs_do_in_any_layout(layout: str, inplace: bool) -> None:
+    shapes = {"channels_last_3d": (2, 4, 8, 64, 66), "transposed": (512, 520)}
+    x = S.randn(*shapes.get(layout, (8, 4, 64, 130)))
+    if layout in ("channels_last", "channels_last_3d"):
+        x = x.contiguous(memory_format=getattr(torch, layout))
+    x = (x.mT if layout == "transposed" else x).requires_grad_()
+    for function in (F.relu, F.relu6, F.hardtanh, F.leaky_relu):
+
+        def run(function: Callable[..., Tensor] = function) -> tuple[Any, ...]:
+            h = x * 1
+            y = function(h, inplace=inplace)
+            seen: list[Tensor] = []
+            y.register_hook(seen.append)
+            (dx,) = torch.autograd.grad((h * 2).sum() + y.sum(), x)
+            return y is h, y._is_view(), h._version, len(seen), y.stride(), y.detach(), dx
+
+        expected = run()
+        with attack_mode(function):
+            got = run()
+        assert got[:5] == expected[:5]
+        assert torch.equal(got[5], expected[5]) and torch.equal(got[6], expected[6])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.hardtanh(x, 1.0, -1.0),
+        lambda x: F.hardtanh_(x * 1, 1.0, -1.0),
+        lambda x: F.hardtanh(x, -1.0, None),
+        lambda x: F.hardtanh(x, float("nan"), 1.0),
+        lambda x: F.hardtanh(x, -1e300, 1e300),
+        lambda x: F.hardtanh(x, torch.tensor([-1.0]), torch.tensor([1.0])),
+        lambda x: F.leaky_relu(x, None),
+        lambda x: F.leaky_relu(x, "a"),
+        lambda x: F.leaky_relu(x, -0.5),
+    ],
+)
+def test_bounds_that_torch_refuses_are_left_to_it(call: Callable[[Tensor], Tensor]) -> None:
+    x = S.randn(512, 520).requires_grad_()
+
+    def run() -> Any:
+        try:
+            return call(x).detach().nan_to_num(7).tolist()
+        except (TypeError, ValueError, RuntimeError) as error:
+            return type(error), str(error)
+
+    expected = run()
+    with attack_mode(call):
+        assert run() == expected
 
 
 def test_inplace_relu_is_seen_by_other_readers() -> None:

@@ -9,7 +9,8 @@
 
 namespace moe {
 
-// y = x where low < x < high. Beyond, y is the nearer bound or, if it leaks, slope * x.
+// y = x where low < x < high, and beyond the nearer bound, with low <= high; or, if it leaks, y = x where low < x, and
+// slope * x beyond.
 template <class A>
 struct Rectifier {
   A low, high, slope;
@@ -21,7 +22,7 @@ struct Rectifier {
         slope(static_cast<A>(slope.value_or(0))),
         leaks(slope.has_value()) {}
 
-  // Whether the gradient passes: that of a NaN does, as in torch, unless it leaks.
+  // Whether the gradient passes: that of a NaN does, as in torch's ReLU, unless it leaks.
   MOE_INLINE bool passes(A x) const { return leaks ? x > low : !(x <= low || x >= high); }
   MOE_INLINE A beyond(A x) const { return leaks ? slope * x : x <= low ? low : high; }
   // The gradient of x where it does not pass, of that of y.

@@ -1,8 +1,8 @@
-// Batch normalisation with statistics per expert. Values are summed a few at a time in the arithmetic of the storage
-// type, and these sums in double over fixed parts, so that they are accurate and bitwise the same for any number of
-// threads.
+// Batch normalisation with statistics per expert. A few values at a time are summed in acc_t, and these sums in double
+// over fixed parts, so that they are accurate and bitwise the same for any number of threads.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "common/inline.h"
 #include "common/layout.h"
@@ -18,8 +18,8 @@ constexpr int64_t kSummands = 16;
 constexpr int64_t kSums = 64;
 // Most channels of a part. 32 and 128 take 1.01 and 0.96 of the time (tuned-constants.md).
 constexpr int64_t kChannels = 64;
-// Most pixels of a part, whose channels stay in L2 while they are summed twice. 256 and 4096 take 1.05 and 1.01 of the
-// time (tuned-constants.md).
+// Most pixels of a part by pixel; a part by plane has as many values or one image. They stay in L2 while they are
+// summed twice. 256 and 4096 take 1.05 and 1.01 of the time (tuned-constants.md).
 constexpr int64_t kPixels = 1024;
 // Fewest elements of a task that normalises. 2048 and 131072 take 0.98 and 0.99 of the time (tuned-constants.md).
 constexpr int64_t kGrain = 16384;
@@ -68,7 +68,7 @@ Tensor to_tensor(const std::vector<double>& values, const Tensor& like, const Ba
 }
 
 // A part of a batch, which one task sums: by pixel some channels of some pixels of one expert, by plane one channel of
-// all images of one expert.
+// some of its images.
 struct Part {
   int64_t t, channels;   // expert * C + the first channel, and their number
   int64_t begin, count;  // the index in memory of the first value, and the values of each channel, at least one
@@ -87,9 +87,11 @@ std::vector<Part> parts_of(const Batch& batch) {
       }
     }
   } else {
-    for_each_expert(batch.ranges, [&](int64_t e, int64_t begin, int64_t count) {
-      for (int64_t c = 0; c < C; ++c) parts.push_back({e * C + c, 1, (begin * C + c) * S, count * S});
-    });
+    for (const Block& block : row_blocks(batch.ranges, std::max<int64_t>(1, kPixels * kChannels / S))) {
+      for (int64_t c = 0; c < C; ++c) {
+        parts.push_back({block.expert * C + c, 1, (block.begin * C + c) * S, block.count * S});
+      }
+    }
   }
   return parts;
 }
@@ -134,43 +136,52 @@ MOE_INLINE void sum_rows(int64_t index, int64_t rows, int64_t stride, int64_t la
   }
 }
 
+// Adds value(column, index) of a matrix, whose rows are `stride` apart, to sums: [columns].
+template <class A, class Value>
+void sum_columns(int64_t index, int64_t rows, int64_t stride, int64_t columns, const Value& value, Pair<double>* sums) {
+  constexpr int64_t kMostRows = 4 * kSummands;  // of all columns before the next
+  for (int64_t r = 0; r < rows; r += kMostRows) {
+    for (int64_t c = 0; c < columns;) {
+      const auto add = [&](auto ways) {
+        const int64_t lanes = std::min(kSums / ways, columns - c);
+        sum_rows<ways, A>(
+            index + r * stride + c, std::min(kMostRows, rows - r), stride, lanes,
+            [&](int64_t lane, int64_t j) { return value(c + lane, j); }, sums + c);
+        c += lanes;
+      };
+      if (columns - c >= kSums) {
+        add(std::integral_constant<int64_t, 1>());
+      } else if (columns - c >= kSums / 2) {
+        add(std::integral_constant<int64_t, 2>());
+      } else {
+        add(std::integral_constant<int64_t, 4>());
+      }
+    }
+  }
+}
+
 // The sums of value(channel, index) over a part, with the part's channels counted from 0.
 //   sums: [channels of the part]
 template <class A, class Value>
 void sum_part(const Batch& batch, const Part& part, const Value& value, Pair<double>* sums) {
   std::fill(sums, sums + part.channels, Pair<double>{});
-  if (batch.by_pixel) {
-    constexpr int64_t kRows = 4 * kSummands;  // of all channels before the next
-    for (int64_t r = 0; r < part.count; r += kRows) {
-      const int64_t rows = std::min(kRows, part.count - r), index = part.begin + r * batch.channels;
-      for (int64_t c = 0; c < part.channels;) {
-        const auto of_lanes = [&](int64_t lane, int64_t j) { return value(c + lane, j); };
-        const auto add = [&](auto ways) {
-          const int64_t lanes = std::min(kSums / ways, part.channels - c);
-          sum_rows<ways, A>(index + c, rows, batch.channels, lanes, of_lanes, sums + c);
-          c += lanes;
-        };
-        const int64_t left = part.channels - c;
-        if (left >= kSums) {
-          add(std::integral_constant<int64_t, 1>());
-        } else if (left >= kSums / 2) {
-          add(std::integral_constant<int64_t, 2>());
-        } else {
-          add(std::integral_constant<int64_t, 4>());
-        }
-      }
+  if (batch.by_pixel) return sum_columns<A>(part.begin, part.count, batch.channels, part.channels, value, sums);
+  constexpr int64_t kLargePlane = kSums * kSummands;
+  const int64_t S = batch.pixels, step = batch.channels * S;  // from an image to the next
+  const auto of_channel = [&](int64_t, int64_t j) { return value(0, j); };
+  Pair<double> columns[kLargePlane] = {};
+  if (S < kLargePlane) {  // its pixels as columns, the images as rows
+    sum_columns<A>(part.begin, part.count / S, step, S, of_channel, columns);
+  } else {
+    for (int64_t plane = part.begin; plane < part.begin + part.count / S * step; plane += step) {
+      sum_columns<A>(plane, S / kSums, kSums, kSums, of_channel, columns);
+      sum_columns<A>(plane + S / kSums * kSums, 1, 0, S % kSums, of_channel, columns);
     }
-    return;
   }
-  Pair<double> lanes[kSums] = {};
-  const auto of_plane = [&](int64_t, int64_t j) { return value(0, j); };
-  const int64_t rows = batch.pixels / kSums, rest = batch.pixels % kSums;
-  for (int64_t i = 0; i < part.count; i += batch.pixels) {
-    const int64_t plane = part.begin + i * batch.channels;
-    sum_rows<1, A>(plane, rows, kSums, kSums, of_plane, lanes);
-    sum_rows<1, A>(plane + rows * kSums, rest > 0, 0, rest, of_plane, lanes);
+  for (int64_t c = 0; c < std::min(S, kLargePlane); ++c) {
+    sums->first += columns[c].first;
+    sums->second += columns[c].second;
   }
-  for (const Pair<double>& lane : lanes) sums->first += lane.first, sums->second += lane.second;
 }
 
 // Calls sum(part, sums: [channels of the part]) for all parts, in parallel, and then merge(t, n, sums) for each channel

@@ -1,4 +1,5 @@
-// ReLU whose backward needs one bit per element. Element i, counted in storage order, has bit i % 8 of byte i / 8.
+// ReLU, hardtanh and leaky ReLU, whose backward needs one bit per element. Element i, counted in storage order, has bit
+// i % 8 of byte i / 8.
 #include <algorithm>
 #include <cstring>
 

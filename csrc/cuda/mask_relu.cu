@@ -1,4 +1,4 @@
-// ReLU whose backward needs one bit per element: checks and launches.
+// ReLU, hardtanh and leaky ReLU, whose backward needs one bit per element: checks and launches.
 #include "common/layout.h"
 #include "cuda/mask_relu.cuh"
 #include "cuda/tensor.h"

@@ -1,4 +1,5 @@
-// ReLU that keeps one bit per element, on a GPU. A thread has a pack; neighbouring threads join their bits into bytes.
+// ReLU, hardtanh and leaky ReLU that keep one bit per element, on a GPU. A thread has a pack; neighbouring threads join
+// their bits into bytes.
 #pragma once
 
 #include "common/rectifier.h"

@@ -203,10 +203,14 @@ def _relu(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _leaky_relu(func: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    if not (_are_numbers(input, negative_slope) and negative_slope >= 0):
+        return NotImplemented
     return _rectified(input, inplace, 0.0, None, negative_slope)
 
 
 def _hardtanh(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    if not (_are_numbers(input, min_val, max_val) and min_val <= max_val):
+        return NotImplemented
     return _rectified(input, inplace, min_val, max_val, None)
 
 
@@ -214,31 +218,32 @@ def _relu6(func: Any, input: Tensor, inplace: bool = False) -> Tensor:
     return _rectified(input, inplace, 0.0, 6.0, None)
 
 
+def _are_numbers(x: Tensor, *values: object) -> bool:
+    """Whether torch would surely take these values beside x, and they are finite."""
+    return all(isinstance(value, int | float) and abs(value) <= torch.finfo(x.dtype).max for value in values)
+
+
 def _rectified(x: Tensor, inplace: bool, low: float, high: float | None, slope: float | None) -> Tensor:
-    layout = memory_format(x)
-    if not is_implemented("mask_relu_forward", x.device.type):
+    """`reference.mask_relu_forward` of a tensor that fills its memory, in whatever order its dimensions have there."""
+    layout, order = memory_format(x), sorted(range(x.ndim), key=x.stride, reverse=True)
+    if not (is_implemented("mask_relu_forward", x.device.type) and x.permute(order).is_contiguous()):
         return NotImplemented
-    if not x.is_contiguous(memory_format=layout):
-        return _in_memory_order(x, functools.partial(_rectified, inplace=inplace, low=low, high=high, slope=slope))
+    usual = x.is_contiguous(memory_format=layout)
 
     def forward(x: Tensor, inplace: bool = False) -> tuple[Tensor, tuple[Tensor]]:
-        if inplace:
-            return x, (OPERATORS["mask_relu_forward_"](x, low, high, slope),)
-        y, bits = OPERATORS["mask_relu_forward"](x, low, high, slope)
-        return y, (bits,)
+        if usual and not inplace:
+            y, bits = OPERATORS["mask_relu_forward"](x, low, high, slope)
+            return y, (bits,)
+        y = x if inplace else x.clone()
+        return y, (OPERATORS["mask_relu_forward_"](y.permute(order), low, high, slope),)
 
     def backward(grad: Tensor, bits: Tensor) -> Tensor:
-        return OPERATORS["mask_relu_backward"](grad, bits, layout == torch.channels_last, slope)
+        if usual:
+            return OPERATORS["mask_relu_backward"](grad, bits, layout == torch.channels_last, slope)
+        dx = OPERATORS["mask_relu_backward"](grad.permute(order), bits, False, slope)
+        return dx.permute([order.index(i) for i in range(dx.ndim)])
 
     return lean(x, forward, backward, inplace)
-
-
-def _in_memory_order(x: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
-    """The rule for x with its dimensions in the order of memory; not for a tensor with gaps."""
-    order = sorted(range(x.ndim), key=x.stride, reverse=True)
-    if not x.permute(order).is_contiguous():
-        return NotImplemented
-    return rule(x.permute(order)).permute([order.index(i) for i in range(x.ndim)])
 
 
 # A rule takes the torch function itself and its arguments; NotImplemented leaves the call to torch.

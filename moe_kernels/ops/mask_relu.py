@@ -31,7 +31,7 @@ def mask_relu(x: Tensor, *, backend: str | None = None) -> Tensor:
 
 
 # ReLU, with these as they are; hardtanh, with other bounds; leaky ReLU, with a slope.
-RECTIFIER = "float low=0, float? high=None, float? slope=None"
+_RECTIFIER = "float low=0, float? high=None, float? slope=None"
 
 
 def _forward_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ def _forward_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, No
 
 
 mask_relu_forward = define(
-    f"mask_relu_forward(Tensor x, {RECTIFIER}) -> (Tensor, Tensor)",
+    f"mask_relu_forward(Tensor x, {_RECTIFIER}) -> (Tensor, Tensor)",
     _forward_fake,
     setup_context=_forward_setup_context,
     backward=_forward_backward,
@@ -61,11 +61,11 @@ mask_relu_forward = define(
 """`reference.mask_relu_forward`, and the gradient of x for that of y."""
 
 mask_relu_forward_ = define(
-    f"mask_relu_forward_(Tensor(a!) x, {RECTIFIER}) -> Tensor",
+    f"mask_relu_forward_(Tensor(a!) x, {_RECTIFIER}) -> Tensor",
     lambda x, *_: x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8),
 )
 """`mask_relu_forward` that overwrites x, which must be contiguous or channels-last, with y, and returns the bits. Not
-differentiable by itself."""
+differentiable by itself, and x keeps its version: both are up to the caller."""
 
 
 def _backward_fake(grad: Tensor, bits: Tensor, channels_last: bool, *_: Any) -> Tensor:

@@ -12,7 +12,8 @@ def mask_relu(x: Tensor) -> Tensor:
 def mask_relu_forward(
     x: Tensor, low: float = 0, high: float | None = None, slope: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """y = x where low < x < high; beyond, slope * x if there is a slope, and else the nearer bound."""
+    """y = x where low < x < high, and beyond the nearer bound, with low <= high; or, if there is a slope, y = x where
+    low < x, and slope * x beyond."""
     channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     passes = x > low if slope is not None else ~(x <= low) if high is None else ~((x <= low) | (x >= high))
     flat = (passes.movedim(1, -1) if channels_last else passes).flatten()
