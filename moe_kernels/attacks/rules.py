@@ -24,7 +24,7 @@ from moe_kernels.ops.winograd_conv2d import is_emulated, saves_work
 aten = torch.ops.aten
 
 # Smaller inputs are kept as by torch, and convolutions of fewer products left to it: calls in Python would cost more.
-MIN_ELEMENTS, MIN_PRODUCTS = 2**18, 2**24
+MIN_ELEMENTS, MIN_PRODUCTS = 2**18, 2**25
 
 
 def is_small(rule: Rule, x: Tensor, args: tuple[Any, ...]) -> bool:
