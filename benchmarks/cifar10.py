@@ -62,7 +62,8 @@ def paired(folders: dict[str, Path], suite: str) -> dict[str, dict[str, str | No
     for name in [name for name in there if name != FIRST and FIRST in there]:
         pair = (name, FIRST)
         rows, unpaired = differences({n: there[n] for n in pair}, {n: reports[n] for n in pair})
-        found |= {name: row for row in rows.values()}
+        if rows:
+            found[name] = rows[FIRST]
         for reason in unpaired:
             print(f"{suite}: {reason}", file=sys.stderr)
     return found
