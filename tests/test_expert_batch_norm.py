@@ -176,3 +176,18 @@ def test_bad_input_names_the_argument() -> None:
     }.items():
         with pytest.raises(ValueError, match=match):
             expert_batch_norm(*args)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [5, 32, 37])
+def test_statistics_of_many_parts_whose_means_differ(layout: torch.memory_format, side: int) -> None:
+    """A part has at most 65,536 values of a channel, and by pixel 1,024."""
+    images = 140 if side > 5 else 3000
+    x = torch.randn(images, 3, side, side) + torch.linspace(-20, 20, images)[:, None, None, None]
+    offsets = torch.tensor([0, images - 7, images], dtype=torch.int32)
+    _, mean, var = torch.ops.moe_kernels.expert_batch_norm_forward(
+        x.contiguous(memory_format=layout), None, None, None, None, offsets, True, 1e-5
+    )
+    for e, rows in enumerate(x.double().tensor_split([images - 7])):
+        torch.testing.assert_close(mean[e].double(), rows.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(var[e].double(), rows.var((0, 2, 3), correction=0), rtol=1e-6, atol=0)
