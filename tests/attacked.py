@@ -1,6 +1,7 @@
 """The networks and images that the tests of PGD attack, and the start of its steps."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,3 +32,10 @@ def images(batch: int = 16, classes: int = 4, dtype: torch.dtype = torch.float32
 def start(x: Tensor, **options: Any) -> Tensor:
     y = torch.zeros(len(x), dtype=torch.int64)
     return PGD(lambda x: x, steps=0, best_iterate=False, **options)(x, y)
+
+
+def input_gradient(function: Callable[[Tensor], Tensor], x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """function(x), and the gradient of x for weights as that of the result."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = function(x)
+    return y.detach(), torch.autograd.grad(y, x, weights.to(y.dtype))[0]

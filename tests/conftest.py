@@ -41,6 +41,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def rules_for_few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules of attack_mode apply to tensors of any size."""
+    from moe_kernels.attacks import rules
+
+    monkeypatch.setattr(rules, "MIN_ELEMENTS", 0)
+
+
 @pytest.fixture(scope="session")
 def robust_digits(tmp_path_factory: pytest.TempPathFactory) -> "tuple[RobustClassifier, Split]":
     """Three small experts trained by PGD-AT for a few seconds, in eval mode, and the held-out images."""
