@@ -27,6 +27,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "conv not padded": (lambda x: F.conv2d(x, CONV, padding="valid", groups=2), 0),
     "conv1d": (lambda x: torch.conv1d(x.flatten(2), CONV[:, :, 0], dilation=2, groups=2), 0),
     "conv3d": (lambda x: F.conv3d(x[:, None], CONV[:, :1, None]), 0),
+    "conv of every other pixel": (lambda x: F.conv2d(x, CONV[:, :, 1:2, :1], None, (2, 3), groups=2), 0),
     "transposed conv": (lambda x: F.conv_transpose2d(x, TRANSPOSED, None, 2, 1, 1, 2), 0),
     "relu": (torch.relu, 72),
     "Tensor.relu": (Tensor.relu, 72),
