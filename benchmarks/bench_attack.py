@@ -22,9 +22,11 @@ from moe_kernels.testing.networks import ResNet18, ViT, randomize_statistics
 EPS, ALPHA = 8 / 255, 2 / 255
 # `make` installs two of them; adv_lib needs torchvision
 LIBRARIES = [name for name in ("torchattacks", "foolbox", "adv_lib") if find_spec(name)]
-MAX_MOVED_OTHERWISE = {torch.float32: 0.001, torch.bfloat16: 0.1}  # fraction of pixels whose gradient flips its sign
+# Fraction of pixels whose gradient flips its sign: 0.0012 on a ResNet-50 by eager torch in fp32.
+MAX_MOVED_OTHERWISE = {torch.float32: 0.002, torch.bfloat16: 0.1}
 TRAINABLE, FROZEN, COMPILED = "eager, parameters trainable", "eager, frozen", "torch.compile, frozen"
 BY_HAND = "eager by hand: frozen, norms folded, channels-last"
+BOTH_BY_HAND = "the same, and ours on the same folded network"
 
 Attack = Callable[..., Tensor]
 
@@ -68,7 +70,7 @@ class Case(NamedTuple):
         return f"{attack} on a {self.network}, {self.images} images of {self.size} pixels"
 
 
-OTHERS = {FROZEN: ">= 1", BY_HAND: ">= 0.95"}
+OTHERS = {FROZEN: ">= 1", BY_HAND: ">= 0.95", BOTH_BY_HAND: ">= 0.95"}
 LIBRARY_TARGETS = dict.fromkeys(("torchattacks", "foolbox", "adv_lib"), ">= 1.6")
 CORE = [
     Case("ResNet-18", 32, 32, 1, {TRAINABLE: ">= 1.6", FROZEN: ">= 1", BY_HAND: ">= 1.15", COMPILED: ""}),
@@ -77,7 +79,8 @@ CORE = [
         32,
         32,
         10,
-        {TRAINABLE: ">= 2.4", FROZEN: ">= 1", BY_HAND: ">= 1.5", COMPILED: ""} | LIBRARY_TARGETS,
+        {TRAINABLE: ">= 2.4", FROZEN: ">= 1", BY_HAND: ">= 1.5", BOTH_BY_HAND: ">= 1.5", COMPILED: ""}
+        | LIBRARY_TARGETS,
     ),
     *(Case("ResNet-18 of width 16", 8, 32, steps, OTHERS) for steps in (1, 10)),
     Case("ViT-S/16 with 4 blocks", 2, 224, 3, {FROZEN: ">= 1"}),
@@ -153,8 +156,8 @@ def frozen_attack(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
     return x_adv
 
 
-def channels_last_attack(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    return frozen_attack(model, x.contiguous(memory_format=torch.channels_last), y, steps)
+def channels_last(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    return attack(model, x.contiguous(memory_format=torch.channels_last), y, steps)
 
 
 def frozen(model: nn.Module) -> nn.Module:
@@ -183,7 +186,7 @@ CONTENDERS: dict[str, tuple[Callable[[nn.Module], nn.Module], Attack]] = {
     "moe_kernels": (lambda model: model, attack),
     TRAINABLE: (lambda model: model, eager_attack),
     FROZEN: (frozen, frozen_attack),
-    BY_HAND: (by_hand, channels_last_attack),
+    **dict.fromkeys((BY_HAND, BOTH_BY_HAND), (by_hand, partial(channels_last, frozen_attack))),
     COMPILED: (compiled, frozen_attack),
     **{name: (lambda model: model, partial(attack_of_library, name)) for name in LIBRARIES},
 }
@@ -211,10 +214,14 @@ def check(
 
 def compare(contest: Contest, case: Case, name: str) -> None:
     model, x, y = model_and_images(case.network, case.images, case.size)
-    prepared = {other: (CONTENDERS[other][0](model), CONTENDERS[other][1]) for other in ("moe_kernels", name)}
-    check(prepared[name][1], prepared[name][0], x[:2], y[:2], torch.float32, model)
-    contenders = {other: partial(attack, net, x, y, steps=case.steps) for other, (net, attack) in prepared.items()}
-    contest(f"{case}, fp32", contenders, name, targets=case.targets)
+    contenders = {other: CONTENDERS[other] for other in ("moe_kernels", name)}
+    if name == BOTH_BY_HAND:
+        contenders["moe_kernels"] = by_hand, partial(channels_last, attack)
+    prepared = {other: (prepare(model), run) for other, (prepare, run) in contenders.items()}
+    for net, run in prepared.values():
+        check(run, net, x[:2], y[:2], torch.float32, model)
+    timed = {other: partial(run, net, x, y, steps=case.steps) for other, (net, run) in prepared.items()}
+    contest(f"{case}, fp32", timed, name, targets=case.targets)
 
 
 @pytest.mark.core

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import moe_kernels
 from moe_kernels import RobustMoE
 from moe_kernels.testing import Source
+from moe_kernels.testing.networks import randomize_statistics
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -71,7 +72,7 @@ def test_idea() -> None:
 
 
 def test_attack(names: dict[str, Any]) -> None:
-    attacks, function, gradient = blocks("attack.md")
+    attacks, function, gradient, fold = blocks("attack.md")
     names["model"] = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     names["y"] = names["model"](names["x"]).argmax(1)
     exec(attacks.replace("model(x_adv)", "model(x)", 1), names)  # of which all withstand
@@ -83,6 +84,11 @@ def test_attack(names: dict[str, Any]) -> None:
     names["image"] = names["x"].clone().requires_grad_()
     loss = F.cross_entropy(names["model"](names["image"]), names["y"])
     torch.testing.assert_close(names["gradient"], torch.autograd.grad(loss, names["image"])[0])
+    names["model"] = randomize_statistics(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()))
+    exec(fold, names)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in names["folded"].modules())
+    torch.testing.assert_close(names["folded"](names["x"]), names["model"](names["x"]))
+    assert 0 < (names["x_adv"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
 
 
 def test_attack_lists_attacks_that_run(names: dict[str, Any]) -> None:

@@ -144,7 +144,7 @@ def _lean_convolution(
     stride, padding, dilation, output_padding = sizes
     # Kernels of one pixel read every stride-th pixel: oneDNN takes up to four times as long to find this out.
     skips = math.prod(weight.shape[2:]) == 1 and max(stride) > 1 and not (transposed or max(padding))
-    pixels = (..., *(slice(None, None, step) for step in stride)) if skips and x.device.type == "cpu" else None
+    pixels: Any = (..., *(slice(None, None, step) for step in stride)) if skips and x.device.type == "cpu" else None
     settings = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
     dtype, device = autocast_dtype(x), x.device.type
     emulated = autocast_is_on(device) and is_emulated(x)  # slower than fp32 with a rounded result
