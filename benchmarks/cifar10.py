@@ -3,7 +3,7 @@
 python benchmarks/cifar10.py benchmarks/results/cifar10 benchmarks/results/cpu/cifar10.json docs/images/cifar10.svg
 
 Each folder in the first is a row: an export of a run of `rter train`, and in its folders pgd and full, if they are
-there, what `rter evaluate` wrote in that suite.
+there, what `rter evaluate` wrote in that suite. The dual model, which was not trained, has no metrics.jsonl.
 """
 
 import argparse
@@ -41,9 +41,9 @@ def row(folder: Path) -> dict[str, Any]:
     """The figures of a row; None for what was not measured."""
     config, history = read_json(folder / "config.json", {}), read_lines(folder / "metrics.jsonl")
     reports = {suite: read_report(folder / suite) for suite in ("pgd", "full") if (folder / suite).exists()}
-    seconds = history[-1]["seconds"]
+    seconds = history[-1]["seconds"] if history else None
     figures = {key: config[key] for key in SETTINGS if key in config}
-    figures |= {"seconds": seconds, "images/s": TRAINING_IMAGES * len(history) / seconds}
+    figures |= {"seconds": seconds, "images/s": seconds and TRAINING_IMAGES * len(history) / seconds}
     for suite, keys in {"pgd": ("sa", "ra"), "full": ("aa", "verdict")}.items():
         report = reports.get(suite)
         figures |= {key: report and [report[key], *report["intervals"][key]] for key in keys}
@@ -108,7 +108,7 @@ def main() -> None:
                     "AutoAttack, %": percent(r["aa"]),
                     "every attack, %": percent(r["verdict"]),
                     "least load": f"{min(r['expert_load']):.2f}" if r["num_experts"] > 1 and r["expert_load"] else "",
-                    "hours": f"{r['seconds'] / 3600:.1f}",
+                    "hours": f"{r['seconds'] / 3600:.1f}" if r["seconds"] else "",
                 }
                 for name, r in rows.items()
             },
@@ -121,7 +121,7 @@ def main() -> None:
             dull = {"pgd": "verdict"}.get(suite)  # it is RA
             kept = {name: {k: v for k, v in r.items() if v is not None and k != dull} for name, r in differ.items()}
             print(f"\n{suite}: each row minus {FIRST}\n\n{table(kept, 'row')}")
-    draw(folders, options.curves)
+    draw({name: folder for name, folder in folders.items() if rows[name]["seconds"]}, options.curves)
     write_json(options.out, {"rows": rows, "minus_dense": found})
 
 
