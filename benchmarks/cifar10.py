@@ -80,11 +80,19 @@ def draw(folders: dict[str, Path], file: Path) -> None:
     style = plots.STYLE | {"svg.hashsalt": "", "svg.fonttype": "path"}
     with plt.rc_context(style):
         figure, both = plt.subplots(1, 2, figsize=(8, 3.2), sharex=True)
-        for (name, folder), colour in zip(folders.items(), (plots.INK, *plots.RUNS), strict=False):
+        for (name, folder), line in zip(folders.items(), plots.lines((plots.INK, *plots.RUNS)), strict=False):
             history = read_lines(folder / "metrics.jsonl")
             for axes, key in zip(both, ("sa", "ra"), strict=True):
                 points = [(record["epoch"], 100 * record[key]) for record in history]
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, linewidth=1.5, label=name)
+                axes.plot(
+                    *zip(*points, strict=True),
+                    "o",
+                    **line,
+                    markersize=3,
+                    linewidth=1.5,
+                    label=name,
+                    gid=f"{name}-{key}",
+                )
         for axes, title in zip(both, ("clean", "under PGD-10"), strict=True):
             axes.set(title=f"Held-out accuracy, {title}, %", xlabel="epoch", ylim=(0, None))
         both[0].legend(ncols=2, fontsize=8)

@@ -208,6 +208,12 @@ def test_the_bands_of_the_plot_do_not_collapse() -> None:
     assert ys == {round(y, 6) for y in (low, high, 1 - high, 1 - low)}
 
 
+def test_every_run_is_drawn_in_its_own_way() -> None:
+    report = {"eps_curve": [[0.0, 1.0], [0.1, 0.0]], "held_out": 20, "eps": 0.1, "norm": "Linf"}
+    lines = accuracy({f"run {i}": report for i in range(20)}, report).axes[0].get_lines()[1:]  # the first is at eps
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
+
+
 def test_models_run_unchanged_in_other_toolboxes(robust_digits: tuple[RobustClassifier, Split]) -> None:
     torchattacks, foolbox = pytest.importorskip("torchattacks"), pytest.importorskip("foolbox")
     model, images = robust_digits

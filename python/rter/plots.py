@@ -1,5 +1,7 @@
 """The figures of a report, in one style: colour-blind-safe (Okabe and Ito), light grid, no frame."""
 
+from collections.abc import Iterator, Sequence
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E0
 INK, GREY = "#3A3F47", "#8A8F98"
 CLEAN, ATTACKED = BLUE, RED
 RUNS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+TERMS = (ORANGE, PURPLE, SKY, GREEN, BLUE, RED)
 NORMS = {"Linf": r"$L_\infty$", "L2": r"$L_2$", "L1": r"$L_1$"}
 DASHED = {"color": GREY, "linewidth": 1, "linestyle": (0, (4, 3))}
 STYLE: dict[Any, Any] = {
@@ -93,6 +96,11 @@ def comparison(rows: dict[str, dict[str, list[float | None]]]) -> Figure:
     return figure
 
 
+def lines(colours: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """How to draw one line after another without end: in each colour, then dashed, dotted and dash-dotted."""
+    return cycle({"color": colour, "linestyle": style} for style, colour in product(("-", "--", ":", "-."), colours))
+
+
 def accuracy(runs: dict[str, dict[str, Any]], report: dict[str, Any]) -> Figure:
     """Accuracy against eps, of the run and its baselines, with one standard error to either side."""
     figure, axes = plt.subplots(figsize=(5.6, 3.4))
@@ -106,11 +114,11 @@ def accuracy(runs: dict[str, dict[str, Any]], report: dict[str, Any]) -> Figure:
         color=GREY,
         va="top",
     )
-    for (name, run), colour in zip(runs.items(), RUNS, strict=False):
+    for (name, run), line in zip(runs.items(), lines(RUNS), strict=False):
         eps, values = np.array(run["eps_curve"]).T
         low, high = np.array([wilson(value, run["held_out"], z=1) for value in values]).T
-        axes.fill_between(eps, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(eps, values, "o-", color=colour, markersize=4, clip_on=False, label=name, zorder=3)
+        axes.fill_between(eps, low, high, color=line["color"], alpha=0.15, linewidth=0)
+        axes.plot(eps, values, "o", **line, markersize=4, clip_on=False, label=name, zorder=3)
     axes.set(
         title="Accuracy under attack", xlabel=f"radius of the {NORMS[report['norm']]} perturbation", xlim=(0, None)
     )
@@ -132,9 +140,9 @@ def learning(history: list[dict[str, Any]]) -> Figure:
     names = dict.fromkeys(name for record in history for name in record)  # phases of training may have different terms
     terms = [name for name in names if name not in ("epoch", "loss", "seconds", "sa", "ra", "collapsed")]
     right.plot(epochs, [record["loss"] for record in history], color=INK, label="loss")
-    for name, colour in zip(terms, (ORANGE, PURPLE, SKY, GREEN, BLUE, RED), strict=False):
+    for name, line in zip(terms, lines(TERMS), strict=False):
         points = [(record["epoch"], record[name]) for record in history if name in record]
-        right.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=name.replace("_", " "))
+        right.plot(*zip(*points, strict=True), **line, linewidth=1.5, label=name.replace("_", " "))
     right.set(title="Training loss and its terms", ylim=(0, None))
     right.legend()
     for axes in (left, right):
