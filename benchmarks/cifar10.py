@@ -39,7 +39,8 @@ FIRST = "dense-16"
 
 def row(folder: Path) -> dict[str, Any]:
     """The figures of a row; None for what was not measured."""
-    config, history = read_json(folder / "config.json", {}), read_lines(folder / "metrics.jsonl")
+    config, metrics = read_json(folder / "config.json", {}), folder / "metrics.jsonl"
+    history = read_lines(metrics) if metrics.exists() else []
     reports = {suite: read_report(folder / suite) for suite in ("pgd", "full") if (folder / suite).exists()}
     seconds = history[-1]["seconds"] if history else None
     figures = {key: config[key] for key in SETTINGS if key in config}
@@ -116,7 +117,6 @@ def main() -> None:
                     "AutoAttack, %": percent(r["aa"]),
                     "every attack, %": percent(r["verdict"]),
                     "least load": f"{min(r['expert_load']):.2f}" if r["num_experts"] > 1 and r["expert_load"] else "",
-                    "hours": f"{r['seconds'] / 3600:.1f}" if r["seconds"] else "",
                 }
                 for name, r in rows.items()
             },
