@@ -110,6 +110,10 @@ def test_two_runs_become_a_dual_model(run: Path, tmp_path: Path, capsys: pytest.
     x = data.test.x[:20]
     parts = [TrainedRun(folder).load()[2](x) for folder in (standard, run)]
     torch.testing.assert_close(model(x), 0.75 * parts[0] + 0.25 * parts[1], atol=0.02, rtol=0.02)  # weights in fp16
+    assert main([*words[:4], "--dual-mix", "probabilities", "--out", str(tmp_path / "mixed")]) == 0
+    mixed = TrainedRun(tmp_path / "mixed", data_dir=str(tmp_path)).load()[2]
+    said, alpha = [part.softmax(1) for part in parts], mixed.alpha
+    torch.testing.assert_close(mixed(x).exp(), (1 - alpha) * said[0] + alpha * said[1], atol=0.02, rtol=0.02)
     capsys.readouterr()
     assert main([*words[:4], "--out", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
@@ -119,6 +123,8 @@ def test_two_runs_become_a_dual_model(run: Path, tmp_path: Path, capsys: pytest.
     assert "--dual-alpha must be between 0 and 1, got 2" in capsys.readouterr().err
     assert main([*words[:2], "--dual-alpha", "0.5", "--out", str(tmp_path / "new")]) == 2
     assert "--dual-alpha must be given with --standard" in capsys.readouterr().err
+    assert main([*words[:2], "--dual-mix", "logits", "--out", str(tmp_path / "new")]) == 2
+    assert "--dual-mix must be given with --standard" in capsys.readouterr().err
     settings = json.loads((standard / "config.json").read_text())
     for other, message in {
         ("width", 3): "the width of RUN, 2, got 3",

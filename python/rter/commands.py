@@ -76,9 +76,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from rter.export import export
 
-    if args.dual_alpha is not None and not args.standard:
-        raise UserError("--dual-alpha must be given with --standard, a run to make a dual model of")
-    file = export(args.run_folder, args.weights, args.out, standard=args.standard, dual_alpha=args.dual_alpha)
+    mixing = {"dual_alpha": args.dual_alpha, "dual_mix": args.dual_mix}
+    for name, value in mixing.items():
+        if value is not None and not args.standard:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be given with --standard, a run to make a dual model of")
+    file = export(args.run_folder, args.weights, args.out, standard=args.standard, **mixing)
     weights = "" if args.weights == "last" else f" --weights {args.weights}"
     print(
         f"written: {file}, {file.stat().st_size / 1e6:.2f} MB; next: rter evaluate {args.out}{weights} --data-dir DIR"

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,13 @@ OF_ONE = {"init", "recompute", "dual_alpha", "dual_mix"}  # settings in which th
 
 
 def export(
-    run: Path, weights: str, out: Path, *, standard: Path | None = None, dual_alpha: float | None = None
+    run: Path,
+    weights: str,
+    out: Path,
+    *,
+    standard: Path | None = None,
+    dual_alpha: float | None = None,
+    dual_mix: str | None = None,
 ) -> Path:
     """Writes a folder that `rter evaluate` accepts as a run; returns the path of the weights in it.
 
@@ -28,6 +35,7 @@ def export(
         out: folder to make.
         standard: another run, whose model becomes F_S of a dual model, with that of `run` as F_R; None for no dual one.
         dual_alpha: the weight of F_R; None for that of `run`'s settings.
+        dual_mix: what is mixed, "logits" or "probabilities"; None likewise.
 
     Raises:
         UserError: if there is no such run, if the folder exists, if a weight is beyond fp16's range, or if the two runs
@@ -37,7 +45,8 @@ def export(
     file = f"{weights}.safetensors"
     rounded = {name: _half(run / file, name, tensor) for name, tensor in load_tensors(run / file).items()}
     if standard:
-        config = _dual(config, run_config(standard, "data"), dual_alpha)
+        mixing = {"dual_alpha": dual_alpha, "dual_mix": dual_mix}
+        config = _dual(config, run_config(standard, "data"), {k: v for k, v in mixing.items() if v is not None})
         for name, tensor in load_tensors(standard / file).items():
             rounded[f"standard.{name}"] = _half(standard / file, name, tensor)
     config = replace(config, init=Path(config.init).name)
@@ -60,8 +69,8 @@ def _half(file: Path, name: str, tensor: Tensor) -> Tensor:
     return half
 
 
-def _dual(robust: Config, standard: Config, alpha: float | None) -> Config:
-    """The settings of the dual model of two runs."""
+def _dual(robust: Config, standard: Config, mixing: dict[str, Any]) -> Config:
+    """The settings of the dual model of two runs; `mixing` is in place of those of the robust one."""
     for config in (robust, standard):
         if config.dual:
             raise UserError(f"a dual model must be made of runs with one model each, got one of method {config.method}")
@@ -71,7 +80,7 @@ def _dual(robust: Config, standard: Config, alpha: float | None) -> Config:
         values = getattr(robust, name), getattr(standard, name)
         if values[0] != values[1]:
             raise UserError(f"--standard must be a run with the {name} of RUN, {values[0]!r}, got {values[1]!r}")
-    alpha = robust.dual_alpha if alpha is None else alpha
-    if not 0 <= alpha <= 1:
-        raise UserError(f"--dual-alpha must be between 0 and 1, got {alpha}")
-    return make_config(**asdict(replace(robust, method="dual", dual_alpha=alpha)))
+    dual = replace(robust, method="dual", **mixing)
+    if not 0 <= dual.dual_alpha <= 1:
+        raise UserError(f"--dual-alpha must be between 0 and 1, got {dual.dual_alpha}")
+    return make_config(**asdict(dual))

@@ -139,6 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
                         "first RUN's as F_R")  # fmt: skip
     export.add_argument("--dual-alpha", type=float, metavar="ALPHA", help="the weight of F_R (default: that of the "
                         "first RUN's settings)")  # fmt: skip
+    export.add_argument("--dual-mix", choices=CHOICES["dual_mix"], help="what is mixed (default: likewise)")
 
     report = commands.add_parser("report", help="write report.html and report.md of a run or a sweep; of several "
                                  "runs a page that compares them")  # fmt: skip
