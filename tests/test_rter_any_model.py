@@ -332,6 +332,25 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
         evaluate_model(arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments)
 
 
+def test_a_finished_evaluation_is_not_replaced_by_another(tmp_path: Path) -> None:
+    model = cnn()
+    x, y = images(model)
+    options = {"suite": "pgd", "out": tmp_path} | WEAK
+    evaluate_model(model, x, y, **options)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = cnn()
+    with torch.no_grad():
+        other[5].bias[0] += 1e-6
+    for changed, message in (
+        (lambda: evaluate_model(other, x, y, **options), "of another model"),
+        (lambda: evaluate_model(model, x[:10], y[:10], **options), "of other images"),
+        (lambda: evaluate_model(model, x, y, **options | {"eps": 0.05}), "with eps 0.02, not 0.05"),
+    ):
+        with pytest.raises(UserError, match=rf"report.json is of an evaluation {message}: give another folder"):
+            changed()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_folder_with_another_unfinished_evaluation_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

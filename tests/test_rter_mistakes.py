@@ -58,6 +58,7 @@ from runs import WEAK
         ("train --out {file}", "--out {file} already exists and is not an empty folder"),
         ("train --config {new} --out {new}", "cannot read {new}: No such file or directory"),
         ("evaluate {full}", "RUN must be a folder made by `rter train`, but {full} holds no config.json"),
+        ("evaluate {new} --out {full}", "RUN must be a folder, but {new} does not exist"),
         ("sweep --out {new} --methods magic", "--methods must be among rt-er, standard, "),
         ("evaluate {full} --steps 0", "must be a whole number above 0, got '0'"),
         ("evaluate {full} --weights first", "--weights must be last or best for a RUN, got 'first'"),

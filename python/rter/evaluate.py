@@ -86,13 +86,15 @@ def evaluate(run: TrainedRun, effort: Effort, progress: bool = False) -> dict[st
 
     An evaluation that was killed is resumed, and a finished one is not computed again.
     """
-    if run.out and not (run.out.exists() and run.out.samefile(run.folder)):
-        demand_no_run(run.out)
+    out = run.out or run.folder
+    own = out.resolve() == run.folder.resolve()
+    if not own:
+        demand_no_run(out)
     config, data, model = run.load()
     test = data.test if run.images is None else data.test.sample(run.images, config.seed)
-    history, out = read_lines(run.folder / "metrics.jsonl"), run.out or run.folder
+    history = read_lines(run.folder / "metrics.jsonl")
     evaluation = Evaluation(model, test, strength_of(config, **asdict(effort)), out / JOURNAL, progress)
-    if before := Report.finished(out, evaluation):
+    if before := Report.finished(out, evaluation, replace=own):
         return before.figures
     about = {
         "method": config.method,

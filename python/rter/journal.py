@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,15 @@ from rter.errors import UserError
 from rter.seeds import seed_for
 
 Found = dict[str, Any]  # values are tensors, or what JSON can hold
+
+
+def difference(before: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """How an evaluation differs from one before, in words; empty if it is the same."""
+    for name, value in identity.items():
+        if value != before.get(name):
+            hashed = {"model": "of another model", "images": "of other images"}
+            return hashed.get(name, f"with {name} {before.get(name)}, not {value}")
+    return ""
 
 
 class Journal:
@@ -71,12 +80,9 @@ class Journal:
             self.parts = {part["part"]: part for part in parts}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.path} is damaged: remove it to start the evaluation again") from None
-        for name, value in identity.items():
-            if value != before[name]:
-                hashed = {"model": "of another model", "images": "of other images"}
-                what = hashed.get(name, f"with {name} {before[name]}, not {value}")
-                begun = f"{self.path} holds an unfinished evaluation {what}"
-                raise UserError(f"{begun}: give another folder, or remove the file")
+        if what := difference(before, identity):
+            begun = f"{self.path} holds an unfinished evaluation {what}"
+            raise UserError(f"{begun}: give another folder, or remove the file")
 
     def _append(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record).encode() + b"\n")

@@ -15,6 +15,7 @@ from rter.checkpoint import load_tensors, read_report, save_tensors, write_atomi
 from rter.console import say
 from rter.errors import UserError
 from rter.evaluation import AttackResult, Evaluation
+from rter.journal import difference
 
 
 class Accuracy(NamedTuple):
@@ -61,16 +62,26 @@ class Report:
     outcomes: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def finished(cls, folder: str | Path, evaluation: Evaluation) -> "Report | None":
-        """The report that the very same evaluation has left in a folder, which is then said; None without one."""
+    def finished(cls, folder: str | Path, evaluation: Evaluation, replace: bool = False) -> "Report | None":
+        """The report that the very same evaluation has left in a folder, which is then said; None without one.
+
+        Raises:
+            UserError: if there is the report of another evaluation, and it is not to be replaced.
+        """
         file = Path(folder) / "report.json"
         try:
             figures = read_report(file.parent)
-            if figures.get("identity") != evaluation.identity:
+        except UserError:  # nothing there, or damaged
+            return None
+        if what := difference(figures.get("identity", {}), evaluation.identity):
+            if replace:
                 return None
+            evaluation.journal.finish()
+            raise UserError(f"{file} is of an evaluation {what}: give another folder, or remove it")
+        try:
             tensors = (load_tensors(file.with_name(f"{name}.safetensors")) for name in ("examples", "outcomes"))
             report = cls(figures, *tensors)
-        except UserError:  # nothing there, or damaged
+        except UserError:  # damaged
             return None
         evaluation.journal.finish()
         say(f"evaluated already, with the same weights, images and attacks: remove {file} to measure again")
