@@ -27,7 +27,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "conv not padded": (lambda x: F.conv2d(x, CONV, padding="valid", groups=2), 0),
     "conv1d": (lambda x: torch.conv1d(x.flatten(2), CONV[:, :, 0], dilation=2, groups=2), 0),
     "conv3d": (lambda x: F.conv3d(x[:, None], CONV[:, :1, None]), 0),
-    "conv of every other pixel": (lambda x: F.conv2d(x, CONV[:, :, 1:2, :1], None, (2, 3), groups=2), 0),
+    "conv of every other pixel": (lambda x: F.conv2d(x, CONV.flatten()[:24].view(6, 4, 1, 1), None, (2, 3)), 0),
     "transposed conv": (lambda x: F.conv_transpose2d(x, TRANSPOSED, None, 2, 1, 1, 2), 0),
     "relu": (torch.relu, 72),
     "Tensor.relu": (Tensor.relu, 72),
@@ -77,6 +77,25 @@ def test_an_operation_equals_torchs(name: str) -> None:
     assert torch.equal(lean_dx, dx)
     torch.testing.assert_close(lean_ddgrad, ddgrad)  # torch's double backward of batch norm rounds differently
     torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradients_of_an_expanded_image_and_batches_of_gradients(name: str, batched: bool) -> None:
+    function, _ = OPERATIONS[name]
+
+    def gradients(together: bool) -> Tensor:
+        S.generator.manual_seed(3)
+        x = IMAGE[:1].clone().requires_grad_()
+        y = function(x if batched else x.expand(2, -1, -1, -1))
+        grads = S.randn(3, *y.shape)
+        if together:
+            return torch.autograd.grad(y, x, grads, is_grads_batched=True)[0]
+        return torch.stack([torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads])
+
+    expected = gradients(together=False)
+    with attack_mode(nn.Identity()):
+        torch.testing.assert_close(gradients(together=batched), expected)
 
 
 def test_special_values_pass_as_in_torch() -> None:

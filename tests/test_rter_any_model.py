@@ -349,6 +349,16 @@ def test_a_finished_evaluation_is_not_replaced_by_another(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=rf"report.json is of an evaluation {message}: give another folder"):
             changed()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    begun = json.dumps({"images": "", "model": ""}).encode() + b"\n"
+    report = json.loads(before["report.json"])
+    for identity in (None, {}, report["identity"] | {"torch": "1.0"}):
+        (tmp_path / "report.json").write_text(json.dumps(report | {"identity": identity}))
+        with pytest.raises(UserError, match=r"an evaluation (that another version made|with torch 1.0, not .*): give"):
+            evaluate_model(model, x, y, **options)
+    (tmp_path / JOURNAL).write_bytes(begun)
+    with pytest.raises(UserError, match=r"holds an unfinished evaluation|is damaged"):
+        evaluate_model(model, x, y, **options)
+    assert (tmp_path / JOURNAL).read_bytes() == begun
 
 
 def test_a_folder_with_another_unfinished_evaluation_is_refused(

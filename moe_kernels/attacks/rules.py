@@ -142,9 +142,11 @@ def _lean_convolution(
 ) -> Tensor:
     blank, sizes = blank_like(x), (each(size, x.ndim - 2) for size in (stride, padding, dilation, output_padding))
     stride, padding, dilation, output_padding = sizes
-    # Kernels of one pixel read every stride-th pixel: oneDNN takes up to four times as long to find this out.
-    skips = math.prod(weight.shape[2:]) == 1 and max(stride) > 1 and not (transposed or max(padding))
-    pixels: Any = (..., *(slice(None, None, step) for step in stride)) if skips and x.device.type == "cpu" else None
+    # Kernels of one pixel read every stride-th pixel: of contiguous images oneDNN takes long to find this out.
+    skips = math.prod(weight.shape[2:]) == groups == 1 and max(stride) > 1 and not (transposed or max(padding))
+    slow = x.device.type == "cpu" and x.is_contiguous()
+    pixels: Any = (..., *(slice(None, None, step) for step in stride)) if skips and slow else None
+    x_shape, x_stride = x.shape, x.stride()
     settings = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
     dtype, device = autocast_dtype(x), x.device.type
     emulated = autocast_is_on(device) and is_emulated(x)  # slower than fp32 with a rounded result
@@ -157,11 +159,12 @@ def _lean_convolution(
 
     def backward(grad: Tensor, weight: Tensor) -> Tensor:
         grad = grad.to(weight.dtype) if emulated else grad
-        dx, weight = blank(grad), weight.to(grad.dtype)
+        whole, weight = blank(grad), weight.to(grad.dtype)
         if pixels is None:
-            return aten.convolution_backward(grad, dx, weight, None, *settings)[0]
-        read, steps = torch.empty_like(dx[pixels]), [1] * len(stride)
-        dx.zero_()[pixels] = aten.convolution_backward(grad, read, weight, None, steps, *settings[1:])[0]
+            return aten.convolution_backward(grad, whole, weight, None, *settings)[0]
+        read, steps = torch.empty_like(whole[pixels]), [1] * len(stride)
+        dx = grad.new_empty_strided(x_shape, x_stride).zero_()  # of grad, which torch may have batched
+        dx[pixels] = aten.convolution_backward(grad, read, weight, None, steps, *settings[1:])[0]
         return dx
 
     return lean(x, forward, backward)

@@ -87,8 +87,8 @@ def evaluate_model(
         about: further entries for report.json that describe the model and its data, such as "method" and "data".
 
     Raises:
-        UserError: if an argument, which the message names, is not as described, or if `out` holds the unfinished
-            evaluation of another model.
+        UserError: if an argument, which the message names, is not as described, or if `out` holds the evaluation of
+            another model, of other images or with other settings, finished or not.
     """
     if out is not None:
         demand_no_run(Path(out))

@@ -22,10 +22,10 @@ Found = dict[str, Any]  # values are tensors, or what JSON can hold
 
 def difference(before: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     """How an evaluation differs from one before, in words; empty if it is the same."""
-    for name, value in identity.items():
-        if value != before.get(name):
-            hashed = {"model": "of another model", "images": "of other images"}
-            return hashed.get(name, f"with {name} {before.get(name)}, not {value}")
+    hashed = {"model": "of another model", "images": "of other images"}
+    for name in sorted(identity, key=lambda name: name != "torch"):  # another torch changes the model's hash, too
+        if identity[name] != before.get(name):
+            return hashed.get(name, f"with {name} {before.get(name)}, not {identity[name]}")
     return ""
 
 
@@ -48,6 +48,7 @@ class Journal:
     def __init__(self, file: Path | None, identity: dict[str, Any], seed: int, device: torch.device) -> None:
         self.path, self.seed, self.device = file, seed, device
         self.parts: dict[str, dict[str, Any]] = {}
+        self.resumed = False  # whether the file was there before
         if file is None:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,7 @@ class Journal:
         if lines and not lines[-1].endswith(b"\n"):  # incomplete, since its process was killed
             self.file.truncate(sum(map(len, lines[:-1])))
             lines.pop()
+        self.resumed = bool(lines)
         if not lines:
             self._append(identity)
             return

@@ -73,11 +73,17 @@ class Report:
             figures = read_report(file.parent)
         except UserError:  # nothing there, or damaged
             return None
-        if what := difference(figures.get("identity", {}), evaluation.identity):
-            if replace:
-                return None
-            evaluation.journal.finish()
-            raise UserError(f"{file} is of an evaluation {what}: give another folder, or remove it")
+        before = figures.get("identity")
+        if isinstance(before, dict) and before.keys() == evaluation.identity.keys():
+            what = difference(before, evaluation.identity)
+        else:
+            what = "that another version made"
+        if what and replace:
+            return None
+        if what:
+            if not evaluation.journal.resumed:
+                evaluation.journal.finish()
+            raise UserError(f"{file} is of an evaluation {what}: give another folder, or remove the file")
         try:
             tensors = (load_tensors(file.with_name(f"{name}.safetensors")) for name in ("examples", "outcomes"))
             report = cls(figures, *tensors)

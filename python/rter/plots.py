@@ -97,7 +97,7 @@ def comparison(rows: dict[str, dict[str, list[float | None]]]) -> Figure:
 
 
 def lines(colours: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """How to draw one line after another without end: in each colour, then dashed, dotted and dash-dotted."""
+    """How to draw one line after another: in each colour, then dashed, dotted and dash-dotted, and all over again."""
     return cycle({"color": colour, "linestyle": style} for style, colour in product(("-", "--", ":", "-."), colours))
 
 
