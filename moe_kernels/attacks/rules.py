@@ -146,7 +146,7 @@ def _lean_convolution(
     skips = math.prod(weight.shape[2:]) == groups == 1 and max(stride) > 1 and not (transposed or max(padding))
     slow = x.device.type == "cpu" and x.is_contiguous()
     pixels: Any = (..., *(slice(None, None, step) for step in stride)) if skips and slow else None
-    x_shape, x_stride = x.shape, x.stride()
+    shape = x.shape
     settings = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
     dtype, device = autocast_dtype(x), x.device.type
     emulated = autocast_is_on(device) and is_emulated(x)  # slower than fp32 with a rounded result
@@ -163,7 +163,7 @@ def _lean_convolution(
         if pixels is None:
             return aten.convolution_backward(grad, whole, weight, None, *settings)[0]
         read, steps = torch.empty_like(whole[pixels]), [1] * len(stride)
-        dx = grad.new_empty_strided(x_shape, x_stride).zero_()  # of grad, which torch may have batched
+        dx = grad.new_zeros(shape)  # batched where grad is, unlike blank(grad)
         dx[pixels] = aten.convolution_backward(grad, read, weight, None, steps, *settings[1:])[0]
         return dx
 
