@@ -22,8 +22,7 @@ from moe_kernels.testing.networks import ResNet18, ViT, randomize_statistics
 EPS, ALPHA = 8 / 255, 2 / 255
 # `make` installs two of them; adv_lib needs torchvision
 LIBRARIES = [name for name in ("torchattacks", "foolbox", "adv_lib") if find_spec(name)]
-# Fraction of pixels whose gradient flips its sign: 0.0012 on a ResNet-50 by eager torch in fp32.
-MAX_MOVED_OTHERWISE = {torch.float32: 0.002, torch.bfloat16: 0.1}
+MAX_MOVED_OTHERWISE = {torch.float32: 0.001, torch.bfloat16: 0.1}  # fraction of pixels whose gradient flips its sign
 TRAINABLE, FROZEN, COMPILED = "eager, parameters trainable", "eager, frozen", "torch.compile, frozen"
 BY_HAND = "eager by hand: frozen, norms folded, channels-last"
 BOTH_BY_HAND = "the same, and ours on the same folded network"
