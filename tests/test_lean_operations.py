@@ -21,13 +21,16 @@ S = Source(torch.float32)
 pytestmark = pytest.mark.usefixtures("rules_for_few_elements")
 
 IMAGE, CONV, TRANSPOSED = S.randn(2, 4, 9, 8), S.randn(6, 2, 3, 3), S.randn(4, 3, 3, 3)
+PIXEL = CONV.flatten()[:24].view(6, 4, 1, 1)
 OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "grouped conv": (lambda x: F.conv2d(x, CONV, S.randn(6), (2, 1), 1, groups=2), 0),
     "conv padded to the same": (lambda x: F.conv2d(x, CONV[:, :, :, :2], padding="same", dilation=2, groups=2), 0),
     "conv not padded": (lambda x: F.conv2d(x, CONV, padding="valid", groups=2), 0),
     "conv1d": (lambda x: torch.conv1d(x.flatten(2), CONV[:, :, 0], dilation=2, groups=2), 0),
     "conv3d": (lambda x: F.conv3d(x[:, None], CONV[:, :1, None]), 0),
-    "conv of every other pixel": (lambda x: F.conv2d(x, CONV.flatten()[:24].view(6, 4, 1, 1), None, (2, 3)), 0),
+    "conv of every other pixel": (lambda x: F.conv2d(x, PIXEL, None, (2, 3)), 0),
+    "conv of every other pixel, padded": (lambda x: F.conv2d(x, PIXEL, None, 2, 1), 0),
+    "transposed conv to every other pixel": (lambda x: F.conv_transpose2d(x, PIXEL[:4, :3], None, 2), 0),
     "transposed conv": (lambda x: F.conv_transpose2d(x, TRANSPOSED, None, 2, 1, 1, 2), 0),
     "relu": (torch.relu, 72),
     "Tensor.relu": (Tensor.relu, 72),
