@@ -349,16 +349,28 @@ def test_a_finished_evaluation_is_not_replaced_by_another(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=rf"report.json is of an evaluation {message}: give another folder"):
             changed()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    begun = json.dumps({"images": "", "model": ""}).encode() + b"\n"
     report = json.loads(before["report.json"])
     for identity in (None, {}, report["identity"] | {"torch": "1.0"}):
         (tmp_path / "report.json").write_text(json.dumps(report | {"identity": identity}))
         with pytest.raises(UserError, match=r"an evaluation (that another version made|with torch 1.0, not .*): give"):
             evaluate_model(model, x, y, **options)
-    (tmp_path / JOURNAL).write_bytes(begun)
-    with pytest.raises(UserError, match=r"holds an unfinished evaluation|is damaged"):
+        assert not (tmp_path / JOURNAL).exists()
+
+
+def test_a_refused_evaluation_keeps_what_it_had_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cnn()
+    x, y = images(model)
+    options = {"suite": "quick", "out": tmp_path} | WEAK
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        broken_off(3, patch)
         evaluate_model(model, x, y, **options)
-    assert (tmp_path / JOURNAL).read_bytes() == begun
+    kept, other = (tmp_path / JOURNAL).read_bytes(), tmp_path / "other"
+    evaluate_model(model, x[:10], y[:10], **options | {"suite": "pgd", "out": other})
+    (other / "report.json").rename(tmp_path / "report.json")
+    with pytest.raises(UserError, match=r"report.json is of an evaluation of other images: give another folder"):
+        evaluate_model(model, x, y, **options)
+    whole = kept[: kept.rindex(b"\n") + 1]  # without the torn line
+    assert whole.count(b"\n") > 1 and (tmp_path / JOURNAL).read_bytes().startswith(whole)
 
 
 def test_a_folder_with_another_unfinished_evaluation_is_refused(
