@@ -237,9 +237,9 @@ def table() -> list[Tuned]:
             "kGrain", "cpu/kl_divergence.cpp", "kl_divergence", ("512", "32768"), "256 x 100", kl_divergence(256, 100)
         ),
         Tuned(
-            "kBlock", "cpu/mask_relu.cpp", "mask_relu", ("128", "2048"), "32 x 64 x 16 x 16", mask_relu(32, 64, 16, 16)
+            "kBlock", "cpu/mask_relu.cpp", "mask_relu", ("512", "8192"), "32 x 64 x 16 x 16", mask_relu(32, 64, 16, 16)
         ),
-        Tuned("kGrain", "cpu/mask_relu.cpp", "mask_relu", ("8", "512"), "the same", mask_relu(32, 64, 16, 16)),
+        Tuned("kGrain", "cpu/mask_relu.cpp", "mask_relu", ("2", "128"), "the same", mask_relu(32, 64, 16, 16)),
         Tuned(
             "kGrain",
             "cpu/pgd_step_.cpp",
