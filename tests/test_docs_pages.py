@@ -161,6 +161,17 @@ def test_evaluation(
         assert f"\n{line}" in said and f"    {line}" in page
 
 
+def test_data(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "make-cifar-digits", "--data-dir", "data"]) == 0
+    monkeypatch.setitem(rter.evaluate_model.__kwdefaults__, "suite", "pgd")
+    names["model"] = model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    (block,) = blocks("data.md")
+    exec(block, names)
+    test = names["test"]
+    assert names["report"].sa.value == (model(test.x).argmax(1) == test.y).double().mean() and len(test) == 362
+
+
 def test_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every command of the page, one after the other, shortened; what pip does is test_package.py's matter."""
     monkeypatch.chdir(tmp_path)

@@ -249,8 +249,21 @@ def test_training_on_a_part_of_the_images(tmp_path: Path) -> None:
     rows = {tuple(row.tolist()) for row in every.train.pixels.flatten(1)}
     assert all(tuple(row.tolist()) in rows for row in some.train.pixels.flatten(1))
     assert not torch.equal(some.train.y, load_data("digits", 360, 1, train_images=200).train.y)
-    with pytest.raises(UserError, match="train_images must be at most 1437 besides those held out, got 1438"):
+    with pytest.raises(UserError, match="train_images must be 0 to 1437 besides those held out, got 1438"):
         load_data("digits", 360, 0, train_images=1438)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("digit", 360, 0), "name must be one of digits, .*, got 'digit': did you mean digits?"),
+        (("digits", 0, 0), "held_out must be between 1 and 1796 for digits, got 0"),
+        (("digits", 360, 0, "data", 0, -1), "train_images must be 0 to 1437 besides those held out, got -1"),
+    ],
+)
+def test_arguments_that_no_data_set_has(arguments: tuple[Any, ...], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        load_data(*arguments)
 
 
 def test_a_missing_data_set_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

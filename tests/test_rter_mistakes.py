@@ -41,7 +41,7 @@ from runs import WEAK
         ("train --device gpu --out {new}", "device must be cpu, cuda or cuda:N, got 'gpu'"),
         ("train --device cuda:99 --out {new}", " finds, here cpu"),
         ("train --train-images -1 --out {new}", "train_images must be at least 0, got -1"),
-        ("train --train-images 9999 --out {new}", "train_images must be at most 1437 besides those held out, got 9999"),
+        ("train --train-images 9999 --out {new}", "train_images must be 0 to 1437 besides those held out, got 9999"),
         ("evaluate {full} --steps ²", "must be a whole number above 0, got '²'"),
         (
             "train --data image-folder --data-dir {new} --out {new}",

@@ -7,7 +7,7 @@ from typing import Any
 # on request. With ordinary pages, page faults took a seventh of an RT-ER step of ResNet-18 experts.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-__all__ = ["Report", "UserError", "evaluate_model", "load_model"]
+__all__ = ["Report", "UserError", "evaluate_model", "load_data", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rter.checkpoint import demand_no_run
 from rter.console import say
+from rter.data.load import load_data
 from rter.data.split import Split
 from rter.errors import UserError
 from rter.evaluate import JOURNAL, TrainedRun, examples, measure
@@ -19,6 +20,7 @@ from rter.models.adapted import adapt
 from rter.strength import BATCH, QUERIES, make_strength
 from rter.suite import DRAWS, is_deterministic
 
+__all__ = ["Report", "UserError", "evaluate_model", "load_data", "load_model"]
 WEIGHTS = ("last", "best")
 
 
