@@ -59,9 +59,14 @@ def convolution(
     coming_out = input.numel() // max(1, input.shape[1]) * len(weight) // math.prod(strides)
     if max(input.numel(), coming_out) < MIN_ELEMENTS:
         return NotImplemented
+    # Kernels of one pixel read every stride-th pixel: of contiguous images oneDNN takes long to find this out.
+    one_pixel = weight.shape[1:] == (input.shape[1], *[1] * sides) and not max(pixels)
+    if one_pixel and max(strides) > 1 and input.device.type == "cpu" and input.is_contiguous():
+        read: Any = (..., *(slice(None, None, step) for step in strides))
+        input, strides = input[read], [1] * sides
     settings = (strides, pixels, dilation, False, 0, groups)
     return _lean_convolution(
-        input, weight, lambda x: func(x, weight, bias, stride, padding, dilation, groups), *settings
+        input, weight, lambda x: func(x, weight, bias, strides, padding, dilation, groups), *settings
     )
 
 
@@ -142,11 +147,6 @@ def _lean_convolution(
 ) -> Tensor:
     blank, sizes = blank_like(x), (each(size, x.ndim - 2) for size in (stride, padding, dilation, output_padding))
     stride, padding, dilation, output_padding = sizes
-    # Kernels of one pixel read every stride-th pixel: of contiguous images oneDNN takes long to find this out.
-    skips = math.prod(weight.shape[2:]) == groups == 1 and max(stride) > 1 and not (transposed or max(padding))
-    slow = x.device.type == "cpu" and x.is_contiguous()
-    pixels: Any = (..., *(slice(None, None, step) for step in stride)) if skips and slow else None
-    shape = x.shape
     settings = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
     dtype, device = autocast_dtype(x), x.device.type
     emulated = autocast_is_on(device) and is_emulated(x)  # slower than fp32 with a rounded result
@@ -159,13 +159,7 @@ def _lean_convolution(
 
     def backward(grad: Tensor, weight: Tensor) -> Tensor:
         grad = grad.to(weight.dtype) if emulated else grad
-        whole, weight = blank(grad), weight.to(grad.dtype)
-        if pixels is None:
-            return aten.convolution_backward(grad, whole, weight, None, *settings)[0]
-        read, steps = torch.empty_like(whole[pixels]), [1] * len(stride)
-        dx = grad.new_zeros(shape)  # batched where grad is, unlike blank(grad)
-        dx[pixels] = aten.convolution_backward(grad, read, weight, None, steps, *settings[1:])[0]
-        return dx
+        return aten.convolution_backward(grad, blank(grad), weight.to(grad.dtype), None, *settings)[0]
 
     return lean(x, forward, backward)
 
