@@ -1,4 +1,4 @@
-"""Any user's model is evaluated: a plain CNN, a transformer, a mixture of modules; killed and resumed bit for bit."""
+"""Any user's model is evaluated: a plain CNN, a transformer, a mixture of modules."""
 
 import json
 import re
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from rter import Report, UserError, evaluate_model
+from any_model import WEAK, cnn, images, mixture, timeless
+from rter import UserError, evaluate_model
 from rter.evaluate import JOURNAL
-from rter.journal import Journal
 from rter.models.adapted import adapt
 from runs import broken_off
 from torch import Tensor, nn
@@ -31,76 +31,6 @@ KEYS = {
     "seed",
     "baselines",
 }
-WEAK: dict[str, Any] = {"eps": "1/50", "steps": 3, "restarts": 2, "queries": 20, "batch_size": 8}
-
-
-def cnn(classes: int = 4) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(288, classes)
-    )
-
-
-def mixture() -> nn.Module:
-    """A mixture of plain modules, inside another module."""
-    torch.manual_seed(0)
-    router = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    return nn.Sequential(nn.Tanh(), RobustMoE.from_experts([cnn() for _ in range(3)], router, gate="hard"))
-
-
-def transformer() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.ViTConfig(image_size=8, patch_size=4, num_labels=4, **sizes)
-    return transformers.ViTForImageClassification(config)
-
-
-MODELS = {"cnn": cnn, "mixture": mixture, "transformer": transformer}
-
-
-def images(model: nn.Module, count: int = 20) -> tuple[Tensor, Tensor]:
-    """Images and the labels that the model gives them, except for one wrong label."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.rand(count, 3, 8, 8, generator=generator)
-    with torch.no_grad():
-        y = getattr(out := model.eval()(x), "logits", out).argmax(1)
-    y[0] = (y[0] + 1) % 4
-    model.train()
-    return x, y
-
-
-def timeless(report: Report) -> dict[str, Any]:
-    results = [{**result, "seconds": 0} for result in report.figures["attack_results"]]
-    return report.figures | {"attack_results": results}
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_killed_evaluation_resumes_to_the_same_bits(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = MODELS[kind]()
-    x, y = images(model)
-    whole = evaluate_model(model, x, y, suite="quick", **WEAK)
-    deaths, computed = 0, set[str]()
-    for after in (1, 4, 9, 2, 10**6):
-        with monkeypatch.context() as patch:
-            broken_off(after, patch)
-            torch.manual_seed(after)  # nothing may depend on it
-            try:
-                resumed = evaluate_model(model, x, y, suite="quick", out=tmp_path, **WEAK)
-            except SystemExit:
-                deaths += 1
-                lines = (tmp_path / JOURNAL).read_bytes().splitlines()[:-1]
-                parts = {json.loads(line)["part"] for line in lines[1:]}
-                assert computed < parts or after == 1  # what an earlier attempt has finished is kept
-                computed = parts
-                assert not (tmp_path / "report.json").exists()
-    assert deaths == 4 and timeless(resumed) == timeless(whole)
-    assert all(torch.equal(resumed.examples[name], value) for name, value in whole.examples.items())
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "examples.safetensors", "outcomes.safetensors"}
-    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(resumed.to_json())
-    assert model.training and 0 < whole.verdict.value <= whole.ra.value <= whole.sa.value == 0.95
 
 
 def test_the_report_of_a_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,77 +260,3 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"model": cnn(), "suite": "quick", **data, **WEAK, **changes}
     with pytest.raises(UserError, match=rf"^{re.escape(message)}[^\n]*$"):
         evaluate_model(arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments)
-
-
-def test_a_finished_evaluation_is_not_replaced_by_another(tmp_path: Path) -> None:
-    model = cnn()
-    x, y = images(model)
-    options = {"suite": "pgd", "out": tmp_path} | WEAK
-    evaluate_model(model, x, y, **options)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    other = cnn()
-    with torch.no_grad():
-        other[5].bias[0] += 1e-6
-    for changed, message in (
-        (lambda: evaluate_model(other, x, y, **options), "of another model"),
-        (lambda: evaluate_model(model, x[:10], y[:10], **options), "of other images"),
-        (lambda: evaluate_model(model, x, y, **options | {"eps": 0.05}), "with eps 0.02, not 0.05"),
-    ):
-        with pytest.raises(UserError, match=rf"report.json is of an evaluation {message}: give another folder"):
-            changed()
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    report = json.loads(before["report.json"])
-    for identity in (None, {}, report["identity"] | {"torch": "1.0"}):
-        (tmp_path / "report.json").write_text(json.dumps(report | {"identity": identity}))
-        with pytest.raises(UserError, match=r"an evaluation (that another version made|with torch 1.0, not .*): give"):
-            evaluate_model(model, x, y, **options)
-        assert not (tmp_path / JOURNAL).exists()
-
-
-def test_a_refused_evaluation_keeps_what_it_had_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = cnn()
-    x, y = images(model)
-    options = {"suite": "quick", "out": tmp_path} | WEAK
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        broken_off(3, patch)
-        evaluate_model(model, x, y, **options)
-    kept, other = (tmp_path / JOURNAL).read_bytes(), tmp_path / "other"
-    evaluate_model(model, x[:10], y[:10], **options | {"suite": "pgd", "out": other})
-    (other / "report.json").rename(tmp_path / "report.json")
-    with pytest.raises(UserError, match=r"report.json is of an evaluation of other images: give another folder"):
-        evaluate_model(model, x, y, **options)
-    whole = kept[: kept.rindex(b"\n") + 1]  # without the torn line
-    assert whole.count(b"\n") > 1 and (tmp_path / JOURNAL).read_bytes().startswith(whole)
-
-
-def test_a_folder_with_another_unfinished_evaluation_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = cnn()
-    x, y = images(model)
-    options = {"suite": "quick", "out": tmp_path} | WEAK
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        broken_off(3, patch)
-        evaluate_model(model, x, y, **options)
-    file = tmp_path / JOURNAL
-    kept = file.read_bytes()
-    other = cnn()
-    with torch.no_grad():
-        other[5].bias[0] += 1e-6
-    for changed, message in (
-        (lambda: evaluate_model(other, x, y, **options), "another model"),
-        (lambda: evaluate_model(nn.Sequential(model, nn.Hardtanh()), x, y, **options), "another model"),
-        (lambda: evaluate_model(model, x[:10], y[:10], **options), "other images"),
-        (lambda: evaluate_model(model, x, y, **options | {"eps": 0.05}), "eps 0.02, not 0.05"),
-        (lambda: evaluate_model(model, x, y, **options | {"suite": "full"}), "suite quick, not full"),
-    ):
-        with pytest.raises(UserError, match=rf"holds an unfinished evaluation (of|with) {message}: [^\n]*$"):
-            changed()
-    assert file.read_bytes() == kept[: kept.rindex(b"\n") + 1]  # without the torn line
-    with Journal(file, {}, 0, x.device).file, pytest.raises(UserError, match=r"is in use by another evaluation$"):
-        evaluate_model(model, x, y, **options)
-    file.write_bytes(kept.replace(b'"seconds"', b'"second'))
-    with pytest.raises(UserError, match=r"is damaged: remove it to start the evaluation again$"):
-        evaluate_model(model, x, y, **options)
-    file.unlink()
-    assert evaluate_model(model, x, y, **options).sa.value == 0.95

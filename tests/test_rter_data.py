@@ -256,7 +256,7 @@ def test_training_on_a_part_of_the_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("digit", 360, 0), "name must be one of digits, .*, got 'digit': did you mean digits?"),
+        (("digit", 360, 0), r"name must be one of digits, .*, got 'digit': did you mean digits\?"),
         (("digits", 0, 0), "held_out must be between 1 and 1796 for digits, got 0"),
         (("digits", 360, 0, "data", 0, -1), "train_images must be 0 to 1437 besides those held out, got -1"),
     ],
