@@ -164,7 +164,8 @@ def test_the_start_takes_eps_per_sample_and_bounds() -> None:
     torch.testing.assert_close(delta.mean(1), eps / 4, rtol=0.2, atol=0)
 
 
-def test_a_seed_repeats_and_none_does_not() -> None:
+def test_a_seed_repeats_and_none_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # conftest's seeds for attacks that have none
     model, (x, y) = network(), images()
     seeded, fresh = PGD(model, steps=1, seed=1), PGD(model, steps=1)
     first = seeded(x, y)
