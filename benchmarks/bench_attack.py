@@ -26,6 +26,7 @@ MAX_MOVED_OTHERWISE = {torch.float32: 0.001, torch.bfloat16: 0.1}  # fraction of
 TRAINABLE, FROZEN, COMPILED = "eager, parameters trainable", "eager, frozen", "torch.compile, frozen"
 BY_HAND = "eager by hand: frozen, norms folded, channels-last"
 BOTH_BY_HAND = "the same, and ours on the same folded network"
+RECOMPUTED = 'ours with recompute="activations"'
 
 Attack = Callable[..., Tensor]
 
@@ -82,7 +83,7 @@ CORE = [
         | LIBRARY_TARGETS,
     ),
     *(Case("ResNet-18 of width 16", 8, 32, steps, OTHERS) for steps in (1, 10)),
-    Case("ViT-S/16 with 4 blocks", 2, 224, 3, {FROZEN: ">= 1"}),
+    Case("ViT-S/16 with 4 blocks", 2, 224, 3, {FROZEN: ">= 1", RECOMPUTED: ""}),
 ]
 REST = [
     *(Case("ResNet-18", images, 32, steps, OTHERS) for images in (1, 2, 8) for steps in (1, 10)),
@@ -131,8 +132,8 @@ def attack_of_library(name: str, model: nn.Module, x: Tensor, y: Tensor, steps: 
     return attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=EPS)[1]
 
 
-def attack(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    return PGD(model, EPS, ALPHA, steps, random_start=False, best_iterate=False)(x, y)
+def attack(model: nn.Module, x: Tensor, y: Tensor, steps: int, recompute: str = "none") -> Tensor:
+    return PGD(model, EPS, ALPHA, steps, random_start=False, best_iterate=False, recompute=recompute)(x, y)
 
 
 def eager_attack(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
@@ -183,6 +184,7 @@ def compiled(model: nn.Module) -> nn.Module:
 # For each contender, what is done to the model before the timing, and the attack that is timed.
 CONTENDERS: dict[str, tuple[Callable[[nn.Module], nn.Module], Attack]] = {
     "moe_kernels": (lambda model: model, attack),
+    RECOMPUTED: (lambda model: model, partial(attack, recompute="activations")),
     TRAINABLE: (lambda model: model, eager_attack),
     FROZEN: (frozen, frozen_attack),
     **dict.fromkeys((BY_HAND, BOTH_BY_HAND), (by_hand, partial(channels_last, frozen_attack))),

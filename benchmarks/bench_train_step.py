@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_kernels import PGD, ExpertResNet18, RobustMoE
+from moe_kernels.nn.recompute import RECOMPUTE
 from moe_kernels.testing import Source
 from moe_kernels.testing.networks import ResNet18
 
@@ -71,6 +72,10 @@ def check(ours: nn.Module, loop: Loop, x: Tensor, y: Tensor) -> None:
     ours.train(), loop.train()
 
 
+def named(experts: int) -> str:
+    return "a dense one" if experts == 1 else f"a mixture of {experts}"
+
+
 @pytest.mark.parametrize("case", first_is_core(CASES), ids=str)
 @pytest.mark.parametrize("name", ["moe_kernels", "eager", "eager, channels-last"])
 def test_step(contest: Contest, case: tuple[int, int, int], name: str) -> None:
@@ -90,6 +95,23 @@ def test_step(contest: Contest, case: tuple[int, int, int], name: str) -> None:
     for kind, layout in {"eager": torch.contiguous_format, "eager, channels-last": torch.channels_last}.items():
         plain = Loop([ResNet18(width=width) for _ in range(experts)], router).to(memory_format=layout)
         contenders[kind] = make_step(plain, partial(fgsm, plain), x.contiguous(memory_format=layout), y)
-    what = "a dense one" if experts == 1 else f"a mixture of {experts}"
-    label = f"training step of single-step AT, {what} of ResNet-18 of width {width}, {batch} images"
+    label = f"training step of single-step AT, {named(experts)} of ResNet-18 of width {width}, {batch} images"
     contest(label, contenders, name, targets={"eager": ">= 1.5", "eager, channels-last": ">= 1.5"})
+
+
+def gradients(experts: ExpertResNet18, x: Tensor, offsets: Tensor, y: Tensor) -> None:
+    experts.zero_grad()
+    F.cross_entropy(experts(x, offsets), y).backward()
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize("name", ["moe_kernels", *RECOMPUTE[1:]])
+def test_recompute(contest: Contest, experts: int, name: str) -> None:
+    """What it takes to keep less: the weights' gradients with each `recompute`, beside "none"."""
+    s = Source(torch.float32)
+    x, y = s.rand(16, 3, 32, 32), s.randint(10, 16).long()
+    offsets = torch.arange(0, 17, 16 // experts, dtype=torch.int32)
+    networks = {kind: ExpertResNet18(experts, recompute=kind) for kind in RECOMPUTE}
+    networks["moe_kernels"] = networks.pop("none")
+    contenders = {kind: partial(gradients, network, x, offsets, y) for kind, network in networks.items()}
+    contest(f'gradients of {named(experts)} of ResNet-18, 16 images, beside recompute="none"', contenders, name)
