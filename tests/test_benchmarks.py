@@ -52,7 +52,7 @@ def test_benchmarks_run() -> None:
     names = ("bench_attack.py", "bench_rt_er.py", "bench_expert_linear.py", "bench_pgd_step_.py", "bench_robust_moe.py")
     files = [BENCHMARKS / name for name in (*names, "bench_routing.py", "bench_train_step.py", "bench_cond_conv.py")]
     assert sorted(files) == sorted(BENCHMARKS.glob("bench_*.py"))
-    ours = "moe_kernels and (small_part or train_step and 16 or 512 and combine)"
+    ours = "test_recompute or moe_kernels and (small_part or train_step and 16 or 512 and combine)"
     others = f"(test_layer and not moe_kernels and 64 and 8) or (128 and fp32) or (pgd_step_ and 256) or ({ours})"
     small = f"(moe_kernels and (test_core or test_bf16 or rt_er and fp32)) or (test_core and 16 and frozen) or {others}"
     options = ("-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "--benchmark-disable")
