@@ -99,9 +99,10 @@ def test_step(contest: Contest, case: tuple[int, int, int], name: str) -> None:
     contest(label, contenders, name, targets={"eager": ">= 1.5", "eager, channels-last": ">= 1.5"})
 
 
-def gradients(experts: ExpertResNet18, x: Tensor, offsets: Tensor, y: Tensor) -> None:
+def gradients(experts: ExpertResNet18, x: Tensor, offsets: Tensor, y: Tensor) -> list[Tensor | None]:
     experts.zero_grad()
     F.cross_entropy(experts(x, offsets), y).backward()
+    return [parameter.grad for parameter in experts.parameters()]
 
 
 @pytest.mark.parametrize("experts", [1, 4])
@@ -112,6 +113,9 @@ def test_recompute(contest: Contest, experts: int, name: str) -> None:
     x, y = s.rand(16, 3, 32, 32), s.randint(10, 16).long()
     offsets = torch.arange(0, 17, 16 // experts, dtype=torch.int32)
     networks = {kind: ExpertResNet18(experts, recompute=kind) for kind in RECOMPUTE}
+    for network in networks.values():
+        network.load_state_dict(networks["none"].state_dict())
     networks["moe_kernels"] = networks.pop("none")
     contenders = {kind: partial(gradients, network, x, offsets, y) for kind, network in networks.items()}
+    torch.testing.assert_close(contenders[name](), contenders["moe_kernels"](), rtol=0, atol=0)
     contest(f'gradients of {named(experts)} of ResNet-18, 16 images, beside recompute="none"', contenders, name)

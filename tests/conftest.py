@@ -47,10 +47,10 @@ def seeded_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attack without a seed takes 0, 1, ... in each test, so that none fails once in a hundred runs."""
     from moe_kernels.attacks.attack import Attack
 
-    seeds = itertools.count()
+    seeds, own = itertools.count(), Attack._generator
 
     def generator(attack: Attack, x: torch.Tensor) -> torch.Generator:
-        return torch.Generator(x.device).manual_seed(next(seeds) if attack.seed is None else attack.seed)
+        return torch.Generator(x.device).manual_seed(next(seeds)) if attack.seed is None else own(attack, x)
 
     monkeypatch.setattr(Attack, "_generator", generator)
 

@@ -15,7 +15,8 @@ from rter.models.build import build_model
 from rter.settings import load_config
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "docs" / "configs"
+CONFIGS, RESULTS = ROOT / "docs" / "configs", ROOT / "benchmarks" / "results" / "cifar10"
+FILES = sorted(file for file in RESULTS.rglob("config.json") if file.parent.name != "dual")  # which was not trained
 PAPER: dict[str, Any] = {
     "gate": "softmax", "second": "ranked", "beta": 6.0, "clean_weight": 0.0, "balance_weight": 0.0, "explore": 0.0,
 }  # fmt: skip
@@ -55,6 +56,15 @@ def test_rows_differ_only_in_what_they_compare() -> None:
     differ = {name for other in others for name in first if first[name] != other[name]}
     compared = {"method", "train_attack", "num_experts", "width", "shared_stages", "router", "upcycle", "kernels"}
     assert differ == {*compared, *PAPER}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.parent.relative_to(RESULTS)))
+def test_a_row_was_made_by_its_file(file: Path) -> None:
+    """But for the seed and what changes no bit; and it holds nothing but settings, such as a path of its machine."""
+    made, row = json.loads(file.read_text()), file.parent.name
+    stated = dataclasses.asdict(load_config(CONFIGS / f"cifar10-{row}.toml"))
+    assert made.keys() <= stated.keys()
+    assert {name for name, value in made.items() if value != stated[name]} <= {"seed", "recompute"}
 
 
 def test_dense_rows_have_an_experts_width_and_a_mixtures_parameters() -> None:
