@@ -169,6 +169,8 @@ def process(rank: int, folder: str) -> None:
                 print(f"| {k} | {case.__name__} | {name} | {counted[name]} | {ms:.1f} | {ratio:.2f} |")
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # as rter.__main__.command does, and for the same reason
 
 
 def main() -> None:

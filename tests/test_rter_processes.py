@@ -70,6 +70,24 @@ except ImportError as error:
     assert rter([], code).stdout == said
 
 
+@pytest.mark.parametrize(("processes", "said"), [("1", "saved\nfinalised\n"), ("2", "saved\n")])
+def test_one_of_several_processes_ends_without_finalising_python(processes: str, said: str) -> None:
+    """A thread of gloo that waits for the GIL to free a tensor would abort it then."""
+    code = """
+import atexit
+import rter.commands
+from rter.__main__ import command
+atexit.register(print, "finalised")
+def run(arguments):
+    print("saved")  # into the pipe's buffer
+    return 3
+rter.commands.run = run
+command()
+"""
+    done = rter([], code, WORLD_SIZE=processes, PYTHONUNBUFFERED="")
+    assert (done.returncode, done.stdout) == (3, said), done.stderr
+
+
 def test_ctrl_c_during_the_import(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = rter(["--version"], cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")

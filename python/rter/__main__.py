@@ -2,8 +2,10 @@
 
 import os
 import sys
+from typing import NoReturn
 
 from rter.errors import missing_package
+from rter.ranks import num_processes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +26,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def command() -> NoReturn:
+    """Runs the command that the process was started for, and ends the process."""
+    status = main()
+    if num_processes() > 1:
+        # Gloo's threads take the GIL to free tensors, and one that waits for it when Python is finalised aborts the
+        # process (pytorch#190489). They outlive the group that is destroyed: caches of DTensor hold it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _open_closed_streams() -> None:
     """Opens /dev/null for closed standard streams; the next file, one of weights perhaps, would get their number."""
     while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -35,4 +49,4 @@ def _open_closed_streams() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
