@@ -87,11 +87,17 @@ class Evaluation:
         self.x, self.y = images.x, images.y
         self.num_experts = int(model.num_experts)  # type: ignore[arg-type]
         self.journal = Journal(file, self.identity if file else {}, strength.seed, self.x.device)
-        said = self.of_each("clean", self.everything, lambda part: {"class": predict(model, self.x[part])})
-        self.clean = said["class"] == self.y
-        self.standing = self.clean.clone()
         self.results: list[AttackResult] = []
         self.outcomes: dict[str, Tensor] = {}
+
+    @functools.cached_property
+    def clean(self) -> Tensor:
+        said = self.of_each("clean", self.everything, lambda part: {"class": predict(self.model, self.x[part])})
+        return said["class"] == self.y
+
+    @functools.cached_property
+    def standing(self) -> Tensor:
+        return self.clean.clone()
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from rter.checkpoint import load_tensors, read_report, save_tensors, write_atomic
+from rter.checkpoint import load_tensors, read_json, read_report, save_tensors, write_atomic
 from rter.console import say
 from rter.errors import UserError
 from rter.evaluation import AttackResult, Evaluation
 from rter.journal import difference
+from rter.wording import distance
 
 
 class Accuracy(NamedTuple):
@@ -70,10 +71,9 @@ class Report:
         """
         file = Path(folder) / "report.json"
         try:
-            figures = read_report(file.parent)
-        except UserError:  # nothing there, or damaged
+            before = read_json(file, {}).get("identity")
+        except (FileNotFoundError, UserError):  # nothing there, or damaged
             return None
-        before = figures.get("identity")
         if isinstance(before, dict) and before.keys() == evaluation.identity.keys():
             what = difference(before, evaluation.identity)
         else:
@@ -86,7 +86,7 @@ class Report:
             raise UserError(f"{file} is of an evaluation {what}: give another folder, or remove the file")
         try:
             tensors = (load_tensors(file.with_name(f"{name}.safetensors")) for name in ("examples", "outcomes"))
-            report = cls(figures, *tensors)
+            report = cls(read_report(file.parent), *tensors)
         except UserError:  # damaged
             return None
         evaluation.journal.finish()
@@ -141,7 +141,7 @@ class Report:
         figures = self.figures
         lines = [
             f"{figures['method']}: {figures['held_out']} images, {figures['norm']} perturbations of radius "
-            f"{figures['eps']:.4g}, {figures['suite']} suite, seed {figures['seed']}",
+            f"{distance(figures['eps'])}, {figures['suite']} suite, seed {figures['seed']}",
             "",
             "                                 95 % interval",
             f"clean accuracy        {self.sa}",

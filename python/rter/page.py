@@ -17,7 +17,7 @@ from torch import Tensor
 from rter import plots
 from rter.paired import FIGURES as FIGURES_PAIRED
 from rter.paired import HEADING
-from rter.wording import COLUMNS, certificate, counted, measured_on, summary, verdict, weights_of
+from rter.wording import COLUMNS, certificate, counted, distance, measured_on, summary, verdict, weights_of
 
 Runs = Mapping[str, dict[str, Any]]  # reports by the names of their runs
 EXAMPLES_SHOWN = 12
@@ -117,8 +117,8 @@ def setting(report: dict[str, Any]) -> str:
     epochs = f", {counted(report['epochs'], 'epoch')}" if report["epochs"] else ""
     return (
         f"Method {report['method']}{data}{epochs}; {model}. Perturbations within {report['norm']} distance "
-        f"{report['eps']:.4g}. Measured on {measured_on(report)}{weights_of(report)}: {attack['steps']} steps of PGD "
-        f"with {counted(attack['restarts'], 'random start')}, and the {report['suite']} suite of attacks. "
+        f"{distance(report['eps'])}. Measured on {measured_on(report)}{weights_of(report)}: {attack['steps']} steps of "
+        f"PGD with {counted(attack['restarts'], 'random start')}, and the {report['suite']} suite of attacks. "
         f"Seed {report['seed']}."
     )
 
@@ -227,8 +227,8 @@ def _cards(report: dict[str, Any], examples: Mapping[str, Tensor]) -> str:
         reads = " and ".join(dict.fromkeys(escape(called(read)) for read in said))
         cards.append(f"<li>{pictures}<br>{escape(called(label))}<br><small>read as {reads}</small></li>")
     note = (
-        f"Left: the original; right: what PGD made of it within {report['norm']} distance {report['eps']:.3g}. The "
-        "frame is blue if the model classifies the image correctly, and orange if it does not."
+        f"Left: the original; right: what PGD made of it within {report['norm']} distance {distance(report['eps'])}. "
+        "The frame is blue if the model classifies the image correctly, and orange if it does not."
     )
     return f'<p>{escape(note)}</p><ul class="cards">{"".join(cards)}</ul>'
 

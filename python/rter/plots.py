@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from rter.intervals import wilson
+from rter.wording import distance
 
 matplotlib.use("Agg")
 
@@ -106,7 +107,7 @@ def accuracy(runs: dict[str, dict[str, Any]], report: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(figsize=(5.6, 3.4))
     axes.axvline(report["eps"], **DASHED)  # type: ignore[arg-type]
     axes.annotate(
-        f"eps {report['eps']:.3g}",
+        f"eps {distance(report['eps'])}",
         (report["eps"], 1),
         xycoords=("data", "axes fraction"),
         xytext=(5, -3),
@@ -198,7 +199,7 @@ def images(report: dict[str, Any], examples: dict[str, Tensor]) -> Figure:
                     f"{said} {mark}", color=colour, labelpad=2, fontsize=7 if short else 9, parse_math=False
                 )
         row[0].set_ylabel(title, labelpad=6)
-    title = f"What the model reads within {NORMS[report['norm']]} distance {report['eps']:.3g}"
+    title = f"What the model reads within {NORMS[report['norm']]} distance {distance(report['eps'])}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     return figure
 

@@ -13,7 +13,7 @@ from rter.data.files import damaged
 from rter.errors import UserError
 from rter.page import make_page
 from rter.paired import HEADING, differences
-from rter.wording import COLUMNS, certificate, counted, measured_on, summary, verdict, weights_of
+from rter.wording import COLUMNS, certificate, counted, distance, measured_on, summary, verdict, weights_of
 
 EXAMPLES = {"x", "x_adv", "label", "clean", "adversarial"}
 
@@ -101,7 +101,7 @@ def _text(name: str, report: dict[str, Any], figures: str) -> str:
         f"# {name}: {report['method']} on {report['data']}",
         f"{counted(report['num_experts'], 'expert').capitalize()}, "
         + (f"{counted(report['epochs'], 'epoch')}, " if report["epochs"] else "")
-        + f"{report['norm']} perturbations of radius {report['eps']:.4g}, seed {report['seed']}. "
+        + f"{report['norm']} perturbations of radius {distance(report['eps'])}, seed {report['seed']}. "
         f"Measured on {measured_on(report)}"
         + weights_of(report)
         + f": PGD of {attack['steps']} steps of {attack['alpha_ratio']:.3g} eps, "

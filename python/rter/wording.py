@@ -51,6 +51,12 @@ def counted(number: int, what: str) -> str:
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
 
 
+def distance(eps: float) -> str:
+    """A radius: 0.2, or 8/255 where three digits would not be exact."""
+    levels = round(eps * 255)
+    return f"{levels}/255" if eps == levels / 255 and eps != float(f"{eps:.3g}") else f"{eps:.4g}"
+
+
 def measured_on(report: dict[str, Any]) -> str:
     """Which images the figures were measured on."""
     sample = report.get("sample")  # reports from before there were samples have none
@@ -72,7 +78,7 @@ def weights_of(report: dict[str, Any]) -> str:
 
 def certificate(report: dict[str, Any]) -> str:
     """What is proved, in at most two sentences; report.json has the constants."""
-    parts, radius = [], f"within {report['norm']} distance {report['eps']:.3g}"
+    parts, radius = [], f"within {report['norm']} distance {distance(report['eps'])}"
     if report["route_radius"]:
         parts.append(
             f"For {report['route_radius']['certified']:.1%} of the images it is proved that no perturbation {radius} "
