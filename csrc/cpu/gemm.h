@@ -161,8 +161,8 @@ void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& 
         const PanelEpilogue<T> epilogue{
             k0 > 0 ? partial + j * m : nullptr, last ? nullptr : partial + j * m, c + j, c_stride, columns,
             {load(shift), load(shift + kLanes)}};
-        multiply_panel(m, depth, rows_of_a.packed, rows_of_a.tile_stride, rows_of_a.row_stride, rows_of_a.column_stride,
-                       packed_b + (j - j0) * depth, epilogue);
+        multiply_panel(columns, m, depth, rows_of_a.packed, rows_of_a.tile_stride, rows_of_a.row_stride,
+                       rows_of_a.column_stride, packed_b + (j - j0) * depth, epilogue);
       }
     }
   }

@@ -11,6 +11,8 @@ namespace {
 // that is also one of whole vectors. Twice as many take 1.02 of the time (tuned-constants.md).
 constexpr int64_t kRowGroup = 4 * kMr;
 static_assert(kRowGroup % kLanes == 0);
+// Most parts of an expert's batch, fewest tiles of one, and most sums of all parts.
+constexpr int64_t kMostParts = 16, kPartTiles = 2 * kTiles, kMostSums = 4 << 20;
 
 // Transformed tiles, packed for the micro-kernel.
 //   values: [36, ceil(channels / group), tiles, group]
@@ -29,8 +31,8 @@ struct TransformedTiles {
   ScratchFloats values;
 };
 
-// The weight gradient of one expert at a time: its tiles are transformed some at a time, and their products added to
-// sums [36, O, C], each point by one thread.
+// The weight gradient of one expert at a time. Its rows of tiles are cut into parts that depend on the shapes alone, each
+// with sums [36, O, C] of its own, to which the products of some transformed tiles at a time are added.
 //   grad: [N, O, H', W'], x: [N, C, H, W], to which pad_y and pad_x zeros are added on each side
 template <class T>
 class WeightGrad {
@@ -42,30 +44,67 @@ class WeightGrad {
         pad_x_(pad_x),
         columns_((grad.width + kOutputs - 1) / kOutputs),
         rows_((grad.height + kOutputs - 1) / kOutputs),
-        rows_at_once_(std::max<int64_t>(1, kTiles / columns_)),
-        grad_tiles_(grad.channels, kRowGroup, rows_at_once_ * columns_),
-        x_tiles_(x.channels, kNr, rows_at_once_ * columns_),
+        rows_at_once_(std::max<int64_t>(1, kSummands / columns_)),
         width_(round_up(x.channels, kNr)),
-        step_(point_stride(grad.channels * width_)),
-        sums_(kPoints * step_) {}
+        step_(point_stride(grad.channels * width_)) {}
 
   // out: [O, C, 3, 3] = the gradient from images [begin, begin + count), at least one
-  void run(int64_t begin, int64_t count, T* out) {
-    for (int64_t row = begin * rows_; row < (begin + count) * rows_; row += rows_at_once_) {
-      const int64_t rows = std::min(rows_at_once_, (begin + count) * rows_ - row);
-      transform(row, rows);
-      torch::stable::parallel_for(0, kPoints, 1, [&](int64_t first, int64_t last) {
-        for (int64_t point = first; point < last; ++point) multiply(point, rows * columns_, row > begin * rows_);
-      });
+  void run(int64_t begin, int64_t count, T* out) const {
+    const int64_t first = begin * rows_, rows = count * rows_, parts = num_parts(rows);
+    const ScratchFloats sums(parts * kPoints * step_);
+    const auto make_work = [&] {
+      return [&, tiles = Tiles(*this)](int64_t i) {
+        const int64_t from = i * rows / parts;
+        sum(first + from, (i + 1) * rows / parts - from, tiles, sums + i * kPoints * step_);
+      };
+    };
+    // Parts are faster than what a part does in parallel: its threads multiply tiles that others have transformed.
+    if (parts >= torch::stable::get_num_threads()) {
+      dynamic_parallel_for(parts, make_work);
+    } else {
+      const auto work = make_work();
+      for (int64_t i = 0; i < parts; ++i) work(i);
     }
-    torch::stable::parallel_for(0, grad_.channels, 1, [&](int64_t first, int64_t last) {
-      for (int64_t o = first; o < last; ++o) write(o, out + o * x_.channels * 9);
+    torch::stable::parallel_for(0, grad_.channels, 1, [&](int64_t from, int64_t to) {
+      for (int64_t o = from; o < to; ++o) write(o, sums, parts, out + o * x_.channels * 9);
     });
   }
 
  private:
+  // Some rows of transformed tiles.
+  struct Tiles {
+    explicit Tiles(const WeightGrad& w)
+        : grad(w.grad_.channels, kRowGroup, w.rows_at_once_ * w.columns_),
+          x(w.x_.channels, kNr, w.rows_at_once_ * w.columns_) {}
+
+    TransformedTiles grad, x;
+  };
+
+  // Parts of an expert's `rows` rows of tiles, as many as have kPartTiles and kMostSums allows.
+  int64_t num_parts(int64_t rows) const {
+    int64_t parts = 1;
+    while (2 * parts <= kMostParts && 2 * parts * kPartTiles <= rows * columns_ &&
+           2 * parts * kPoints * step_ <= kMostSums) {
+      parts *= 2;
+    }
+    return parts;
+  }
+
+  // sums: [36, O, C] = those of rows [row, row + rows) of tiles
+  void sum(int64_t row, int64_t rows, const Tiles& tiles, float* sums) const {
+    for (int64_t done = 0; done < rows; done += rows_at_once_) {
+      const int64_t count = std::min(rows_at_once_, rows - done);
+      transform(row + done, count, tiles);
+      torch::stable::parallel_for(0, kPoints, 1, [&](int64_t first, int64_t last) {
+        for (int64_t point = first; point < last; ++point) {
+          multiply(point, count * columns_, tiles, done > 0, sums + point * step_);
+        }
+      });
+    }
+  }
+
   // Transforms rows [row, row + rows) of tiles.
-  void transform(int64_t row, int64_t rows) {
+  void transform(int64_t row, int64_t rows, const Tiles& tiles) const {
     torch::stable::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
       Strip x_strip(kInputs, columns_ * kOutputs + 2, x_.channels);
       Strip grad_strip(kOutputs, columns_ * kOutputs, grad_.channels);
@@ -76,32 +115,38 @@ class WeightGrad {
               [&, i](int64_t point, int64_t t, int64_t c, Lanes v) { store(values.at(point, i * columns_ + t, c), v); };
         };
         x_strip.read(x_, image, top - pad_y_, pad_x_);
-        x_strip.transform_tiles<kInputs, input_to_points>(columns_, write_to(x_tiles_));
+        x_strip.transform_tiles<kInputs, input_to_points>(columns_, write_to(tiles.x));
         grad_strip.read(grad_, image, top, 0);
-        grad_strip.transform_tiles<kOutputs, output_to_points>(columns_, write_to(grad_tiles_));
+        grad_strip.transform_tiles<kOutputs, output_to_points>(columns_, write_to(tiles.grad));
       }
     });
   }
 
-  // The sums [O, C] at one point: grad [tiles, O]^T x [tiles, C], added to what they were if `accumulate`.
-  void multiply(int64_t point, int64_t tiles, bool accumulate) {
-    for (int64_t t = 0; t < tiles; t += kSummands) {
+  // sums: [O, C] at one point = grad [count, O]^T x [count, C], added to what they were if `accumulate`
+  void multiply(int64_t point, int64_t count, const Tiles& tiles, bool accumulate, float* sums) const {
+    for (int64_t t = 0; t < count; t += kSummands) {
       for (int64_t o = 0; o < grad_.channels; o += kRowGroup) {
         for (int64_t c = 0; c < x_.channels; c += kNr) {
-          multiply_panel(std::min(kRowGroup, grad_.channels - o), std::min(kSummands, tiles - t),
-                         grad_tiles_.at(point, t, o), kMr, 1, kRowGroup, x_tiles_.at(point, t, c),
-                         FloatEpilogue{sums_ + point * step_ + o * width_ + c, width_, accumulate || t > 0});
+          multiply_panel(x_.channels - c, std::min(kRowGroup, grad_.channels - o), std::min(kSummands, count - t),
+                         tiles.grad.at(point, t, o), kMr, 1, kRowGroup, tiles.x.at(point, t, c),
+                         FloatEpilogue{sums + o * width_ + c, width_, accumulate || t > 0});
         }
       }
     }
   }
 
-  // Transforms the sums of output channel o back -> out: [C, 3, 3]
-  void write(int64_t o, T* out) const {
+  // Transforms the sums of output channel o over all parts back.
+  //   sums: [parts, 36, O, C] -> out: [C, 3, 3]
+  void write(int64_t o, const float* sums, int64_t parts, T* out) const {
     for (int64_t c = 0; c < x_.channels; c += kLanes) {
       float taps[9][kLanes];
-      const float* const from = sums_ + o * width_ + c;
-      transform_2d<kInputs, 3, points_to_weight>([&](int i, int j) { return load(from + (i * kInputs + j) * step_); },
+      const auto total = [&](int i, int j) {
+        const float* from = sums + (i * kInputs + j) * step_ + o * width_ + c;
+        Lanes value = load(from);
+        for (int64_t part = 1; part < parts; ++part) value = value + load(from += kPoints * step_);
+        return value;
+      };
+      transform_2d<kInputs, 3, points_to_weight>(total,
                                                  [&](int i, int j, Lanes value) { store(taps[3 * i + j], value); });
       for (int64_t first = 0; first < std::min(kLanes, x_.channels - c); first += 8) {
         Lanes8 rows[8];
@@ -117,10 +162,7 @@ class WeightGrad {
   }
 
   Images<const T> grad_, x_;
-  int64_t pad_y_, pad_x_, columns_, rows_, rows_at_once_;
-  TransformedTiles grad_tiles_, x_tiles_;
-  int64_t width_, step_;
-  ScratchFloats sums_;
+  int64_t pad_y_, pad_x_, columns_, rows_, rows_at_once_, width_, step_;
 };
 
 // The weight gradient of winograd_conv2d; an expert without images gets zeros.
@@ -137,23 +179,20 @@ Tensor winograd_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Te
     const auto images = [](const Tensor& t) {
       return Images<const T>{t.const_data_ptr<T>(), t.size(1), t.size(2), t.size(3), is_channels_last(t)};
     };
-    const auto make_work = [&] {
-      WeightGrad<T> gradient(images(dense_grad), images(dense_x), padding[0], padding[1]);
-      return [&, gradient = std::move(gradient)](int64_t e) mutable {
-        T* const to = out.mutable_data_ptr<T>() + e * size;
-        if (ranges[e] == ranges[e + 1]) {
-          std::fill(to, to + size, T(0));
-        } else {
-          gradient.run(ranges[e], ranges[e + 1] - ranges[e], to);
-        }
-      };
+    const WeightGrad<T> gradient(images(dense_grad), images(dense_x), padding[0], padding[1]);
+    const auto work = [&](int64_t e) {
+      T* const to = out.mutable_data_ptr<T>() + e * size;
+      if (ranges[e] == ranges[e + 1]) {
+        std::fill(to, to + size, T(0));
+      } else {
+        gradient.run(ranges[e], ranges[e + 1] - ranges[e], to);
+      }
     };
     // Threads share the experts where these are many and have few images each, and else the work of one: for 128
     // experts with one image of 64 channels each, two threads take 3.2 ms instead of 5.5 (docs/facts.md).
     if (num_experts >= 4 * torch::stable::get_num_threads() && grad.size(0) < 4 * num_experts) {
-      dynamic_parallel_for(num_experts, make_work);
+      dynamic_parallel_for(num_experts, [&] { return work; });
     } else {
-      auto work = make_work();
       for (int64_t e = 0; e < num_experts; ++e) work(e);
     }
   });
