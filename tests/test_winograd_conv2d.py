@@ -118,7 +118,7 @@ def test_bad_input_names_the_argument() -> None:
 
 @pytest.mark.parametrize(
     "counts, width",
-    [((70, 1, 19), 6), ((2, 0, 1), 70), (10 * (1, 2), 6), (10 * (1, 0), 6)],
+    [((70, 1, 35), 6), ((2, 0, 1), 70), (10 * (1, 2), 6), (10 * (1, 0), 6)],
     ids=["many blocks", "few blocks", "many experts", "idle experts"],
 )
 def test_bitwise_equal_for_any_number_of_threads(counts: tuple[int, ...], width: int) -> None:

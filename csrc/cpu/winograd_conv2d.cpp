@@ -57,9 +57,9 @@ class Winograd {
 
   // Rows of tiles in an image.
   int64_t rows_per_image() const { return rows_; }
-  // Rows of tiles in a block of a batch with `rows` of them: fewer than a whole block's, but at least a third, where each
-  // thread then has as many blocks as the others. No result depends on it. With three whole blocks on two threads, a
-  // convolution of 128 images of 8 x 8 pixels and 64 channels took 1.3 times as long.
+  // Rows of tiles in a block of a batch with `rows` of them: fewer than a whole block's, but at least a third, where
+  // each thread then has as many blocks as the others. No result depends on it. With three whole blocks on two threads,
+  // a convolution of 128 images of 8 x 8 pixels and 64 channels took 1.3 times as long.
   int64_t rows_per_block(int64_t rows) const {
     const int64_t whole = std::max<int64_t>(1, kTiles / columns_), threads = torch::stable::get_num_threads();
     const int64_t rounds = (rows + whole * threads - 1) / (whole * threads), equal = rows / (rounds * threads) + 1;

@@ -11,8 +11,10 @@ namespace {
 // that is also one of whole vectors. Twice as many take 1.02 of the time (tuned-constants.md).
 constexpr int64_t kRowGroup = 4 * kMr;
 static_assert(kRowGroup % kLanes == 0);
-// Most parts of an expert's batch, fewest tiles of one, and most sums of all parts.
-constexpr int64_t kMostParts = 16, kPartTiles = 2 * kTiles, kMostSums = 4 << 20;
+// Most parts of an expert's batch.
+constexpr int64_t kMostParts = 16;
+// Most sums of all parts together.
+constexpr int64_t kMostSums = 4 << 20;
 
 // Transformed tiles, packed for the micro-kernel.
 //   values: [36, ceil(channels / group), tiles, group]
@@ -31,8 +33,8 @@ struct TransformedTiles {
   ScratchFloats values;
 };
 
-// The weight gradient of one expert at a time. Its rows of tiles are cut into parts that depend on the shapes alone, each
-// with sums [36, O, C] of its own, to which the products of some transformed tiles at a time are added.
+// The weight gradient of one expert at a time. Its rows of tiles are cut into parts that depend on the shapes alone,
+// each with sums [36, O, C] of its own, to which the products of some transformed tiles at a time are added.
 //   grad: [N, O, H', W'], x: [N, C, H, W], to which pad_y and pad_x zeros are added on each side
 template <class T>
 class WeightGrad {
@@ -48,9 +50,14 @@ class WeightGrad {
         width_(round_up(x.channels, kNr)),
         step_(point_stride(grad.channels * width_)) {}
 
+  // Parts that `count` images can be cut into, each with as many tiles as are transformed at a time.
+  int64_t most_parts(int64_t count) const { return count * rows_ / rows_at_once_; }
+
   // out: [O, C, 3, 3] = the gradient from images [begin, begin + count), at least one
   void run(int64_t begin, int64_t count, T* out) const {
-    const int64_t first = begin * rows_, rows = count * rows_, parts = num_parts(rows);
+    const int64_t first = begin * rows_, rows = count * rows_;
+    int64_t parts = 1;
+    while (2 * parts <= std::min(kMostParts, most_parts(count)) && 2 * parts * kPoints * step_ <= kMostSums) parts *= 2;
     const ScratchFloats sums(parts * kPoints * step_);
     const auto make_work = [&] {
       return [&, tiles = Tiles(*this)](int64_t i) {
@@ -58,8 +65,10 @@ class WeightGrad {
         sum(first + from, (i + 1) * rows / parts - from, tiles, sums + i * kPoints * step_);
       };
     };
-    // Parts are faster than what a part does in parallel: its threads multiply tiles that others have transformed.
-    if (parts >= torch::stable::get_num_threads()) {
+    // Parts scale better than what one does in parallel, whose threads multiply tiles that others have transformed: for
+    // 128 images of 16 x 16 pixels and 32 channels two threads take 1.5 ms by parts, and otherwise 4.8, where one takes
+    // 3.2. With more than two threads not measured.
+    if (parts > 1 && 2 * parts >= torch::stable::get_num_threads()) {
       dynamic_parallel_for(parts, make_work);
     } else {
       const auto work = make_work();
@@ -79,16 +88,6 @@ class WeightGrad {
 
     TransformedTiles grad, x;
   };
-
-  // Parts of an expert's `rows` rows of tiles, as many as have kPartTiles and kMostSums allows.
-  int64_t num_parts(int64_t rows) const {
-    int64_t parts = 1;
-    while (2 * parts <= kMostParts && 2 * parts * kPartTiles <= rows * columns_ &&
-           2 * parts * kPoints * step_ <= kMostSums) {
-      parts *= 2;
-    }
-    return parts;
-  }
 
   // sums: [36, O, C] = those of rows [row, row + rows) of tiles
   void sum(int64_t row, int64_t rows, const Tiles& tiles, float* sums) const {
@@ -188,9 +187,11 @@ Tensor winograd_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Te
         gradient.run(ranges[e], ranges[e + 1] - ranges[e], to);
       }
     };
-    // Threads share the experts where these are many and have few images each, and else the work of one: for 128
+    int64_t most_images = 0;
+    for (int64_t e = 0; e < num_experts; ++e) most_images = std::max(most_images, ranges[e + 1] - ranges[e]);
+    // Threads share the experts where these are many and none can be cut into parts, and else the work of one: for 128
     // experts with one image of 64 channels each, two threads take 3.2 ms instead of 5.5 (docs/facts.md).
-    if (num_experts >= 4 * torch::stable::get_num_threads() && grad.size(0) < 4 * num_experts) {
+    if (num_experts >= 4 * torch::stable::get_num_threads() && gradient.most_parts(most_images) < 2) {
       dynamic_parallel_for(num_experts, [&] { return work; });
     } else {
       for (int64_t e = 0; e < num_experts; ++e) work(e);
