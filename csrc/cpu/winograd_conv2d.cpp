@@ -7,7 +7,7 @@ namespace moe {
 namespace {
 
 // Output channels that are computed at a time. Their transformed weights from kSummands input channels, 288 kB, stay in
-// L2 (docs/facts.md). 64 and 128 take 0.99 and 1.07 of the time (tuned-constants.md).
+// L2 (docs/facts.md). 64 and 128 take 1.03 and 0.97 of the time (tuned-constants.md).
 constexpr int64_t kFilters = 32;
 constexpr int64_t kWeightStride = point_stride(kFilters * kSummands);
 
