@@ -62,7 +62,8 @@ class Winograd {
   // a convolution of 128 images of 8 x 8 pixels and 64 channels took 1.3 times as long.
   int64_t rows_per_block(int64_t rows) const {
     const int64_t whole = std::max<int64_t>(1, kTiles / columns_), threads = torch::stable::get_num_threads();
-    const int64_t rounds = (rows + whole * threads - 1) / (whole * threads), equal = rows / (rounds * threads) + 1;
+    const int64_t last = std::max<int64_t>(rows, 1) - 1, rounds = last / (whole * threads) + 1;
+    const int64_t equal = last / (rounds * threads) + 1;
     return 3 * equal >= whole ? std::min(whole, equal) : whole;
   }
 
