@@ -19,11 +19,11 @@ namespace moe {
 
 constexpr int64_t kOutputs = 4, kInputs = 6;    // results and pixels on each side of a tile
 constexpr int64_t kPoints = kInputs * kInputs;  // points of a tile, and products for each pair of channels
-// Tiles that are transformed at a time, but at least one row of them. 96 and 384 take 1.04 and 1.00 of the time
-// (tuned-constants.md).
+// Tiles that a convolution transforms at a time, but at least one row of them. 96 and 384 take 1.04 and 1.00 of the
+// time (tuned-constants.md).
 constexpr int64_t kTiles = 192;
-// Products summed before they join a total, so that rounding errors grow with n / 64. 32 and 128 take 1.04 and 0.98 of
-// the time (tuned-constants.md).
+// Products summed before they join a total, so that rounding errors grow with n / 64, and tiles that a weight gradient
+// transforms at a time. In a convolution 32 and 128 take 1.04 and 0.98 of the time (tuned-constants.md).
 constexpr int64_t kSummands = 64;
 constexpr float kNear = 2 / 3.f, kFar = 3 / 2.f, kNear2 = 4 / 9.f, kFar2 = 9 / 4.f;
 constexpr float kNearScale = 1 / (2 * kNear2 * (kNear2 - kFar2)), kFarScale = 1 / (2 * kFar2 * (kFar2 - kNear2));

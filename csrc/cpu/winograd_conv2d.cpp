@@ -57,9 +57,9 @@ class Winograd {
 
   // Rows of tiles in an image.
   int64_t rows_per_image() const { return rows_; }
-  // Rows of tiles in a block of a batch with `rows` of them: fewer than a whole block's, but at least a third, where
-  // each thread then has as many blocks as the others. No result depends on it. With three whole blocks on two threads,
-  // a convolution of 128 images of 8 x 8 pixels and 64 channels took 1.3 times as long.
+  // Rows of tiles in a block of a batch with `rows` of them: fewer than a whole block's, but at least a third, so that
+  // the threads have equal numbers of blocks if these are of one expert. No result depends on it. With three whole
+  // blocks on two threads, a convolution of 128 images of 8 x 8 pixels and 64 channels took 1.3 times as long.
   int64_t rows_per_block(int64_t rows) const {
     const int64_t whole = std::max<int64_t>(1, kTiles / columns_), threads = torch::stable::get_num_threads();
     const int64_t last = std::max<int64_t>(rows, 1) - 1, rounds = last / (whole * threads) + 1;

@@ -13,17 +13,15 @@ constexpr int64_t kRowGroup = 4 * kMr;
 static_assert(kRowGroup % kLanes == 0);
 // Most parts of an expert's batch. 4 and 64 take 0.97 and 0.99 of the time (tuned-constants.md).
 constexpr int64_t kMostParts = 16;
-// Most sums of all parts together. 2^18 and 2^22 take 0.99 and 1.14 of the time (tuned-constants.md).
+// Most sums of all parts together, if there are several. 2^18 and 2^22 take 0.99 and 1.14 of the time
+// (tuned-constants.md).
 constexpr int64_t kMostSums = 1 << 20;
 
-// Transformed tiles, packed for the micro-kernel.
+// Transformed tiles, packed for the micro-kernel, which reads no channel beyond the last whole vector.
 //   values: [36, ceil(channels / group), tiles, group]
 struct TransformedTiles {
   TransformedTiles(int64_t channels, int64_t group, int64_t tiles)
-      : group(group),
-        tiles(tiles),
-        step(point_stride(round_up(channels, group) * tiles)),
-        values(ScratchFloats::zeros(kPoints * step)) {}
+      : group(group), tiles(tiles), step(point_stride(round_up(channels, group) * tiles)), values(kPoints * step) {}
 
   float* at(int64_t point, int64_t tile, int64_t channel) const {
     return values + point * step + (channel / group * tiles + tile) * group + channel % group;
@@ -50,36 +48,9 @@ class WeightGrad {
         width_(round_up(x.channels, kNr)),
         step_(point_stride(grad.channels * width_)) {}
 
-  // Parts that `count` images can be cut into, each with as many tiles as are transformed at a time.
-  int64_t most_parts(int64_t count) const { return count * rows_ / rows_at_once_; }
+  // Whether an expert with `count` images is work for one thread: too few tiles for two parts, and few sums.
+  bool is_small(int64_t count) const { return most_parts(count) < 2 && kPoints * step_ <= kMostSums; }
 
-  // out: [O, C, 3, 3] = the gradient from images [begin, begin + count), at least one
-  void run(int64_t begin, int64_t count, T* out) const {
-    const int64_t first = begin * rows_, rows = count * rows_;
-    int64_t parts = 1;
-    while (2 * parts <= std::min(kMostParts, most_parts(count)) && 2 * parts * kPoints * step_ <= kMostSums) parts *= 2;
-    const ScratchFloats sums(parts * kPoints * step_);
-    const auto make_work = [&] {
-      return [&, tiles = Tiles(*this)](int64_t i) {
-        const int64_t from = i * rows / parts;
-        sum(first + from, (i + 1) * rows / parts - from, tiles, sums + i * kPoints * step_);
-      };
-    };
-    // Parts scale better than what one does in parallel, whose threads multiply tiles that others have transformed: for
-    // 128 images of 16 x 16 pixels and 32 channels two threads take 1.5 ms by parts, and otherwise 4.8, where one takes
-    // 3.2. With more than two threads not measured.
-    if (parts > 1 && 2 * parts >= torch::stable::get_num_threads()) {
-      dynamic_parallel_for(parts, make_work);
-    } else {
-      const auto work = make_work();
-      for (int64_t i = 0; i < parts; ++i) work(i);
-    }
-    torch::stable::parallel_for(0, grad_.channels, 1, [&](int64_t from, int64_t to) {
-      for (int64_t o = from; o < to; ++o) write(o, sums, parts, out + o * x_.channels * 9);
-    });
-  }
-
- private:
   // Some rows of transformed tiles.
   struct Tiles {
     explicit Tiles(const WeightGrad& w)
@@ -88,6 +59,47 @@ class WeightGrad {
 
     TransformedTiles grad, x;
   };
+
+  // Scratch memory for experts with at most `count` images each.
+  struct Scratch {
+    Scratch(const WeightGrad& w, int64_t count) : tiles(w), sums(w.num_parts(count) * kPoints * w.step_) {}
+
+    Tiles tiles;         // of the calling thread
+    ScratchFloats sums;  // [parts, 36, O, C]
+  };
+
+  // out: [O, C, 3, 3] = the gradient from images [begin, begin + count), at least one
+  void run(int64_t begin, int64_t count, const Scratch& scratch, T* out) const {
+    const int64_t first = begin * rows_, rows = count * rows_, parts = num_parts(count);
+    const auto sum_part = [&](int64_t i, const Tiles& tiles) {
+      const int64_t from = i * rows / parts;
+      sum(first + from, (i + 1) * rows / parts - from, tiles, scratch.sums + i * kPoints * step_);
+    };
+    // Within a part threads wait for one another twice in rows_at_once_ rows, and multiply tiles that others have
+    // transformed, which in some processes took two threads longer than one (docs/facts.md). With more than two threads
+    // not measured.
+    if (parts > 1 && 2 * parts >= torch::stable::get_num_threads()) {
+      dynamic_parallel_for(parts, [&] { return [&, tiles = Tiles(*this)](int64_t i) { sum_part(i, tiles); }; });
+    } else {
+      for (int64_t i = 0; i < parts; ++i) sum_part(i, scratch.tiles);
+    }
+    torch::stable::parallel_for(0, parts > 1 ? kPoints : 0, 1, [&](int64_t from, int64_t to) {
+      for (int64_t point = from; point < to; ++point) add_parts(parts, scratch.sums + point * step_);
+    });
+    torch::stable::parallel_for(0, grad_.channels, 1, [&](int64_t from, int64_t to) {
+      for (int64_t o = from; o < to; ++o) write(o, scratch.sums, out + o * x_.channels * 9);
+    });
+  }
+
+ private:
+  // Parts that `count` images can be cut into, each with as many tiles as are transformed at a time.
+  int64_t most_parts(int64_t count) const { return count * rows_ / rows_at_once_; }
+
+  int64_t num_parts(int64_t count) const {
+    int64_t parts = 1;
+    while (2 * parts <= std::min(kMostParts, most_parts(count)) && 2 * parts * kPoints * step_ <= kMostSums) parts *= 2;
+    return parts;
+  }
 
   // sums: [36, O, C] = those of rows [row, row + rows) of tiles
   void sum(int64_t row, int64_t rows, const Tiles& tiles, float* sums) const {
@@ -134,18 +146,21 @@ class WeightGrad {
     }
   }
 
-  // Transforms the sums of output channel o over all parts back.
-  //   sums: [parts, 36, O, C] -> out: [C, 3, 3]
-  void write(int64_t o, const float* sums, int64_t parts, T* out) const {
+  // sums: [parts, O, C] at one point; adds all to the first
+  void add_parts(int64_t parts, float* sums) const {
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* const own = sums + part * kPoints * step_;
+      for (int64_t i = 0; i < grad_.channels * width_; ++i) sums[i] += own[i];
+    }
+  }
+
+  // Transforms the sums of output channel o back.
+  //   sums: [36, O, C] -> out: [C, 3, 3]
+  void write(int64_t o, const float* sums, T* out) const {
     for (int64_t c = 0; c < x_.channels; c += kLanes) {
       float taps[9][kLanes];
-      const auto total = [&](int i, int j) {
-        const float* from = sums + (i * kInputs + j) * step_ + o * width_ + c;
-        Lanes value = load(from);
-        for (int64_t part = 1; part < parts; ++part) value = value + load(from += kPoints * step_);
-        return value;
-      };
-      transform_2d<kInputs, 3, points_to_weight>(total,
+      const float* const from = sums + o * width_ + c;
+      transform_2d<kInputs, 3, points_to_weight>([&](int i, int j) { return load(from + (i * kInputs + j) * step_); },
                                                  [&](int i, int j, Lanes value) { store(taps[3 * i + j], value); });
       for (int64_t first = 0; first < std::min(kLanes, x_.channels - c); first += 8) {
         Lanes8 rows[8];
@@ -179,23 +194,33 @@ Tensor winograd_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const Te
       return Images<const T>{t.const_data_ptr<T>(), t.size(1), t.size(2), t.size(3), is_channels_last(t)};
     };
     const WeightGrad<T> gradient(images(dense_grad), images(dense_x), padding[0], padding[1]);
-    const auto work = [&](int64_t e) {
-      T* const to = out.mutable_data_ptr<T>() + e * size;
-      if (ranges[e] == ranges[e + 1]) {
-        std::fill(to, to + size, T(0));
-      } else {
-        gradient.run(ranges[e], ranges[e + 1] - ranges[e], to);
-      }
-    };
+    std::vector<int64_t> small, others;  // experts
     int64_t most_images = 0;
-    for (int64_t e = 0; e < num_experts; ++e) most_images = std::max(most_images, ranges[e + 1] - ranges[e]);
-    // Threads share the experts where these are many and none can be cut into parts, and else the work of one: for 128
-    // experts with one image of 64 channels each, two threads take 3.2 ms instead of 5.5 (docs/facts.md).
-    if (num_experts >= 4 * torch::stable::get_num_threads() && gradient.most_parts(most_images) < 2) {
-      dynamic_parallel_for(num_experts, [&] { return work; });
-    } else {
-      for (int64_t e = 0; e < num_experts; ++e) work(e);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      const int64_t count = ranges[e + 1] - ranges[e];
+      (gradient.is_small(count) ? small : others).push_back(e);
+      most_images = std::max(most_images, count);
     }
+    const auto make_work = [&](const std::vector<int64_t>& experts) {
+      return [&, scratch = typename WeightGrad<T>::Scratch(gradient, most_images)](int64_t i) {
+        const int64_t e = experts[i];
+        T* const to = out.mutable_data_ptr<T>() + e * size;
+        if (ranges[e] == ranges[e + 1]) {
+          std::fill(to, to + size, T(0));
+        } else {
+          gradient.run(ranges[e], ranges[e + 1] - ranges[e], scratch, to);
+        }
+      };
+    };
+    // Threads share the small experts if these are many, and else the work of one: for 128 experts with one image of 64
+    // channels each, two threads take 3.2 ms instead of 5.5 (docs/facts.md).
+    if (static_cast<int64_t>(small.size()) >= 4 * torch::stable::get_num_threads()) {
+      dynamic_parallel_for(small.size(), [&] { return make_work(small); });
+    } else {
+      others.insert(others.end(), small.begin(), small.end());
+    }
+    const auto work = make_work(others);
+    for (size_t i = 0; i < others.size(); ++i) work(i);
   });
   return out;
 }

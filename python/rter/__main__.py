@@ -5,7 +5,6 @@ import sys
 from typing import NoReturn
 
 from rter.errors import missing_package
-from rter.ranks import num_processes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,11 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
 def command() -> NoReturn:
     """Runs the command that the process was started for, and ends the process."""
     status = main()
-    if num_processes() > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's number of processes
         # Gloo's threads take the GIL to free tensors, and one that waits for it when Python is finalised aborts the
         # process (pytorch#190489). They outlive the group that is destroyed: caches of DTensor hold it.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:  # a full disk
+            status = status or 1
         os._exit(status)
     sys.exit(status)
 

@@ -52,9 +52,10 @@ def counted(number: int, what: str) -> str:
 
 
 def distance(eps: float) -> str:
-    """A radius: 0.2, or 8/255 where three digits would not be exact."""
-    levels = round(eps * 255)
-    return f"{levels}/255" if eps == levels / 255 and eps != float(f"{eps:.3g}") else f"{eps:.4g}"
+    """A radius: 0.2, or 8/255 for a small one that three digits do not give exactly."""
+    if eps < 0.25 and eps != float(f"{eps:.3g}") and eps == round(eps * 255) / 255:
+        return f"{round(eps * 255)}/255"
+    return f"{eps:.4g}"
 
 
 def measured_on(report: dict[str, Any]) -> str:
