@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -69,6 +70,18 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
         if path.is_file() and path.suffix != ".html":
             found[f"{HOST}/{path.relative_to(site).as_posix()}"] = Page("")
     return found
+
+
+def test_every_row_of_a_table_has_a_line() -> None:
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    for file in files:
+        lines = file.read_text().splitlines()
+        for i, line in enumerate(lines):
+            if re.search(r"\| *:?-{2,}", line):
+                assert re.fullmatch(r" *\|( *:?-+:? *\|)+", line), f"{file}, line {i + 1}: {line}"
+                end = next((j for j in range(i, len(lines)) if not lines[j].lstrip().startswith("|")), len(lines))
+                cells = {len(re.findall(r"(?<!\\)\|", row)) for row in lines[i - 1 : end]}
+                assert len(cells) == 1, f"{file}, line {i + 1}: rows of {sorted(cells)} cells"
 
 
 def test_no_link_is_broken(pages: dict[str, Page]) -> None:
