@@ -37,6 +37,35 @@ def test_equals_a_loop_of_convolutions() -> None:
     )
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "counts, channels, outputs, size",
+    [
+        ((70, 0, 35), 5, 6, (9, 8)),
+        ((37, 3), 16, 17, (8, 8)),
+        ((3, 1), 33, 4, (5, 300)),
+        ((130,), 17, 50, (4, 4)),
+        ((*(9 * (1,)), 40), 6, 16, (9, 8)),
+    ],
+    ids=["idle expert", "half a panel", "wide images", "small images", "one large expert of many"],
+)
+def test_many_tiles_equal_a_convolution(
+    counts: tuple[int, ...], channels: int, outputs: int, size: tuple[int, int], layout: torch.memory_format
+) -> None:
+    """More than are transformed at a time: those of an expert are summed in parts, or experts are shared by threads."""
+    s = Source(torch.float32)
+    x, weight = s.randn(sum(counts), channels, *size), s.randn(len(counts), outputs, channels, 3, 3)
+    grad = s.randn(sum(counts), outputs, *size).contiguous(memory_format=layout)
+    leaves = [x.contiguous(memory_format=layout).requires_grad_(), weight.requires_grad_()]
+    y = winograd_conv2d(*leaves, None, s.offsets(counts), padding=1)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    parts = zip(wide[0].split(counts), wide[1], strict=True)
+    exact = torch.cat([F.conv2d(rows, kernels, None, 1, 1) for rows, kernels in parts])
+    found = (y, *torch.autograd.grad(y, leaves, grad))
+    for ours, theirs in zip(found, (exact, *torch.autograd.grad(exact, wide, grad.double())), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 def test_every_layout_gives_the_same_bits() -> None:
     x, weight, bias, offsets = arguments()
     last = winograd_conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, offsets, 1)
